@@ -1,0 +1,378 @@
+"""The one schema: frozen dataclasses, validated when built.
+
+Hydra composes YAML where a run starts; `experiment_from` turns the result into these records, which cross the
+network as plain JSON scalars (`ExperimentConfig.to_json`). Nothing here names a class or an import path, and
+nothing here imports Hydra: `federated.cli` composes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from federated.errors import ConfigError
+from federated.manifest import digest_of
+
+__all__ = [
+    "AdapterConfig",
+    "DataConfig",
+    "EngineConfig",
+    "ExperimentConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "RoundConfig",
+    "SelectionConfig",
+    "ServerOptimizerConfig",
+    "StrategyConfig",
+    "TaskConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "experiment_from",
+]
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """The frozen base model.
+
+    Args:
+        source: a folder (looked up from the working directory, then from the app folder), a hub name,
+            ``asset:NAME`` (fetched by ``fedpeft assets fetch``) or ``tiny:bert|gpt2|llama|sensor`` (small random
+            weights made on the spot).
+        gguf_file: file name inside ``source`` when the weights are GGUF.
+        dtype: dtype of the frozen weights.
+        revision: hub revision.
+    """
+
+    source: str = "tiny:bert"
+    gguf_file: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    revision: str | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AdapterConfig:
+    """The trainable adapter.
+
+    Args:
+        kind: PEFT method.
+        rank: LoRA's r.
+        alpha: ``lora_alpha``; the effective update is ``alpha / rank * B @ A``.
+        use_rslora: scale by ``alpha / sqrt(rank)``.
+        dropout: LoRA dropout in [0, 1).
+        target_modules: module name suffixes, or ``"all-linear"``, or ``"auto"`` (query and value projections).
+        train_head: whether the task head travels with the adapter or stays frozen.
+        dtype: dtype of the trainable tensors on a device.
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: Count = 8
+    alpha: Positive = 16.0
+    use_rslora: bool = False
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
+    train_head: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TaskConfig:
+    """What is learnt.
+
+    Args:
+        name: kind of task.
+        labels: class names in order (classification and sensor); empty for language modelling.
+        head: ``"mean_pool"`` or the architecture's ``"stock"`` head.
+        max_length: longest sequence in tokens (or time steps).
+        chat: causal LM: rows hold ``messages`` and go through the tokenizer's chat template; loss on answers only.
+    """
+
+    name: Literal["sequence_classification", "causal_lm", "sensor"] = "sequence_classification"
+    labels: tuple[str, ...] = ()
+    head: Literal["mean_pool", "stock"] = "mean_pool"
+    max_length: Annotated[int, Field(ge=2, le=32768)] = 64
+    chat: bool = False
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PartitionConfig:
+    """How examples are divided among simulated clients.
+
+    Args:
+        kind: ``natural`` keeps the data's own clients; the others pool and divide anew.
+        num_clients: clients to make (ignored by ``natural``).
+        alpha: Dirichlet concentration; small is skewed.
+        classes_per_client: for ``pathological``.
+    """
+
+    kind: Literal["natural", "iid", "dirichlet", "pathological"] = "natural"
+    num_clients: Count = 10
+    alpha: Positive = 0.5
+    classes_per_client: Count = 2
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """Where examples come from.
+
+    Args:
+        name: a bundled set, ``files`` (one file per client in the folder ``path``), ``table`` (one file with a
+            client column), ``hub`` (a data set on the hub) or ``synthetic``.
+        path: file or folder for ``files`` and ``table``; the data set's name for ``hub``.
+        client_column: column that names the client (``table``, ``hub``).
+        text_column: column with the text.
+        label_column: column with the label.
+        partition: how rows become clients.
+        test_fraction: share of each client's rows held out for evaluation.
+        max_train_per_client: at most this many training rows each; 0 keeps all.
+        max_test_per_client: at most this many held-out rows each; 0 keeps all.
+        max_clients: at most this many clients (the first by name); 0 keeps all.
+        min_per_client: natural clients with fewer rows are left out, and named.
+        seed: seeds split and partition, so that a split outlives the run's seed.
+    """
+
+    name: Literal["airlines", "reviews", "shakespeare", "files", "table", "hub", "synthetic"] = "synthetic"
+    path: str | None = None
+    client_column: str = "client"
+    text_column: str = "text"
+    label_column: str = "label"
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    max_train_per_client: Annotated[int, Field(ge=0)] = 0
+    max_test_per_client: Annotated[int, Field(ge=0)] = 0
+    max_clients: Annotated[int, Field(ge=0)] = 0
+    min_per_client: Count = 2
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """One client's local training.
+
+    Args:
+        optimizer: ``adamw`` or ``sgd``.
+        learning_rate: step size.
+        momentum: for ``sgd``.
+        weight_decay: decoupled for AdamW.
+        scheduler: name of a class in `torch.optim.lr_scheduler`, or ``none``; stepped once per optimizer step.
+        scheduler_args: its keyword arguments; the text ``"total"`` stands for the number of local steps.
+        batch_size: examples per forward pass.
+        gradient_accumulation: forward passes per optimizer step.
+        epochs: passes over the local data; ignored when ``steps`` is positive.
+        steps: optimizer steps; 0 means use ``epochs``.
+        max_grad_norm: L2 bound on the gradient; 0 means none.
+        precision: ``auto`` is bf16 autocast where the processor has it in hardware, else float32.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        proximal_mu: FedProx: adds ``mu / 2 * ||w - w_global||^2``.
+        eval_batch_size: examples per forward pass in evaluation.
+        evaluate_after: evaluate the locally trained adapter too.
+        threads: torch threads per client; 0 leaves torch's choice.
+    """
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Positive = 2e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: NonNegative = 0.0
+    scheduler: str = "none"
+    scheduler_args: Mapping[str, Any] = Field(default_factory=dict)
+    batch_size: Count = 16
+    gradient_accumulation: Count = 1
+    epochs: Positive = 1.0
+    steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: NonNegative = 1.0
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    proximal_mu: NonNegative = 0.0
+    eval_batch_size: Count = 64
+    evaluate_after: bool = False
+    threads: Annotated[int, Field(ge=0)] = 1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ServerOptimizerConfig:
+    """How the global adapter moves along the pseudo-gradient ``-mean_delta`` (Reddi et al. 2021).
+
+    Args:
+        name: ``sgd`` with learning rate 1 is plain averaging.
+        learning_rate: server step size.
+        momentum: for ``momentum``.
+        beta1: first moment (adam, yogi, adagrad).
+        beta2: second moment (adam, yogi).
+        tau: adaptivity, added to the root of the second moment.
+    """
+
+    name: Literal["sgd", "momentum", "adam", "yogi", "adagrad"] = "sgd"
+    learning_rate: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Positive = 1e-3
+
+
+@dataclass(frozen=True, config=_STRICT)
+class StrategyConfig:
+    """What the server does with updates.
+
+    Args:
+        rule: name of an aggregation rule (``fedit``).
+        weighted: weight updates by their number of examples, or count each client once.
+        server_optimizer: how the global adapter moves.
+    """
+
+    rule: str = "fedit"
+    weighted: bool = True
+    server_optimizer: ServerOptimizerConfig = Field(default_factory=ServerOptimizerConfig)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SelectionConfig:
+    """Who takes part in a round.
+
+    Args:
+        fraction: share of the clients, at least one.
+        min_clients: clients that must be connected before the first round starts.
+        wait: seconds to wait for them.
+    """
+
+    fraction: Fraction = 1.0
+    min_clients: Count = 1
+    wait: Positive = 60.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RoundConfig:
+    """When a round is over.
+
+    Args:
+        quorum: share of the cohort whose updates must be good, else the global version stays as it is.
+        deadline: seconds until missing replies are counted as late.
+        poll_interval: seconds between looks for replies.
+        max_norm: refuse an update whose L2 norm is larger; 0 means no bound.
+    """
+
+    quorum: Fraction = 0.5
+    deadline: Positive = 3600.0
+    poll_interval: Positive = 0.05
+    max_norm: NonNegative = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EngineConfig:
+    """Where simulated clients run.
+
+    Args:
+        name: ``inprocess`` (one base model in memory, forked workers) or ``ray`` (Flower's own engine).
+        workers: processes; 0 takes one per core, 1 is sequential in this process (in-process engine).
+        shuffle_arrivals: seeds a random order of replies (in-process; for tests); -1 keeps the natural order.
+    """
+
+    name: Literal["inprocess", "ray"] = "inprocess"
+    workers: Annotated[int, Field(ge=0)] = 0
+    shuffle_arrivals: Annotated[int, Field(ge=-1)] = -1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrackingConfig:
+    """Where metrics go besides the run folder's JSON lines.
+
+    Args:
+        tensorboard: also write TensorBoard event files (needs the ``tensorboard`` extra).
+        progress: show the live display; it falls back to plain lines where there is no terminal.
+    """
+
+    tensorboard: bool = False
+    progress: bool = True
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ExperimentConfig:
+    """One whole experiment: the root of the schema.
+
+    Args:
+        name: of the experiment; part of the run folder's name and of the default channel.
+        rounds: federated rounds.
+        seed: seeds the adapter's first weights, cohorts and data order.
+        run_dir: the run's folder; relative to the working directory.
+        registry: SQLAlchemy URL or folder of the registry; empty means ``registry`` inside ``run_dir``.
+        resume: go on with the run in ``run_dir`` from its last published round.
+    """
+
+    name: str = "experiment"
+    rounds: Count = 3
+    seed: Annotated[int, Field(ge=0)] = 0
+    run_dir: str = "runs/latest"
+    registry: str = ""
+    resume: bool = False
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    strategy: StrategyConfig = Field(default_factory=StrategyConfig)
+    selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    round: RoundConfig = Field(default_factory=RoundConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _labels_fit_the_task(self) -> Self:
+        if self.task.name != "causal_lm" and len(self.task.labels) < 2:
+            raise ValueError(f"task.labels: {self.task.name} needs at least two labels, found {list(self.task.labels)}")
+        if self.data.name in ("files", "table", "hub") and not self.data.path:
+            raise ValueError(f"data.path: data={self.data.name} needs a path, found none")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: dicts, lists and scalars."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def to_json(self) -> str:
+        """One line of JSON, as it crosses the network."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the whole configuration."""
+        return digest_of(self.to_dict())
+
+
+_ADAPTER: TypeAdapter[ExperimentConfig] = TypeAdapter(ExperimentConfig)
+
+
+def experiment_from(value: Mapping[str, Any] | str) -> ExperimentConfig:
+    """Build and validate an experiment from plain data or its JSON.
+
+    Raises:
+        ConfigError: one line for the first fault: the key, the value found and what is allowed.
+    """
+    try:
+        return _ADAPTER.validate_json(value) if isinstance(value, str) else _ADAPTER.validate_python(dict(value))
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    """Say the first fault of a validation error in one line."""
+    faults = error.errors(include_url=False)
+    first = faults[0]
+    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "tuple["))) or "config"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "unexpected_keyword_argument":
+        message = "unknown key"
+    found = "" if first["type"] == "value_error" else f" = {first['input']!r}"
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    prefix = "" if first["type"] == "value_error" and key == "config" else f"{key}{found}: "
+    return f"{prefix}{message}{more}"

@@ -1,0 +1,119 @@
+"""The error tree: everything that this library raises on purpose.
+
+    FederatedError
+    ├── ConfigError              a key, value or combination that cannot run
+    ├── DataError                a file, column, label or client that is missing, empty or malformed
+    ├── ModelError               a base model or adapter that cannot be loaded or attached
+    │   └── BaseMismatch         made for another base model
+    ├── UpdateRejected           one client's update that is refused (carries a reason code)
+    ├── WireError                bytes that are not a payload of this protocol
+    ├── AggregationError         updates that cannot be combined
+    │   └── NotEnoughUpdates     fewer good updates than the round's quorum
+    ├── RegistryError            the store of versions
+    │   ├── VersionNotFound
+    │   ├── CorruptBlob          stored bytes do not match their digest
+    │   ├── ChannelConflict      somebody else moved the channel first
+    │   └── StorageFull
+    ├── DeviceError              slots, activation, serving
+    └── RunInterrupted           the user stopped a run (finished rounds are safe)
+
+A message says what was found, what was expected and what to do. It never contains private data.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "FederatedError",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "BaseMismatch",
+    "UpdateRejected",
+    "WireError",
+    "AggregationError",
+    "NotEnoughUpdates",
+    "RegistryError",
+    "VersionNotFound",
+    "CorruptBlob",
+    "ChannelConflict",
+    "StorageFull",
+    "DeviceError",
+    "RunInterrupted",
+]
+
+
+class FederatedError(Exception):
+    """Root of every error that this library raises on purpose."""
+
+
+class ConfigError(FederatedError):
+    """A configuration key, value or combination that cannot run."""
+
+
+class DataError(FederatedError):
+    """A file, column, label or client that is missing, empty or malformed."""
+
+
+class ModelError(FederatedError):
+    """A base model or an adapter that cannot be loaded or attached."""
+
+
+class BaseMismatch(ModelError):
+    """An update, version or registry that belongs to another base model."""
+
+
+class WireError(FederatedError):
+    """Bytes that are not a payload of this protocol."""
+
+
+class UpdateRejected(FederatedError):
+    """One client's update that is refused.
+
+    Attributes:
+        reason: a short stable code (``"not_finite"``, ``"base_mismatch"`` ...), see `federated.wire.REASONS`.
+        client_id: who sent it, where known.
+    """
+
+    def __init__(self, reason: str, message: str, *, client_id: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.client_id = client_id
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {super().__str__()}"
+
+
+class AggregationError(FederatedError):
+    """Updates that cannot be combined."""
+
+
+class NotEnoughUpdates(AggregationError):
+    """Fewer good updates than the round's quorum."""
+
+
+class RegistryError(FederatedError):
+    """The store of versions cannot do what was asked; nothing stored was changed."""
+
+
+class VersionNotFound(RegistryError):
+    """No version (or more than one) matches the name that was given."""
+
+
+class CorruptBlob(RegistryError):
+    """Stored bytes do not match their digest."""
+
+
+class ChannelConflict(RegistryError):
+    """A channel moved between reading and writing it."""
+
+
+class StorageFull(RegistryError):
+    """The disk under the registry is full."""
+
+
+class DeviceError(FederatedError):
+    """A slot, activation or request that the device refuses."""
+
+
+class RunInterrupted(FederatedError):
+    """The user stopped a run; rounds that had finished are published."""

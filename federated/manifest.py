@@ -1,0 +1,371 @@
+"""Records that name things: digests, adapter specs, tensor layouts, envelopes and version manifests.
+
+Plain data, canonical bytes, no torch: a device that only verifies and routes imports this and nothing heavier.
+It does not read files and knows no database; `federated.wire`, `federated.registry` and `federated.device` do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "PROTOCOL_VERSION",
+    "DTYPE_BYTES",
+    "AdapterSpec",
+    "Envelope",
+    "HeadSpec",
+    "ModuleSpec",
+    "RawTensor",
+    "TensorEntry",
+    "TensorLayout",
+    "TrainPlan",
+    "VersionManifest",
+    "canonical_json",
+    "digest_of",
+    "layout_of",
+    "sha256_hex",
+]
+
+PROTOCOL_VERSION = 1
+
+DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
+"""safetensors' names of the dtypes that may travel or be stored, with their size in bytes."""
+
+_NUMPY: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
+
+
+def canonical_json(value: Any) -> bytes:
+    """Encode as JSON with sorted keys, no spaces, UTF-8 and no NaN: equal values give equal bytes.
+
+    >>> canonical_json({"b": 1, "a": [1.5, None]})
+    b'{"a":[1.5,null],"b":1}'
+
+    Raises:
+        ValueError: for NaN or infinity, which JSON cannot carry.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_hex(data: bytes | memoryview) -> str:
+    """SHA-256 of ``data`` as 64 lower-case hexadecimal characters."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """Digest of the canonical JSON of ``value``."""
+    return sha256_hex(canonical_json(value))
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor's place in a layout: its name, shape and safetensors dtype (``"F32"``, ``"BF16"`` ...)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+TensorLayout = tuple[TensorEntry, ...]
+"""The exact tensors of a payload, sorted by name."""
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor as bytes: what the wire and the registry hold, whatever framework made it.
+
+    Args:
+        dtype: safetensors' name of the dtype; bfloat16 has no numpy type and is kept as its raw bits.
+        shape: sizes.
+        data: little-endian row-major bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+    @property
+    def bits(self) -> npt.NDArray[Any]:
+        """A read-only numpy view of the stored bits (bfloat16 as uint16); no copy."""
+        return np.frombuffer(self.data, dtype=_NUMPY[self.dtype]).reshape(self.shape)
+
+    @property
+    def array(self) -> npt.NDArray[Any]:
+        """The values as numpy; bfloat16 widened to float32 (exact), the others a read-only view."""
+        if self.dtype != "BF16":
+            return self.bits
+        return (self.bits.astype(np.uint32) << 16).view(np.float32)
+
+    @classmethod
+    def from_array(cls, array: npt.NDArray[Any]) -> Self:
+        """Wrap a float16/32/64 or int64 array (copied when it is not contiguous).
+
+        Raises:
+            ValueError: if the dtype cannot travel.
+        """
+        name = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64"}.get(array.dtype.str[1:])
+        if name is None:
+            raise ValueError(f"dtype {array.dtype} cannot travel; expected float16, float32, float64 or int64")
+        ordered = np.ascontiguousarray(array, dtype=_NUMPY[name])
+        return cls(name, tuple(array.shape), ordered.tobytes())
+
+    def entry(self, name: str) -> TensorEntry:
+        """This tensor's line in a layout."""
+        return TensorEntry(name, self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One adapted layer: its module path in the base model and the algebra of its factors.
+
+    ``factor_a`` is ``rank x d_in``, ``factor_b`` is ``d_out x rank`` and the effective update is
+    ``scaling * factor_b @ factor_a`` (``d_out x d_in``), transposed when ``fan_in_fan_out`` (Conv1D) stores it so.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    rank: int
+    alpha: float
+    fan_in_fan_out: bool = False
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A task head on top of the base model.
+
+    Args:
+        kind: ``"stock"`` (the architecture's own) or ``"mean_pool"``.
+        num_labels: classes.
+        trained: whether it travels with the adapter; a frozen head is rebuilt from ``seed``.
+        seed: seeds the head's initial weights.
+    """
+
+    kind: str
+    num_labels: int
+    trained: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Everything that must agree before two adapters may be added.
+
+    Args:
+        peft_type: ``"lora"``.
+        rank: LoRA's r, the largest one where modules differ.
+        alpha: ``lora_alpha``.
+        use_rslora: scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``.
+        modules: the adapted layers, sorted by name.
+        head: the task head, if any.
+        dtype: dtype of the tensors that a device holds (``"F32"``, ``"BF16"``, ``"F16"``).
+    """
+
+    peft_type: str
+    rank: int
+    alpha: float
+    use_rslora: bool
+    modules: tuple[ModuleSpec, ...]
+    head: HeadSpec | None = None
+    dtype: str = "F32"
+
+    def scaling(self, module: ModuleSpec) -> float:
+        """``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA."""
+        return module.alpha / (math.sqrt(module.rank) if self.use_rslora else module.rank)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the whole spec."""
+        return digest_of(asdict(self))
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Rebuild from `dataclasses.asdict`.
+
+        Raises:
+            TypeError: for missing or unknown keys.
+        """
+        parts = dict(value)
+        parts["modules"] = tuple(ModuleSpec(**module) for module in parts["modules"])
+        parts["head"] = HeadSpec(**parts["head"]) if parts.get("head") else None
+        return cls(**parts)
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What stands around every update, so that it can only be used where it belongs.
+
+    Args:
+        protocol_version: of this format.
+        run_id: the run.
+        client_id: stable name of the sender.
+        round_number: 1-based.
+        phase: exchange within the round, 1-based.
+        task_token: proof that the server sampled this client for this round and phase.
+        counter: the client's own message counter in this run (against replay).
+        parent_version: version id of the adapter that the client trained from.
+        base_digest: fingerprint of the base model that the client holds.
+        spec: the adapter's algebra.
+        plan_digest: digest of the train plan that the client followed.
+        layout: the payload's tensors.
+        codec: how the payload is encoded; ``"safetensors"``.
+        num_examples: training examples behind the update (a claim).
+        payload_digest: SHA-256 of the payload bytes.
+        signature: hexadecimal signature over the other fields, where devices are enrolled.
+    """
+
+    run_id: str
+    client_id: str
+    round_number: int
+    phase: int
+    task_token: str
+    counter: int
+    parent_version: str
+    base_digest: str
+    spec: AdapterSpec
+    plan_digest: str
+    layout: TensorLayout
+    num_examples: int
+    payload_digest: str
+    codec: str = "safetensors"
+    protocol_version: int = PROTOCOL_VERSION
+    signature: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for canonical JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_dict`, exactly: unknown or missing keys are refused.
+
+        Raises:
+            TypeError, KeyError, ValueError: if the value is not an envelope of this shape.
+        """
+        parts = dict(value)
+        parts["spec"] = AdapterSpec.from_dict(parts["spec"])
+        parts["layout"] = tuple(
+            TensorEntry(str(entry["name"]), tuple(int(size) for size in entry["shape"]), str(entry["dtype"]))
+            for entry in parts["layout"]
+        )
+        envelope = cls(**parts)
+        _check_types(envelope)
+        return envelope
+
+
+def _check_types(envelope: Envelope) -> None:
+    for name in ("round_number", "phase", "counter", "num_examples", "protocol_version"):
+        if type(getattr(envelope, name)) is not int:
+            raise ValueError(f"envelope field {name} is not an integer")
+    for name in ("run_id", "client_id", "task_token", "parent_version", "base_digest", "plan_digest",
+                 "payload_digest", "codec"):  # fmt: skip
+        if type(getattr(envelope, name)) is not str:
+            raise ValueError(f"envelope field {name} is not a string")
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What a rule asks of one client in one phase: plain data, interpreted by `federated.training`.
+
+    Args:
+        mode: ``"train"`` or ``"evaluate"``.
+        phase: exchange within the round, 1-based.
+        rank: LoRA rank of the payload for this client.
+        trainable: the groups that move: any of ``"factor_a"``, ``"factor_b"``, ``"dense"``.
+        proximal_mu: FedProx's mu.
+        evaluate_before: measure the received adapter on the client's held-out data before training.
+        evaluate_after: measure the trained one too.
+    """
+
+    mode: str = "train"
+    phase: int = 1
+    rank: int = 0
+    trainable: tuple[str, ...] = ("factor_a", "factor_b", "dense")
+    proximal_mu: float = 0.0
+    evaluate_before: bool = True
+    evaluate_after: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Digest of the plan."""
+        return digest_of(asdict(self))
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Rebuild from `dataclasses.asdict`."""
+        return cls(**{**value, "trainable": tuple(value["trainable"])})
+
+
+@dataclass(frozen=True)
+class VersionManifest:
+    """The immutable record of one adapter version; its digest is the version's id.
+
+    Two versions with equal weights (an unchanged round, a rollback) still differ in round, parent or run, and so
+    have records of their own.
+
+    Args:
+        weights_digest: SHA-256 of the adapter's canonical bytes.
+        base_digest: fingerprint of the base model that it belongs to.
+        spec: the adapter's algebra.
+        method: rule and server optimizer, or ``"central"``.
+        run_id: run that made it.
+        round_number: 1-based; 0 for the initial adapter of a run.
+        parent: version id that it was made from.
+        participants: how many clients' updates are in it (never who).
+        privacy: what was spent, with its unit; None when nothing was accounted.
+        metrics: plain numbers, such as ``train_loss``.
+        code_version: version of this library.
+        servable: False where clients hold the rest of the model.
+        task: what the adapter answers: task name, labels, base model source (plain data, for a device).
+    """
+
+    weights_digest: str
+    base_digest: str
+    spec: AdapterSpec
+    method: str
+    run_id: str
+    round_number: int
+    parent: str | None = None
+    participants: int = 0
+    privacy: Mapping[str, Any] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    code_version: str = ""
+    servable: bool = True
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def version_id(self) -> str:
+        """Digest of the canonical manifest: 64 hexadecimal characters."""
+        return digest_of(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for canonical JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            TypeError, KeyError: for missing or unknown keys.
+        """
+        parts = dict(value)
+        parts["spec"] = AdapterSpec.from_dict(parts["spec"])
+        return cls(**parts)
+
+
+def layout_of(tensors: Mapping[str, RawTensor]) -> TensorLayout:
+    """The layout of named tensors, sorted by name."""
+    return tuple(tensors[name].entry(name) for name in sorted(tensors))

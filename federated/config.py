@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from federated.errors import ConfigError
@@ -134,7 +134,7 @@ class DataConfig:
         client_column: column that names the client (``table``, ``hub``).
         text_column: column with the text.
         label_column: column with the label.
-        partition: how rows become clients.
+        partition: how rows become clients; a kind's name alone is enough.
         test_fraction: share of each client's rows held out for evaluation.
         max_train_per_client: at most this many training rows each; 0 keeps all.
         max_test_per_client: at most this many held-out rows each; 0 keeps all.
@@ -155,6 +155,11 @@ class DataConfig:
     max_clients: Annotated[int, Field(ge=0)] = 0
     min_per_client: Count = 2
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("partition", mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -340,8 +345,12 @@ class ExperimentConfig:
         return plain
 
     def to_json(self) -> str:
-        """One line of JSON, as it crosses the network."""
+        """One line of JSON."""
         return json.dumps(asdict(self), sort_keys=True)
+
+    def for_clients(self) -> Self:
+        """The experiment as it crosses the network: without the server's own places (registry, run folder)."""
+        return replace(self, run_dir="", registry="", resume=False)
 
     @property
     def digest(self) -> str:

@@ -1,0 +1,21 @@
+"""Base model and adapter: load, freeze, fingerprint; attach, read and write.
+
+The only room that imports peft (`federated.adapters.lora`) and transformers' models. It knows no files of updates, no
+network and no server.
+"""
+
+from federated.adapters.base import BaseKind, BaseModel, base_from_module, load_base
+from federated.adapters.model import AdapterModel, attach, null_model, share, shell, spec_for
+
+__all__ = [
+    "AdapterModel",
+    "BaseKind",
+    "BaseModel",
+    "attach",
+    "base_from_module",
+    "load_base",
+    "null_model",
+    "share",
+    "shell",
+    "spec_for",
+]

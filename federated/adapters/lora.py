@@ -1,0 +1,138 @@
+"""LoRA through peft: the one file that imports it.
+
+peft only swaps the layers in. What is adapted, at which rank and with which scaling comes from a checked
+`AdapterSpec`, never from an ``adapter_config.json``; factors are read and written by exact name here, never through
+``set_peft_model_state_dict``, which overwrites base weights when a file carries foreign keys.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from federated.adapters.heads import generator_for
+from federated.adapters.quiet import quiet_peft
+from federated.adapters.targets import adaptable, layer_sizes, stores_transposed
+from federated.errors import ModelError
+from federated.manifest import AdapterSpec, ModuleSpec
+
+__all__ = ["check_modules", "dropouts_of", "factors_of", "inject", "module_specs"]
+
+_ADAPTER = "default"
+
+
+def module_specs(root: nn.Module, targets: tuple[str, ...], *, rank: int, alpha: float) -> list[ModuleSpec]:
+    """The spec of each target layer, with paths relative to ``root``."""
+    layers = adaptable(root)
+    return [
+        ModuleSpec(name, *layer_sizes(layers[name]), rank, alpha, stores_transposed(layers[name])) for name in targets
+    ]
+
+
+def check_modules(root: nn.Module, modules: list[ModuleSpec]) -> None:
+    """Check that each module of a spec is a layer of this base, of these sizes, at least as large as its rank.
+
+    Raises:
+        ModelError: naming the first layer that does not fit.
+    """
+    layers = adaptable(root)
+    if not modules:
+        raise ModelError("the adapter adapts no layer; expected at least one module in its spec")
+    for module in modules:
+        layer = layers.get(module.name)
+        if layer is None:
+            raise ModelError(f"the adapter is for a layer {module.name}, which this base model does not have")
+        found = (*layer_sizes(layer), stores_transposed(layer))
+        if found != (module.d_in, module.d_out, module.fan_in_fan_out):
+            raise ModelError(
+                f"layer {module.name}: the adapter expects {module.d_in} -> {module.d_out}, "
+                f"the base model has {found[0]} -> {found[1]}"
+            )
+        if not 1 <= module.rank <= min(module.d_in, module.d_out):
+            raise ModelError(
+                f"rank {module.rank} is larger than layer {module.name} ({module.d_in} -> {module.d_out}); "
+                f"set adapter.rank to at most {min(module.d_in, module.d_out)}"
+            )
+
+
+def inject(root: nn.Module, spec: AdapterSpec, modules: list[ModuleSpec], *, dropout: float, seed: int) -> None:
+    """Swap the layers of ``root`` for LoRA layers around them, in place.
+
+    ``factor_a`` starts Kaiming-uniform from ``seed`` (as in peft), ``factor_b`` at zero: the adapter starts as nothing.
+
+    Args:
+        root: a shared tree, not the base itself.
+        spec: scaling and largest rank.
+        modules: the layers, with paths relative to ``root``.
+        dropout: on the input of ``factor_a``, in training only.
+        seed: seeds the first factors; the global random state is left alone.
+
+    Raises:
+        ModelError: if peft adapted other layers than these, or trains anything but their factors.
+    """
+    from peft import inject_adapter_in_model
+
+    with quiet_peft(), torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(_peft_config(spec, modules, dropout), root, adapter_name=_ADAPTER)
+    _check_injected(root, {module.name for module in modules})
+    generator = generator_for(seed, "factors")
+    for module in sorted(modules, key=lambda one: one.name):
+        factor_a, factor_b = factors_of(root, module.name)
+        with torch.no_grad():
+            factor_a.data = _kaiming_uniform(factor_a.shape, generator)
+            factor_b.data = torch.zeros(factor_b.shape)
+
+
+def _peft_config(spec: AdapterSpec, modules: list[ModuleSpec], dropout: float) -> Any:
+    from peft import LoraConfig
+
+    def varied(name: str) -> dict[str, Any]:
+        common = getattr(spec, name)
+        return {f"^{re.escape(m.name)}$": getattr(m, name) for m in modules if getattr(m, name) != common}
+
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        use_rslora=spec.use_rslora,
+        lora_dropout=dropout,
+        target_modules=[module.name for module in modules],
+        rank_pattern=varied("rank"),
+        alpha_pattern=varied("alpha"),
+        fan_in_fan_out=any(module.fan_in_fan_out for module in modules),
+        bias="none",
+    )
+
+
+def _check_injected(root: nn.Module, expected: set[str]) -> None:
+    found = {name for name, module in root.named_modules() if hasattr(module, "lora_A")}
+    if found != expected:
+        raise ModelError(
+            f"peft adapted {sorted(found - expected)[:3]} besides and left out {sorted(expected - found)[:3]}; "
+            "give adapter.target_modules as whole paths"
+        )
+    stray = [name for name, tensor in root.named_parameters() if tensor.requires_grad and ".lora_" not in name]
+    if stray:
+        raise ModelError(f"peft left {stray[0]} of the base model trainable; expected LoRA factors only")
+
+
+def _kaiming_uniform(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+
+
+def factors_of(root: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """``factor_a`` (rank x d_in) and ``factor_b`` (d_out x rank) of an injected layer: the live parameters."""
+    layer: Any = root.get_submodule(name)
+    return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+
+
+def dropouts_of(model: nn.Module) -> list[nn.Module]:
+    """The adapter's own dropout layers; none where dropout is 0."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Dropout) and "lora_dropout" in name.split(".")
+    ]

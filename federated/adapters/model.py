@@ -1,0 +1,257 @@
+"""The adapted model: a module tree of its own over the base model's tensors.
+
+`attach` never touches the base: it copies the module tree, which is a few hundred objects, and shares every
+parameter and buffer with it. So many adapted trees (a device's slots, several clients) and the null model live beside
+each other, each costing only its adapter.
+
+Trainable tensors are float32 in the tree whatever the spec's dtype: an optimizer's small steps would vanish in
+bfloat16. `AdapterModel.read` casts to the spec's dtype, `AdapterModel.masters` does not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from federated.adapters.base import BaseModel
+from federated.adapters.heads import backbone_path, build_head
+from federated.adapters.lora import check_modules, dropouts_of, factors_of, inject, module_specs
+from federated.adapters.targets import resolve_targets
+from federated.config import AdapterConfig, TaskConfig
+from federated.errors import ModelError
+from federated.manifest import AdapterSpec, HeadSpec
+from federated.state import AdapterState, group_of
+
+__all__ = ["AdapterModel", "attach", "null_model", "shell", "share", "spec_for"]
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_KINDS = {
+    "sequence_classification": ("encoder", "decoder"),
+    "causal_lm": ("decoder",),
+    "sensor": ("module",),
+}
+GROUPS = ("factor_a", "factor_b", "dense")
+
+
+def share(base: BaseModel) -> nn.Module:
+    """A module tree like the base's, over the very same parameters and buffers."""
+    tensors = [*base.model.parameters(), *base.model.buffers()]
+    return copy.deepcopy(base.model, {id(tensor): tensor for tensor in tensors})
+
+
+class AdapterModel:
+    """A base model with one adapter, ready to train or to answer.
+
+    Attributes:
+        model: takes a task's batch; logits for classification, a transformers output for language models.
+        spec: the adapter's algebra.
+        base: the untouched base model.
+    """
+
+    def __init__(self, model: nn.Module, spec: AdapterSpec, base: BaseModel, tensors: dict[str, nn.Parameter]) -> None:
+        self.model = model.eval()
+        self.spec = spec
+        self.base = base
+        self._tensors = {name: tensors[name] for name in sorted(tensors)}
+        self._dropouts = dropouts_of(model)
+        self.set_trainable(GROUPS)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter's tensors are."""
+        return next(iter(self._tensors.values())).device
+
+    def trainable(self, groups: Sequence[str] = GROUPS) -> dict[str, nn.Parameter]:
+        """The live parameters of some groups by canonical name, sorted."""
+        return {name: tensor for name, tensor in self._tensors.items() if group_of(name) in groups}
+
+    def set_trainable(self, groups: Sequence[str]) -> None:
+        """Let gradients reach these groups and nothing else.
+
+        Raises:
+            ModelError: if a group is unknown, or no tensor is in any of them.
+        """
+        unknown = [group for group in groups if group not in GROUPS]
+        if unknown or not self.trainable(groups):
+            raise ModelError(f"nothing to train in groups {list(groups)}; expected some of {list(GROUPS)}")
+        self.model.requires_grad_(False)
+        for tensor in self.trainable(groups).values():
+            tensor.requires_grad_(True)
+
+    def set_dropout(self, active: bool) -> None:
+        """Switch the adapter's own dropout; everything else, the base's dropout included, stays in eval mode."""
+        self.model.eval()
+        for layer in self._dropouts:
+            layer.train(active)
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        """Copies of the adapter's tensors in float32, on the CPU."""
+        return {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in self._tensors.items()}
+
+    def read(self) -> AdapterState:
+        """A copy of the adapter in the spec's dtype, on the CPU."""
+        return AdapterState(self.spec, self.masters()).cast(self.spec.dtype)
+
+    def write(self, state: AdapterState) -> None:
+        """Copy an adapter into the model; all of it, or nothing when it does not fit.
+
+        Args:
+            state: the same spec and exactly the same names and shapes; float32 or the spec's dtype.
+
+        Raises:
+            ModelError: naming what differs.
+        """
+        self._check(state)
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                tensor.copy_(state.tensors[name])
+
+    def _check(self, state: AdapterState) -> None:
+        if state.spec != self.spec:
+            raise ModelError(f"the adapter's spec differs in {_difference(state.spec, self.spec)} from this model's")
+        missing = sorted(self._tensors.keys() - state.tensors.keys())
+        extra = sorted(state.tensors.keys() - self._tensors.keys())
+        if missing or extra:
+            raise ModelError(f"adapter tensors do not fit: missing {missing[:3]}, unexpected {extra[:3]}")
+        allowed = (torch.float32, _TORCH[self.spec.dtype])
+        for name, tensor in self._tensors.items():
+            given = state.tensors[name]
+            if given.shape != tensor.shape or given.dtype not in allowed:
+                raise ModelError(
+                    f"adapter tensor {name}: found {given.dtype} {tuple(given.shape)}, "
+                    f"expected {allowed[-1]} {tuple(tensor.shape)}"
+                )
+
+    def to(self, device: torch.device | str) -> AdapterModel:
+        """Move this tree to a device; the base keeps its own tensors where they are.
+
+        Returns:
+            This model.
+        """
+        target = torch.device(device)
+        if target.type != self.device.type or target.index not in (None, self.device.index):
+            moved = _move(self.model, target)
+            self._tensors = {name: moved[id(tensor)] for name, tensor in self._tensors.items()}
+        return self
+
+
+def _difference(found: AdapterSpec, expected: AdapterSpec) -> str:
+    for name in ("peft_type", "rank", "alpha", "use_rslora", "dtype", "head"):
+        if getattr(found, name) != getattr(expected, name):
+            return f"{name} (found {getattr(found, name)}, expected {getattr(expected, name)})"
+    return "its adapted layers"
+
+
+def _move(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter]:
+    """Replace every tensor of a tree by its copy on ``device``: `Module.to` would move shared ones."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                if id(tensor) not in moved:
+                    moved[id(tensor)] = nn.Parameter(tensor.detach().to(device), requires_grad=tensor.requires_grad)
+                module._parameters[name] = moved[id(tensor)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    return moved
+
+
+def spec_for(base: BaseModel, adapter: AdapterConfig, task: TaskConfig, *, seed: int) -> AdapterSpec:
+    """The adapter that a configuration asks for on this base.
+
+    Raises:
+        ModelError: if a target matches nothing, a rank is larger than its layer, or the base does not fit the task.
+    """
+    _check_task(base, task)
+    path = "" if task.name == "causal_lm" else backbone_path(base)
+    root = base.model.get_submodule(path)
+    targets = resolve_targets(root, adapter.target_modules)
+    modules = module_specs(root, targets, rank=adapter.rank, alpha=adapter.alpha)
+    check_modules(root, modules)
+    return AdapterSpec(
+        peft_type=adapter.kind,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        use_rslora=adapter.use_rslora,
+        modules=tuple(sorted((replace(m, name=_join(path, m.name)) for m in modules), key=lambda one: one.name)),
+        head=_head_spec(task, trained=adapter.train_head, seed=seed),
+        dtype=_DTYPES[adapter.dtype],
+    )
+
+
+def _check_task(base: BaseModel, task: TaskConfig) -> None:
+    if base.kind not in _KINDS[task.name]:
+        raise ModelError(
+            f"task {task.name} needs a base model of kind {' or '.join(_KINDS[task.name])}; "
+            f"{base.source} ({type(base.model).__name__}) is of kind {base.kind}"
+        )
+
+
+def _head_spec(task: TaskConfig, *, trained: bool, seed: int) -> HeadSpec | None:
+    if task.name == "causal_lm":
+        return None
+    return HeadSpec(kind=task.head, num_labels=len(task.labels), trained=trained, seed=seed)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def attach(base: BaseModel, adapter: AdapterConfig, task: TaskConfig, *, seed: int) -> AdapterModel:
+    """Put a new adapter on a base model; the base is not changed.
+
+    The adapter's effective update starts at zero, so its first answers are the null model's.
+
+    Args:
+        base: shared, frozen.
+        adapter: rank, scaling, targets.
+        task: decides the head.
+        seed: seeds the first factors and the head.
+
+    Raises:
+        ModelError: if the adapter does not fit the base (see `spec_for`).
+    """
+    return shell(base, spec_for(base, adapter, task, seed=seed), dropout=adapter.dropout, seed=seed)
+
+
+def shell(base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int = 0) -> AdapterModel:
+    """An adapted tree for a spec, to be filled with `AdapterModel.write`: a device's slot.
+
+    Raises:
+        ModelError: if a layer of the spec is not in the base, or differs in size.
+    """
+    if spec.peft_type != "lora":
+        raise ModelError(f"adapter type {spec.peft_type!r} is unknown; expected 'lora'")
+    tree = share(base)
+    modules = list(spec.modules)
+    check_modules(tree, modules)
+    inject(tree, spec, modules, dropout=dropout, seed=seed)
+    tensors: dict[str, nn.Parameter] = {}
+    for module in modules:
+        factor_a, factor_b = factors_of(tree, module.name)
+        tensors |= {f"{module.name}.factor_a": factor_a, f"{module.name}.factor_b": factor_b}
+    if spec.head is None:
+        return AdapterModel(tree, spec, base, tensors)
+    model, head = build_head(base, tree, spec.head)
+    return AdapterModel(model, spec, base, tensors | (head if spec.head.trained else {}))
+
+
+def null_model(base: BaseModel, task: TaskConfig, *, seed: int) -> nn.Module:
+    """The model without any adapter: the base, and for classification a head as it starts.
+
+    Its answers are bit-equal to those of a fresh adapter with the same seed. For language models it is the base itself.
+
+    Raises:
+        ModelError: if the base does not fit the task.
+    """
+    _check_task(base, task)
+    head = _head_spec(task, trained=False, seed=seed)
+    if head is None:
+        return base.model
+    model, _ = build_head(base, share(base), head)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,124 @@
+"""The Rule protocol: how many updates become one, with explicit state and no knowledge of Flower or a clock.
+
+A strategy calls, each round and phase: `Rule.plan` for every client of the cohort, `Rule.start`, then
+`Accumulator.add` for each good update as it arrives, and `Accumulator.finish`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+from federated.delta import Update
+from federated.manifest import AdapterSpec, TrainPlan
+from federated.state import AdapterState, GlobalState, RuleState, Tensors
+
+__all__ = ["Accumulator", "ClientView", "NextPhase", "Result", "Rule", "RuleProperties"]
+
+
+@dataclass(frozen=True)
+class RuleProperties:
+    """What a rule is, as data: combinations are checked from these before anything starts.
+
+    Args:
+        exactness: ``exact``, ``truncation`` (optimal), or ``approximate`` by design.
+        space: ``factor`` or ``product``.
+        linear: a sum of messages, which client-level DP and secure aggregation need.
+        mixed_ranks: clients may hold different ranks.
+        needs_individual_updates: must see updates one beside the other (robust rules).
+        fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
+        paper: where it was published.
+    """
+
+    exactness: Literal["exact", "truncation", "approximate"]
+    space: Literal["factor", "product"]
+    linear: bool
+    mixed_ranks: bool = False
+    needs_individual_updates: bool = False
+    fixed_space: bool = True
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class ClientView:
+    """What a rule may know of a client when it plans: its name and its declared capacity."""
+
+    client_id: str
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished accumulation yields.
+
+    Args:
+        mean_delta: weighted mean of the deltas in float64, for the server optimizer (rules in a fixed space).
+        state: the next global state, for rules that compute it themselves; exactly one of the two is set.
+        rule_state: the rule's memory for the next round; None keeps it.
+        participants: updates that went in.
+        total_weight: sum of their weights.
+        metrics: what the rule reports of itself.
+        servable: False where clients hold the rest of the model.
+    """
+
+    mean_delta: Tensors | None = None
+    state: GlobalState | None = None
+    rule_state: RuleState | None = None
+    participants: int = 0
+    total_weight: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    servable: bool = True
+
+
+@dataclass(frozen=True)
+class NextPhase:
+    """The round goes on with another exchange with the same cohort."""
+
+    state: GlobalState
+    phase: int
+
+
+@runtime_checkable
+class Accumulator(Protocol):
+    """One phase's running aggregate: one update in memory at a time unless the rule says otherwise."""
+
+    def add(self, update: Update, weight: float) -> None:
+        """Take in one admitted update.
+
+        Args:
+            update: delta with exactly the global adapter's names and shapes.
+            weight: > 0; number of examples, or 1 when clients count equally.
+
+        Raises:
+            AggregationError: if the update cannot be combined; the aggregate is unchanged.
+        """
+        ...
+
+    def finish(self) -> NextPhase | Result:
+        """Close the phase.
+
+        Raises:
+            NotEnoughUpdates: if nothing was added.
+        """
+        ...
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A published aggregation method."""
+
+    name: str
+    properties: RuleProperties
+
+    def init(self, spec: AdapterSpec) -> RuleState:
+        """The rule's memory before the first round."""
+        ...
+
+    def plan(self, state: GlobalState, client: ClientView, phase: int) -> tuple[TrainPlan, AdapterState]:
+        """What this client is asked to do, and the adapter that it starts from."""
+        ...
+
+    def start(self, state: GlobalState, phase: int) -> Accumulator:
+        """A fresh accumulator for one phase."""
+        ...

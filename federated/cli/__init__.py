@@ -1,0 +1,1 @@
+"""The ``fedpeft`` command: the one place where names in a config become objects."""

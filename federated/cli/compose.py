@@ -1,0 +1,103 @@
+"""Hydra, once, where a run starts: an app folder's ``conf/`` plus overrides become one ExperimentConfig.
+
+The only importer of hydra. What goes wrong in a config is said in one line: the key, what was found, what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from federated.config import ExperimentConfig, experiment_from
+from federated.errors import ConfigError
+
+__all__ = ["compose", "conf_folder", "from_hydra", "one_line"]
+
+
+def conf_folder(app_dir: Path) -> Path:
+    """The app folder's ``conf/``.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    folder = app_dir.resolve() / "conf"
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{app_dir} is no app folder: expected conf/config.yaml in it; say --app DIR")
+    return folder
+
+
+def compose(app_dir: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Compose, resolve and validate.
+
+    Raises:
+        ConfigError: one line: the key, the value found, and what is allowed.
+    """
+    folder = conf_folder(app_dir)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            return from_hydra(hydra_compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error, folder)) from None
+
+
+def from_hydra(config: DictConfig) -> ExperimentConfig:
+    """The schema's records from what Hydra composed.
+
+    Raises:
+        ConfigError: for a wrong key, type or range, or a value that must be given.
+    """
+    try:
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from None
+    plain.pop("hydra", None)
+    return experiment_from(plain)
+
+
+def one_line(error: Exception, folder: Path | None = None) -> str:
+    """Say a Hydra or OmegaConf error in one line, with what would have been right."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"Could not find '([^']+)'", text):
+        return _unknown_choice(found[1], folder)
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"{found[1]}: unknown key{_closest(found[1], folder)}; see fedpeft simulate --cfg job"
+    if found := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{found[1]}: must be given, such as {found[1]}=..."
+    return text
+
+
+def _unknown_choice(name: str, folder: Path | None) -> str:
+    group, _, choice = name.rpartition("/")
+    options = sorted(path.stem for path in (folder / group).glob("*.yaml")) if folder and group else []
+    shown = [option for option in options if not option.startswith("_")]
+    return (
+        f"{group or 'config'} = {choice!r}: no such choice; expected one of {', '.join(shown) or 'the files in conf/'}"
+    )
+
+
+def _closest(key: str, folder: Path | None) -> str:
+    if folder is None:
+        return ""
+    names = _keys(OmegaConf.create(experiment_from({"task": {"labels": ["a", "b"]}}).to_dict()))
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    names = []
+    for key, value in node.items():
+        names.append(f"{prefix}{key}")
+        if OmegaConf.is_dict(value):
+            names += _keys(value, f"{prefix}{key}.")
+    return names

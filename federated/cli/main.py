@@ -1,0 +1,121 @@
+"""``fedpeft``: simulate and train, look into the registry, act as a device.
+
+Errors of this library are one line on stderr and exit code 1 (2 for a wrong configuration or command line, 130 when
+the user stopped it).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from click.exceptions import Abort, ClickException, Exit
+from rich.console import Console
+
+from federated.cli import assets, device, registry
+from federated.errors import ConfigError, FederatedError, RunInterrupted
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Federated fine-tuning of PEFT adapters: train, publish, serve, undo.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(registry.app, name="registry")
+app.add_typer(device.app, name="device")
+app.add_typer(assets.app, name="assets")
+
+AppOption = Annotated[
+    Path, typer.Option("--app", metavar="DIR", help="App folder with conf/, clients/app.py and strategies/app.py.")
+]
+CfgOption = Annotated[
+    str | None, typer.Option("--cfg", metavar="job", help="Print the resolved configuration instead of running.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[OVERRIDES]...", help="Hydra overrides, such as strategy=fedadam rounds=5."),
+]
+
+
+@app.command()
+def simulate(
+    overrides: Overrides = None,
+    app_dir: AppOption = Path(),
+    cfg: CfgOption = None,
+    multirun: Annotated[
+        bool, typer.Option("--multirun", "-m", help="Sweep: comma-separated values, Hydra's way.")
+    ] = False,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Go on with an interrupted run.")] = None,
+) -> None:
+    """Run a whole federation on this machine from conf/ plus overrides."""
+    from federated.cli import simulate as command
+
+    _environment()
+    command.run(list(overrides or []), app_dir=app_dir, show=cfg, multirun=multirun, resume=resume)
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    app_dir: AppOption = Path(),
+    cfg: CfgOption = None,
+) -> None:
+    """Fine-tune the same adapter centrally, on pooled data that this machine may hold, into the same registry."""
+    from federated.cli import train as command
+
+    _environment()
+    command.run(list(overrides or []), app_dir=app_dir, show=cfg)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")]) -> None:
+    """Write report.html of a run again."""
+    from federated.report import write_report
+
+    typer.echo(str(write_report(run_dir)))
+
+
+def _environment() -> None:
+    """Nothing that runs here calls home."""
+    for name, value in (
+        ("FLWR_TELEMETRY_ENABLED", "0"),
+        ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def main() -> None:
+    """Entry point: run, and turn errors into one line and an exit code."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        app(standalone_mode=False)
+    except Exit as error:
+        return int(error.exit_code)
+    except ClickException as error:
+        error.show()
+        return error.exit_code
+    except RunInterrupted as error:
+        errors.print(f"interrupted: {error}", style="yellow", markup=False)
+        return 130
+    except (KeyboardInterrupt, Abort):
+        errors.print("interrupted", style="yellow")
+        return 130
+    except FederatedError as error:
+        errors.print(f"error: {error}", style="red", markup=False)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""``fedpeft registry``: list, show and follow the versions of a registry. It only reads.
+
+Errors are `federated.errors.FederatedError`; the caller prints them. Tables go to stdout, what was chosen on the
+user's behalf to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from federated.errors import RegistryError
+from federated.registry import Registry, VersionRecord
+
+__all__ = ["app", "find_registry", "open_registry"]
+
+app = typer.Typer(help="List, show and follow published adapter versions.", no_args_is_help=True)
+
+_DATABASE = "registry.db"
+_WIDE = 200  # columns when stdout is no terminal, so that nothing is cut in a pipe
+
+RegistryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--registry",
+        metavar="PATH_OR_URL",
+        help="Folder or SQLAlchemy URL. Default: $FEDPEFT_REGISTRY, else the newest registry below runs/.",
+    ),
+]
+BlobsOption = Annotated[
+    Path | None, typer.Option("--blobs", metavar="FOLDER", help="Folder of the blobs, where --registry is a URL.")
+]
+VersionArgument = Annotated[
+    str, typer.Argument(metavar="VERSION", help="latest, v3, RUN:v3, a channel, or the beginning of an id.")
+]
+
+
+def find_registry(folder: Path | None = None) -> str:
+    """The registry to use when none was named; says which on stderr.
+
+    Args:
+        folder: where ``runs/`` is; default: the current folder.
+
+    Raises:
+        RegistryError: if the environment names none and there is none below ``runs/``.
+    """
+    named = os.environ.get("FEDPEFT_REGISTRY")
+    if named:
+        return _say(named, "from FEDPEFT_REGISTRY")
+    below = folder or Path()
+    found = [path for depth in ("*", "*/*") for path in below.glob(f"runs/{depth}/registry/{_DATABASE}")]
+    if not found:
+        raise RegistryError(
+            f"no registry was named and there is none in {below.absolute() / 'runs'}; "
+            f"run a simulation here first, pass --registry PATH, or set FEDPEFT_REGISTRY"
+        )
+    return _say(str(max(found, key=_touched).parent), "the newest one in runs/")
+
+
+def open_registry(registry: str | None, blobs: Path | None = None) -> Registry:
+    """Open an existing registry for a command.
+
+    Args:
+        registry: folder or URL; None: see `find_registry`.
+        blobs: folder of the blobs, for a URL.
+
+    Raises:
+        RegistryError: if there is none, or it cannot be opened.
+    """
+    return Registry.open(registry or find_registry(), create=False, blobs=blobs)
+
+
+@app.command("list")
+def list_versions(registry: RegistryOption = None, blobs: BlobsOption = None) -> None:
+    """List all versions, newest first."""
+    with open_registry(registry, blobs) as store:
+        records = store.versions()
+    _print_versions(reversed(records), title=f"{len(records)} versions")
+
+
+@app.command()
+def show(version: VersionArgument, registry: RegistryOption = None, blobs: BlobsOption = None) -> None:
+    """Show one version's whole record."""
+    with open_registry(registry, blobs) as store:
+        record = store.get(version)
+    table = Table("field", "value", title=_cell(f"version {record.number} of run {record.manifest.run_id}"))
+    _fill(table, _details(record))
+    _console().print(table)
+
+
+@app.command()
+def lineage(version: VersionArgument = "latest", registry: RegistryOption = None, blobs: BlobsOption = None) -> None:
+    """Show a version and all its ancestors, newest first."""
+    with open_registry(registry, blobs) as store:
+        records = store.lineage(version)
+    _print_versions(records, title=f"lineage of {records[0].version_id[:12]}")
+
+
+@app.command()
+def channels(registry: RegistryOption = None, blobs: BlobsOption = None) -> None:
+    """Show where each channel points."""
+    with open_registry(registry, blobs) as store:
+        pointed = {name: store.get(version_id) for name, version_id in store.channels().items()}
+    table = Table("channel", "version", "id", "run")
+    rows = [[name, f"v{at.number}", at.version_id[:12], at.manifest.run_id] for name, at in pointed.items()]
+    _fill(table, rows)
+    _console().print(table)
+
+
+def _say(location: str, why: str) -> str:
+    Console(stderr=True, soft_wrap=True).print(_cell(f"registry: {location} ({why})"))
+    return location
+
+
+def _touched(database: Path) -> float:
+    log = database.with_name(f"{_DATABASE}-wal")
+    return max(path.stat().st_mtime for path in (database, log) if path.exists())
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
+
+
+def _cell(value: object) -> Text:
+    """Text without markup; control characters, which a stored record may carry, made visible."""
+    text = str(value)
+    return Text("".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text))
+
+
+def _fill(table: Table, rows: Iterable[Sequence[object]]) -> None:
+    for row in rows:
+        table.add_row(*map(_cell, row))
+
+
+def _print_versions(records: Iterable[VersionRecord], *, title: str) -> None:
+    table = Table("version", "id", "run", "method", "clients", "metrics", "published (UTC)", "channels", title=title)
+    _fill(table, map(_summary, records))
+    _console().print(table)
+
+
+def _summary(record: VersionRecord) -> list[object]:
+    manifest = record.manifest
+    return [
+        f"v{record.number}",
+        record.version_id[:12],
+        manifest.run_id,
+        manifest.method,
+        manifest.participants,
+        ", ".join(f"{name} {_number(value)}" for name, value in sorted(manifest.metrics.items())),
+        f"{record.created_at:%Y-%m-%d %H:%M:%S}",
+        ", ".join(record.channels),
+    ]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _details(record: VersionRecord) -> list[tuple[str, object]]:
+    manifest, spec = record.manifest, record.manifest.spec
+    return [
+        ("version id", record.version_id),
+        ("number", f"v{record.number}"),
+        ("run", manifest.run_id),
+        ("published (UTC)", f"{record.created_at:%Y-%m-%d %H:%M:%S}"),
+        ("channels", ", ".join(record.channels) or "none"),
+        ("parent", manifest.parent or "none"),
+        ("base digest", manifest.base_digest),
+        ("weights digest", manifest.weights_digest),
+        ("method", manifest.method),
+        ("participants", manifest.participants),
+        (
+            "adapter",
+            f"{spec.peft_type}, rank {spec.rank}, alpha {spec.alpha:g}, {len(spec.modules)} modules, {spec.dtype}",
+        ),
+        ("servable", "yes" if manifest.servable else "no"),
+        ("privacy", _json(manifest.privacy) if manifest.privacy else "not accounted"),
+        ("metrics", _json(manifest.metrics)),
+        ("task", _json(manifest.task)),
+        ("code version", manifest.code_version or "unknown"),
+    ]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)

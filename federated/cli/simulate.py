@@ -1,0 +1,120 @@
+"""``fedpeft simulate``: compose with Hydra, run the federation, say where the report is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from hydra import main as hydra_main
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from federated.cli.apps import enter_app, load_client_app
+from federated.cli.compose import compose, conf_folder, from_hydra, one_line
+from federated.config import ExperimentConfig, experiment_from
+from federated.errors import ConfigError
+from federated.flower import RunSummary
+from federated.flower import simulate as simulate_federation
+
+__all__ = ["run"]
+
+
+def run(
+    overrides: list[str], *, app_dir: Path, show: str | None, multirun: bool, resume: Path | None
+) -> list[RunSummary]:
+    """Run what the command line asks for.
+
+    Args:
+        overrides: Hydra overrides.
+        app_dir: app folder.
+        show: ``"job"`` prints the resolved configuration and runs nothing.
+        multirun: sweep over comma-separated values.
+        resume: folder of an interrupted run.
+
+    Returns:
+        One summary per job; empty when only shown.
+
+    Raises:
+        FederatedError: see `federated.flower.simulate`.
+    """
+    console = Console()
+    folder = enter_app(app_dir)
+    if multirun:
+        return _sweep(folder, overrides, console)
+    config = _resumed(resume, overrides) if resume else compose(folder, overrides)
+    if show is not None:
+        show_config(config, show, console)
+        return []
+    return [_one(config, folder, console)]
+
+
+def show_config(config: ExperimentConfig, what: str, console: Console) -> None:
+    """Print the resolved configuration as YAML.
+
+    Raises:
+        ConfigError: for anything but ``job``.
+    """
+    if what != "job":
+        raise ConfigError(f"--cfg {what}: expected --cfg job")
+    console.print(yaml.safe_dump(config.to_dict(), sort_keys=False), highlight=False, markup=False, soft_wrap=True)
+
+
+def _resumed(folder: Path, overrides: Sequence[str]) -> ExperimentConfig:
+    """The interrupted run's own configuration; only the number of rounds may be changed."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--resume {folder}: no config.yaml there; expected the folder of an interrupted run")
+    config = experiment_from(yaml.safe_load(path.read_text()))
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "rounds" or not value.isdigit():
+            raise ConfigError(f"{override}: a resumed run keeps its configuration; only rounds=N may be given")
+        config = replace(config, rounds=int(value))
+    return replace(config, run_dir=str(folder), resume=True)
+
+
+def _one(config: ExperimentConfig, folder: Path, console: Console) -> RunSummary:
+    summary = simulate_federation(config, load_client_app(folder))
+    console.print(f"last version  {summary.version_id[:16]}  (weights {summary.weights_digest[:16]})", highlight=False)
+    console.print(f"registry      {summary.registry}", highlight=False, soft_wrap=True)
+    console.print(f"report        {summary.report}", highlight=False, soft_wrap=True)
+    return summary
+
+
+def _sweep(folder: Path, overrides: list[str], console: Console) -> list[RunSummary]:
+    """Hydra's own multirun, so that its sweepers and launchers work."""
+    summaries: list[RunSummary] = []
+
+    def job(composed: DictConfig) -> str:
+        summary = _one(from_hydra(composed), folder, console)
+        summaries.append(summary)
+        return summary.version_id
+
+    _with_hydra(job, folder, overrides)
+    table = Table("run", "last version", "report", title="Sweep")
+    for summary in summaries:
+        table.add_row(summary.run_id, summary.version_id[:16], str(summary.report))
+    console.print(table)
+    return summaries
+
+
+def _with_hydra(job: Callable[[DictConfig], str], folder: Path, overrides: list[str]) -> None:
+    conf = conf_folder(folder)
+    arguments, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["fedpeft", "--multirun", *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the error can be said in one line
+    try:
+        hydra_main(version_base="1.3", config_path=str(conf), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error, conf)) from None
+    finally:
+        sys.argv = arguments
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]

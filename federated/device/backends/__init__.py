@@ -1,0 +1,7 @@
+"""What builds and runs models for a runtime: the protocol, and torch."""
+
+from __future__ import annotations
+
+from federated.device.backends.protocol import Backend
+
+__all__ = ["Backend"]

@@ -1,0 +1,144 @@
+"""The client's half: answer who I am, and train or evaluate when asked. One message per round carries both.
+
+`clients/app.py` registers these handlers on a Flower ClientApp; anybody's own ClientApp can do the same. An error
+becomes a refusal with a reason, never a traceback: what a foreign exception says may quote training data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+
+from federated.config import ExperimentConfig
+from federated.errors import BaseMismatch, ConfigError
+from federated.flower.client_store import ClientStore
+from federated.flower.records import (
+    Assignment,
+    assignment_of,
+    config_of,
+    packet_of,
+    parse_adapter_packet,
+    refusal_content,
+    reply_content,
+)
+from federated.flower.session import ClientSite, Session, open_session, site_of
+from federated.manifest import canonical_json, digest_of
+from federated.state import AdapterState, to_raw
+from federated.training import client_seed
+from federated.wire import seal_update
+
+__all__ = ["handle_query", "handle_train"]
+
+_LOG = logging.getLogger(__name__)
+
+
+def handle_query(message: Message, context: Context) -> Message:
+    """Answer with this client's id."""
+
+    def answer() -> RecordDict:
+        config = config_of(message)
+        return reply_content(site_of(context.node_config, config).client_id, "", {})
+
+    return _guarded(message, answer)
+
+
+def handle_train(message: Message, context: Context) -> Message:
+    """Train (or only evaluate) from the adapter in the message and answer with the sealed update and metrics.
+
+    Privacy: the reply holds the delta, its example count and metrics; examples never leave this process.
+    """
+
+    def answer() -> RecordDict:
+        config = config_of(message)
+        site = site_of(context.node_config, config)
+        return _run_task(message, site.applied_to(config), site)
+
+    return _guarded(message, answer)
+
+
+def _guarded(message: Message, answer: Callable[[], RecordDict]) -> Message:
+    try:
+        content = answer()
+    except Exception as error:  # noqa: BLE001 - the boundary: whatever happened becomes a named refusal
+        _LOG.debug("client refuses", exc_info=True)
+        content = refusal_content("", error)
+    return Message(content, reply_to=message)
+
+
+def _run_task(message: Message, config: ExperimentConfig, site: ClientSite) -> RecordDict:
+    task = assignment_of(message)
+    if task.client_id != site.client_id:
+        raise ConfigError(f"a task for client {task.client_id!r} reached client {site.client_id!r}")
+    session = open_session(config)
+    _check_base(task, session, site)
+    state = parse_adapter_packet(packet_of(message.content))
+    if task.plan.mode == "evaluate":
+        return _evaluate(task, session, state)
+    store = ClientStore(Path(site.store), run_id=task.run_id, client_id=site.client_id)
+    answered = _answered(store, task)
+    if answered is None:
+        answered = _train(task, session, state=state, store=store)
+    metrics, packet = answered
+    return reply_content(site.client_id, task.task_token, metrics, packet)
+
+
+def _evaluate(task: Assignment, session: Session, state: AdapterState) -> RecordDict:
+    result = session.trainer.run(state, task.plan, session.local_data(task.client_id), seed=0)
+    return reply_content(task.client_id, task.task_token, result.metrics)
+
+
+def _train(
+    task: Assignment, session: Session, *, state: AdapterState, store: ClientStore
+) -> tuple[dict[str, float], bytes]:
+    data = session.local_data(task.client_id)
+    seed = client_seed(session.config.seed, task.round_number, task.client_id)
+    result = session.trainer.run(state, task.plan, data, seed=seed)
+    packet = seal_update(
+        to_raw(result.delta),
+        run_id=task.run_id,
+        client_id=task.client_id,
+        round_number=task.round_number,
+        phase=task.plan.phase,
+        task_token=task.task_token,
+        counter=store.next_counter(),
+        parent_version=task.parent_version,
+        base_digest=task.base_digest,
+        spec=state.spec,
+        plan_digest=task.plan.digest,
+        num_examples=result.num_examples,
+    )
+    metrics = dict(result.metrics)
+    store.put(task.round_number, f"{_answer_key(task)}.metrics", canonical_json(_finite(metrics)))
+    store.put(task.round_number, f"{_answer_key(task)}.packet", packet)
+    return metrics, packet
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}
+
+
+def _answer_key(task: Assignment) -> str:
+    return f"answer-{task.plan.phase}-{digest_of([task.task_token, task.plan.digest])[:24]}"
+
+
+def _answered(store: ClientStore, task: Assignment) -> tuple[dict[str, float], bytes] | None:
+    """The answer given to this very task before: sent again as it was, not computed a second time."""
+    packet = store.get(task.round_number, f"{_answer_key(task)}.packet")
+    metrics = store.get(task.round_number, f"{_answer_key(task)}.metrics")
+    return None if packet is None or metrics is None else (json.loads(metrics), packet)
+
+
+def _check_base(task: Assignment, session: Session, site: ClientSite) -> None:
+    found = session.adapter.base.base_digest
+    if task.base_digest != found:
+        raise BaseMismatch(
+            f"the task is for base model {task.base_digest[:12]}, this client holds {found[:12]}: "
+            "install the same model files, tokenizer and configuration on both sides"
+        )
+    if site.allowed_base_digests and found not in site.allowed_base_digests:
+        raise BaseMismatch(f"base model {found[:12]} is not among those that this client allows")

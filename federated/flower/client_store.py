@@ -1,0 +1,73 @@
+"""What a client must remember between messages, on its own disk: keyed by (run, client, round), two rounds kept.
+
+Rules that keep factors on the client, message counters and answers that may have to be sent again live here. The
+store never travels. Writes are atomic (temporary file, then rename); a half-written entry is never seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from federated.errors import DataError
+
+__all__ = ["ClientStore"]
+
+_KEPT_ROUNDS = 2
+
+
+class ClientStore:
+    """Named bytes of one client in one run.
+
+    Args:
+        root: folder of all stores on this machine.
+        run_id: the run.
+        client_id: stable name; hashed into the folder's name, so that any name is safe as a path.
+    """
+
+    def __init__(self, root: Path, *, run_id: str, client_id: str) -> None:
+        name = hashlib.sha256(f"{run_id}\0{client_id}".encode()).hexdigest()[:32]
+        self.folder = root / name
+
+    def get(self, round_number: int, key: str) -> bytes | None:
+        """The bytes stored under (round, key), or None."""
+        path = self.folder / str(round_number) / key
+        return path.read_bytes() if path.is_file() else None
+
+    def put(self, round_number: int, key: str, data: bytes) -> None:
+        """Store bytes under (round, key) and forget rounds older than the last two.
+
+        Raises:
+            DataError: if the disk refuses.
+        """
+        try:
+            self._write(self.folder / str(round_number) / key, data)
+            self._forget(round_number - _KEPT_ROUNDS)
+        except OSError as error:
+            raise DataError(f"cannot write the client's store in {self.folder}: {error.strerror}") from None
+
+    def next_counter(self) -> int:
+        """Count messages of this client in this run, from 1, across restarts."""
+        path = self.folder / "counter.json"
+        last = json.loads(path.read_text())["counter"] if path.is_file() else 0
+        try:
+            self._write(path, json.dumps({"counter": last + 1}).encode())
+        except OSError as error:
+            raise DataError(f"cannot write the client's store in {self.folder}: {error.strerror}") from None
+        return int(last) + 1
+
+    @staticmethod
+    def _write(path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+
+    def _forget(self, last: int) -> None:
+        for folder in self.folder.iterdir():
+            if folder.name.isdigit() and int(folder.name) <= last:
+                for path in folder.iterdir():
+                    path.unlink()
+                folder.rmdir()

@@ -1,0 +1,102 @@
+"""Where simulated clients run: in-process (default) or Flower's Ray engine. Both hand the server a Grid.
+
+Deployment needs no engine here: `strategies/app.py` gives `Run.serve` the Grid of the SuperLink.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from federated.config import EngineConfig, ExperimentConfig
+from federated.errors import ConfigError, FederatedError, RunInterrupted
+from federated.flower.inprocess import InProcessGrid, default_workers
+from federated.flower.run import Run, RunSummary
+from federated.flower.session import use_client_store
+
+__all__ = ["run_inprocess", "run_ray", "simulate"]
+
+T = TypeVar("T")
+
+_OFF_SWITCHES = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def simulate(config: ExperimentConfig, client_app: ClientApp) -> RunSummary:
+    """Run a whole federation on this machine.
+
+    Args:
+        config: the experiment; its ``engine`` says where.
+        client_app: what each client runs.
+
+    Raises:
+        FederatedError: before anything starts, for whatever cannot run; later, for what ended the run.
+    """
+    torch.set_num_threads(1)  # before anything computes: forked workers must not inherit a thread pool
+    run = Run(config)
+    use_client_store(run.folder / "clients")
+    engine = run_ray if config.engine.name == "ray" else run_inprocess
+    return engine(run.serve, client_app, num_nodes=run.clients, config=config.engine)
+
+
+def run_inprocess(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int, config: EngineConfig) -> T:
+    """Serve on an in-process Grid whose workers are forked from this process as it is now."""
+    workers = min(config.workers or default_workers(), num_nodes)
+    shuffle = None if config.shuffle_arrivals < 0 else config.shuffle_arrivals
+    with InProcessGrid(client_app, num_nodes, workers=workers, shuffle=shuffle) as grid:
+        return serve(grid)
+
+
+def run_ray(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int, config: EngineConfig) -> T:
+    """Serve on Flower's Ray engine: one actor per worker, one CPU each.
+
+    Raises:
+        ConfigError: if Ray is not installed.
+        RunInterrupted: on Ctrl-C.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("engine.name = 'ray': Ray is not installed; install federated-peft[ray] or use inprocess")
+    for name, value in _OFF_SWITCHES.items():
+        os.environ.setdefault(name, value)
+    from flwr.simulation import run_simulation
+
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, _: Context) -> None:
+        try:
+            outcome.append(serve(grid))
+        except FederatedError as error:  # Flower would wrap it; the caller wants it as it is
+            failure.append(error)
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    workers = min(config.workers or default_workers(), num_nodes)
+    try:
+        run_simulation(
+            server_app=app,
+            client_app=client_app,
+            num_supernodes=num_nodes,
+            backend_config={
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+                "init_args": {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False},
+            },
+        )
+    except KeyboardInterrupt:
+        raise RunInterrupted("stopped; finished rounds are published") from None
+    if failure:
+        raise failure[0]
+    return outcome[0]

@@ -1,0 +1,169 @@
+"""From a finished round to an immutable version, with what the server needs to go on from there.
+
+The training state (master copy, optimizer moments, rule memory, message counters) is saved with each version and
+never travels to devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, Self
+
+from federated import __version__
+from federated.config import ExperimentConfig
+from federated.errors import RegistryError, WireError
+from federated.manifest import AdapterSpec, VersionManifest, sha256_hex
+from federated.registry import Registry
+from federated.server_optimizers import OptimizerState
+from federated.state import AdapterState, GlobalState, RuleState, Tensors, from_raw, to_raw
+from federated.wire import decode_packet, encode_packet, encode_tensors
+
+__all__ = ["Publisher", "RegistryPublisher", "TrainingState", "recipe_record", "weights_digest"]
+
+
+def weights_digest(adapter: AdapterState) -> str:
+    """SHA-256 of the adapter's canonical bytes."""
+    return sha256_hex(encode_tensors(to_raw(adapter.tensors)))
+
+
+def recipe_record(config: ExperimentConfig) -> dict[str, Any]:
+    """What a device needs to serve a version: task, base model, adapter and seed, as plain data."""
+    plain = config.to_dict()
+    return {"task": plain["task"], "model": plain["model"], "adapter": plain["adapter"], "seed": config.seed}
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The server between two rounds.
+
+    Args:
+        round_number: the last finished round; 0 before the first.
+        global_state: master copy and rule memory.
+        optimizer_state: moments.
+        counters: last message counter seen from each client.
+    """
+
+    round_number: int
+    global_state: GlobalState
+    optimizer_state: OptimizerState
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """Pack for the registry."""
+        rule = self.global_state.rule_state
+        header = {
+            "kind": "training_state",
+            "round_number": self.round_number,
+            "steps": self.optimizer_state.steps,
+            "counters": dict(self.counters),
+            "rule": dict(rule.scalars),
+            "spec": asdict(self.global_state.adapter.spec),
+        }
+        groups: dict[str, Tensors] = {
+            "global": self.global_state.adapter.tensors,
+            "optimizer": self.optimizer_state.moments,
+            "rule": rule.tensors,
+        }
+        tensors = {f"{group}:{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+        return encode_packet(header, to_raw(tensors))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Unpack.
+
+        Raises:
+            RegistryError: if the bytes are no training state.
+        """
+        try:
+            header, raw, _ = decode_packet(data)
+            groups: dict[str, dict[str, Any]] = {"global": {}, "optimizer": {}, "rule": {}}
+            for name, tensor in from_raw(raw).items():
+                group, _, rest = name.partition(":")
+                groups[group][rest] = tensor
+            adapter = AdapterState(AdapterSpec.from_dict(header["spec"]), groups["global"])
+            state = GlobalState(adapter, rule_state=RuleState(header["rule"], groups["rule"]))
+            moments = OptimizerState(int(header["steps"]), groups["optimizer"])
+            return cls(int(header["round_number"]), state, moments, header["counters"])
+        except (WireError, KeyError, TypeError, ValueError) as error:
+            raise RegistryError(f"the stored training state cannot be read ({error}); start a new run") from None
+
+
+class Publisher(Protocol):
+    """Takes each round's global adapter and gives it a version id."""
+
+    def publish(
+        self,
+        training: TrainingState,
+        *,
+        parent: str | None,
+        participants: int,
+        metrics: Mapping[str, float],
+        servable: bool = True,
+    ) -> VersionManifest:
+        """Make a version; the manifest's ``version_id`` names it."""
+        ...
+
+
+class RegistryPublisher:
+    """Publishes every round to a registry and moves a channel to it.
+
+    Args:
+        registry: open registry; None keeps no version (a plain Flower ServerApp without one).
+        config: the experiment.
+        run_id: the run.
+        base_digest: the base model.
+        method: rule and server optimizer, in words.
+        channel: channel to move; None moves none.
+    """
+
+    def __init__(
+        self,
+        registry: Registry | None,
+        config: ExperimentConfig,
+        *,
+        run_id: str,
+        base_digest: str,
+        method: str,
+        channel: str | None = "dev",
+    ) -> None:
+        self._registry = registry
+        self._config = config
+        self._run_id = run_id
+        self._base_digest = base_digest
+        self._method = method
+        self._channel = channel
+
+    def publish(
+        self,
+        training: TrainingState,
+        *,
+        parent: str | None,
+        participants: int,
+        metrics: Mapping[str, float],
+        servable: bool = True,
+    ) -> VersionManifest:
+        """Make a version of the training state's adapter.
+
+        Raises:
+            RegistryError: if the registry refuses; earlier versions are untouched.
+        """
+        adapter = training.global_state.export()
+        weights = encode_tensors(to_raw(adapter.tensors))
+        manifest = VersionManifest(
+            weights_digest=sha256_hex(weights),
+            base_digest=self._base_digest,
+            spec=adapter.spec,
+            method=self._method,
+            run_id=self._run_id,
+            round_number=training.round_number,
+            parent=parent,
+            participants=participants,
+            metrics=dict(metrics),
+            code_version=__version__,
+            servable=servable,
+            task=recipe_record(self._config),
+        )
+        if self._registry is not None:
+            self._registry.publish(manifest, weights, training_state=training.to_bytes(), channel=self._channel)
+        return manifest

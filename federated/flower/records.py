@@ -1,0 +1,218 @@
+"""What travels in a Flower message: one packed Array, and plain scalars beside it.
+
+Server to client (``train``): ``task`` (the assignment and the experiment as JSON) and ``packet`` (the adapter).
+Client to server: ``reply`` (who and which task, or why not), ``metrics`` and, after training, ``packet`` (the sealed
+update). Packets are opaque to Flower: no numpy file is parsed on either side, `federated.wire` reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Self
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from federated.config import ExperimentConfig, experiment_from
+from federated.errors import FederatedError, WireError
+from federated.manifest import AdapterSpec, TrainPlan, canonical_json
+from federated.state import AdapterState, from_raw, to_raw
+from federated.wire import decode_packet, encode_packet
+
+__all__ = [
+    "PACKET_STYPE",
+    "Assignment",
+    "Reply",
+    "adapter_packet",
+    "assignment_of",
+    "config_of",
+    "packet_of",
+    "parse_adapter_packet",
+    "query_content",
+    "refusal_content",
+    "reply_content",
+    "task_content",
+    "task_token",
+]
+
+PACKET_STYPE = "fedpeft.packet"
+"""Serialisation type of our Array: bytes that only `federated.wire` reads."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who is asked to do what, in which round, from which version.
+
+    Args:
+        run_id: the run.
+        client_id: whom it is meant for.
+        round_number: 1-based.
+        task_token: see `task_token`; the client sends it back.
+        parent_version: version id of the adapter in the packet.
+        base_digest: the base model that the adapter belongs to.
+        plan: what to train.
+    """
+
+    run_id: str
+    client_id: str
+    round_number: int
+    task_token: str
+    parent_version: str
+    base_digest: str
+    plan: TrainPlan
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Rebuild from JSON.
+
+        Raises:
+            WireError: if it is not an assignment.
+        """
+        try:
+            value = json.loads(text)
+            return cls(**{**value, "plan": TrainPlan.from_dict(value["plan"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise WireError(f"the message holds no task of this protocol: {type(error).__name__}") from None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's answer as plain data, before admission."""
+
+    client_id: str
+    task_token: str
+    metrics: Mapping[str, float]
+    packet: bytes | None
+    reason: str | None = None
+    message: str | None = None
+
+    @classmethod
+    def from_message(cls, message: Message) -> Self:
+        """Read a reply.
+
+        Raises:
+            WireError: if records are missing or of other types.
+        """
+        content = message.content
+        head, metrics = content.get("reply"), content.get("metrics")
+        if not isinstance(head, ConfigRecord):
+            raise WireError("the reply has no 'reply' record")
+        values = dict(metrics) if isinstance(metrics, MetricRecord) else {}
+        numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+        return cls(
+            client_id=str(head.get("client_id", "")),
+            task_token=str(head.get("task_token", "")),
+            metrics={key: value for key, value in numbers.items() if math.isfinite(value)},
+            packet=packet_of(content) if "packet" in content else None,
+            reason=str(head["reason"]) if "reason" in head else None,
+            message=str(head["message"])[:500] if "message" in head else None,
+        )
+
+
+def task_token(secret: bytes, *, run_id: str, round_number: int, plan: TrainPlan, client_id: str) -> str:
+    """Proof that the server sampled this client for this task: HMAC-SHA256, 64 hexadecimal characters."""
+    text = canonical_json([run_id, round_number, plan.mode, plan.phase, client_id])
+    return hmac.new(secret, text, hashlib.sha256).hexdigest()
+
+
+def adapter_packet(state: AdapterState) -> bytes:
+    """Pack an adapter for the way down."""
+    return encode_packet({"kind": "adapter", "spec": asdict(state.spec)}, to_raw(state.tensors))
+
+
+def parse_adapter_packet(data: bytes) -> AdapterState:
+    """Unpack an adapter.
+
+    Raises:
+        WireError: if it is not one.
+    """
+    header, tensors, _ = decode_packet(data)
+    try:
+        spec = AdapterSpec.from_dict(header["spec"])
+    except (KeyError, TypeError) as error:
+        raise WireError(f"the packet holds no adapter: {type(error).__name__}") from None
+    return AdapterState(spec, from_raw(tensors))
+
+
+def _packet_record(packet: bytes) -> ArrayRecord:
+    array = Array(dtype="uint8", shape=(len(packet),), stype=PACKET_STYPE, data=packet)
+    return ArrayRecord({"packet": array})
+
+
+def packet_of(content: RecordDict) -> bytes:
+    """The packed bytes of a message.
+
+    Raises:
+        WireError: if there is not exactly one Array of our kind.
+    """
+    record = content.get("packet")
+    if not isinstance(record, ArrayRecord) or list(record) != ["packet"]:
+        raise WireError("the message holds no packed Array: expected one ArrayRecord 'packet' with one Array")
+    array = record["packet"]
+    if array.stype != PACKET_STYPE:
+        raise WireError(f"the Array has serialisation type {array.stype[:40]!r}, expected {PACKET_STYPE!r}")
+    return bytes(array.data)
+
+
+def query_content(config: ExperimentConfig) -> RecordDict:
+    """Ask a node for its client id."""
+    return RecordDict({"task": ConfigRecord({"experiment": config.for_clients().to_json()})})
+
+
+def task_content(assignment: Assignment, config: ExperimentConfig, packet: bytes) -> RecordDict:
+    """One round's message to one client."""
+    head = ConfigRecord(
+        {"assignment": canonical_json(asdict(assignment)).decode(), "experiment": config.for_clients().to_json()},
+    )
+    return RecordDict({"task": head, "packet": _packet_record(packet)})
+
+
+def config_of(message: Message) -> ExperimentConfig:
+    """The experiment that a message carries, validated again on this side.
+
+    Raises:
+        WireError: if there is none.
+        ConfigError: if it is not valid here.
+    """
+    head = message.content.get("task")
+    if not isinstance(head, ConfigRecord) or not isinstance(head.get("experiment"), str):
+        raise WireError("the message holds no experiment: expected a ConfigRecord 'task' with 'experiment'")
+    return experiment_from(str(head["experiment"]))
+
+
+def assignment_of(message: Message) -> Assignment:
+    """The assignment that a message carries.
+
+    Raises:
+        WireError: if there is none.
+    """
+    head = message.content.get("task")
+    if not isinstance(head, ConfigRecord):
+        raise WireError("the message holds no task: expected a ConfigRecord 'task'")
+    return Assignment.from_json(str(head.get("assignment", "")))
+
+
+def reply_content(client_id: str, task: str, metrics: Mapping[str, float], packet: bytes | None = None) -> RecordDict:
+    """A client's answer; metrics that are not finite are left out."""
+    finite = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
+    content = RecordDict(
+        {"reply": ConfigRecord({"client_id": client_id, "task_token": task}), "metrics": MetricRecord(finite)}
+    )
+    if packet is not None:
+        content["packet"] = _packet_record(packet)
+    return content
+
+
+def refusal_content(client_id: str, error: Exception) -> RecordDict:
+    """Why a client does not answer: our own messages as they are, a foreign exception by its type alone.
+
+    Privacy: a foreign exception's text may quote training data, so it never leaves the client.
+    """
+    known = isinstance(error, FederatedError)
+    text = str(error) if known else "unexpected error on the client; its own log has the details"
+    reason = type(error).__name__
+    return RecordDict({"reply": ConfigRecord({"client_id": client_id, "reason": reason, "message": text})})

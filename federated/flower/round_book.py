@@ -1,0 +1,204 @@
+"""One round's book: who was asked, what came back, and why something was not taken.
+
+Every member of the cohort ends with exactly one outcome: ``ok``, ``refused`` (came, and failed a check), ``failed``
+(the client said that it could not), or ``late``. One bad client never ends a round.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message
+
+from federated.delta import Update
+from federated.errors import UpdateRejected, WireError
+from federated.flower.records import Reply
+from federated.manifest import TensorLayout
+from federated.state import from_raw
+from federated.wire import Expectation, Limits, admit
+
+__all__ = ["Outcome", "RoundBook", "evaluation_of", "pooled_evaluation"]
+
+_LOG = logging.getLogger(__name__)
+
+_EVALUATION = "eval_before_"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one client in one round."""
+
+    client_id: str
+    status: str
+    reason: str | None = None
+    message: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    num_examples: int = 0
+    update_norm: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    counter: int = 0
+
+    def as_event(self, round_number: int) -> dict[str, Any]:
+        """The ``client`` event of the run's metrics."""
+        return {
+            "event": "client",
+            "round_number": round_number,
+            "client_id": self.client_id,
+            "status": self.status,
+            "reason": self.reason,
+            "message": self.message,
+            "num_examples": self.num_examples,
+            "train_loss": self.metrics.get("train_loss"),
+            "seconds": round(self.seconds, 3),
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "update_norm": self.update_norm,
+            "evaluation": evaluation_of(self.metrics),
+        }
+
+    def as_refusal(self) -> dict[str, Any]:
+        """Who and why, for a round's list of refusals."""
+        return {"client_id": self.client_id, "reason": self.reason, "message": self.message}
+
+
+def evaluation_of(metrics: Mapping[str, float]) -> dict[str, float] | None:
+    """The evaluation that a client made before training, or None."""
+    found = {key.removeprefix(_EVALUATION): value for key, value in metrics.items() if key.startswith(_EVALUATION)}
+    return found if found.get("num_examples", 0) > 0 else None
+
+
+def pooled_evaluation(outcomes: list[Outcome]) -> dict[str, float] | None:
+    """Example-weighted mean of the good clients' evaluations, over the metrics that all of them report."""
+    found = [value for outcome in outcomes if outcome.status == "ok" and (value := evaluation_of(outcome.metrics))]
+    if not found:
+        return None
+    shared = set.intersection(*(set(value) for value in found)) - {"num_examples"}
+    total = sum(value["num_examples"] for value in found)
+    pooled = {key: sum(value[key] * value["num_examples"] for value in found) / total for key in sorted(shared)}
+    return {**pooled, "num_examples": total}
+
+
+class RoundBook:
+    """Admits replies and remembers every outcome.
+
+    Args:
+        round_number: 1-based.
+        expected: what each client's envelope must say; its keys are the cohort.
+        nodes: node id of each client.
+        layout: the exact tensors of an update.
+        limits: of size and norm.
+        bytes_down: size of the packet that each client was sent.
+        evaluate_only: no update is expected, only metrics.
+    """
+
+    def __init__(
+        self,
+        round_number: int,
+        *,
+        expected: Mapping[str, Expectation],
+        nodes: Mapping[str, int],
+        layout: TensorLayout,
+        limits: Limits,
+        bytes_down: Mapping[str, int],
+        evaluate_only: bool = False,
+    ) -> None:
+        self.round_number = round_number
+        self.outcomes: list[Outcome] = []
+        self._expected = expected
+        self._clients = {node: client for client, node in nodes.items()}
+        self._layout = layout
+        self._limits = limits
+        self._bytes_down = bytes_down
+        self._evaluate_only = evaluate_only
+        self._started = time.monotonic()
+
+    @property
+    def cohort(self) -> list[str]:
+        """The clients that were asked."""
+        return sorted(self._expected)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the round was opened."""
+        return time.monotonic() - self._started
+
+    def receive(self, message: Message) -> Update | None:
+        """Admit one reply; returns its update, or None when there is none to take (the outcome says why)."""
+        client_id = self._clients.get(message.metadata.src_node_id)
+        if client_id is None or any(outcome.client_id == client_id for outcome in self.outcomes):
+            _LOG.warning("round %d: dropped a reply that nobody was asked for, or a second one", self.round_number)
+            return None
+        if message.has_error():
+            self._note(client_id, "failed", reason=f"error_{message.error.code}", message=_short(message.error.reason))
+            return None
+        try:
+            return self._admit(client_id, message)
+        except UpdateRejected as error:
+            self._note(client_id, "refused", reason=error.reason, message=_short(Exception.__str__(error)))
+        except WireError as error:
+            self._note(client_id, "refused", reason="bad_encoding", message=_short(str(error)))
+        return None
+
+    def reject(self, client_id: str, error: Exception) -> None:
+        """Take back an ``ok``: the rule could not combine the update."""
+        self.outcomes = [outcome for outcome in self.outcomes if outcome.client_id != client_id]
+        self._note(client_id, "refused", reason="not_combinable", message=_short(str(error)))
+
+    def close(self) -> list[Outcome]:
+        """Mark whoever is missing as late; returns all outcomes, by client id."""
+        for client_id in sorted(set(self._expected) - {outcome.client_id for outcome in self.outcomes}):
+            self._note(client_id, "late", reason="deadline", message="no reply before the round's deadline")
+        return sorted(self.outcomes, key=lambda outcome: outcome.client_id)
+
+    def _admit(self, client_id: str, message: Message) -> Update | None:
+        reply = Reply.from_message(message)
+        if reply.reason is not None:
+            self._note(client_id, "failed", reason=reply.reason, message=reply.message)
+            return None
+        if self._evaluate_only:
+            self._check_token(client_id, reply)
+            self._note(client_id, "ok", metrics=reply.metrics)
+            return None
+        if reply.packet is None:
+            raise UpdateRejected("bad_encoding", "the reply holds no packet", client_id=client_id)
+        admitted = admit(reply.packet, self._expected[client_id], layout=self._layout, limits=self._limits)
+        envelope = admitted.envelope
+        zero = "zero_update" if admitted.norm == 0 else None
+        self._note(
+            client_id,
+            "ok",
+            reason=zero,
+            message="the update is zero everywhere: the client learnt nothing" if zero else None,
+            metrics=reply.metrics,
+            num_examples=envelope.num_examples,
+            update_norm=admitted.norm,
+            bytes_up=len(reply.packet),
+            counter=envelope.counter,
+        )
+        return Update(
+            client_id=client_id,
+            delta=from_raw(admitted.tensors),
+            num_examples=envelope.num_examples,
+            round_number=self.round_number,
+            payload_digest=envelope.payload_digest,
+            metrics=reply.metrics,
+        )
+
+    def _check_token(self, client_id: str, reply: Reply) -> None:
+        if reply.task_token != self._expected[client_id].task_token:
+            raise UpdateRejected("bad_token", "the reply answers another task", client_id=client_id)
+
+    def _note(self, client_id: str, status: str, **details: Any) -> None:
+        down = self._bytes_down.get(client_id, 0)
+        self.outcomes.append(Outcome(client_id, status, bytes_down=down, seconds=self.seconds, **details))
+
+
+def _short(text: str | None, limit: int = 300) -> str:
+    flat = " ".join((text or "").split())
+    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."

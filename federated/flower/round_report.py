@@ -1,0 +1,63 @@
+"""What is said about a round when it closes: plain events for trackers, plain numbers for manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation
+from federated.manifest import VersionManifest
+
+__all__ = ["round_event", "train_metrics"]
+
+
+def train_metrics(good: Iterable[Outcome]) -> dict[str, float]:
+    """Example-weighted mean training loss of the good clients, and their examples."""
+    pairs = [(outcome.metrics.get("train_loss"), outcome.num_examples) for outcome in good]
+    known = [(loss, count) for loss, count in pairs if loss is not None and count > 0]
+    metrics = {"num_examples": float(sum(count for _, count in pairs))}
+    if known:
+        metrics["train_loss"] = sum(loss * count for loss, count in known) / sum(count for _, count in known)
+    return metrics
+
+
+def round_event(
+    book: RoundBook,
+    *,
+    version_id: str | None,
+    manifest: VersionManifest | None = None,
+    moved: float = 0.0,
+    quorum: int = 1,
+) -> dict[str, Any]:
+    """The ``round`` event.
+
+    Args:
+        book: closed.
+        version_id: of the global adapter now.
+        manifest: of the version that the round made; None when it made none.
+        moved: L2 norm of the global adapter's move.
+        quorum: good updates that were needed.
+    """
+    outcomes = book.close()
+    good = [outcome for outcome in outcomes if outcome.status == "ok"]
+    started_from = manifest.parent if manifest else version_id
+    evaluation = pooled_evaluation(outcomes)
+    missed = f"{len(good)} good updates of {len(outcomes)}, the quorum is {quorum}: the global adapter stays as it was"
+    return {
+        "event": "round",
+        "round_number": book.round_number,
+        "participants": len(good),
+        "cohort": len(outcomes),
+        "published": manifest is not None,
+        "version_id": version_id,
+        "parent": started_from,
+        "weights_digest": manifest.weights_digest if manifest else None,
+        "train_loss": train_metrics(good).get("train_loss"),
+        "update_norm": moved,
+        "bytes_up": sum(outcome.bytes_up for outcome in outcomes),
+        "bytes_down": sum(outcome.bytes_down for outcome in outcomes),
+        "seconds": round(book.seconds, 3),
+        "refused": [outcome.as_refusal() for outcome in outcomes if outcome.status != "ok"],
+        "evaluation": {**evaluation, "version_id": started_from} if evaluation else None,
+        "message": None if manifest else missed,
+    }

@@ -1,0 +1,231 @@
+"""One run on the server's side: its folder, registry, trackers and strategy, from a config to a report.
+
+The folder holds ``config.yaml`` (resolved), ``run.json`` (ids), ``metrics.jsonl``, ``registry/`` unless the config
+names another, ``versions.json`` and ``report.html``. Engines hand `Run.serve` a Grid; nothing here knows which.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from flwr.serverapp import Grid
+
+from federated import __version__
+from federated.config import ExperimentConfig
+from federated.display import LiveDisplay
+from federated.errors import ConfigError, FederatedError, RunInterrupted, StorageFull, VersionNotFound
+from federated.flower.publisher import RegistryPublisher, TrainingState
+from federated.flower.session import Session, open_session
+from federated.flower.strategy import DeltaStrategy
+from federated.registry import Registry, VersionRecord
+from federated.report import write_report
+from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker
+
+__all__ = ["Run", "RunSummary", "run_trackers"]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run leaves.
+
+    Args:
+        run_id: the run.
+        run_dir: its folder.
+        registry: location of the registry.
+        version_id: of the last version.
+        weights_digest: of that version's adapter.
+        report: path of ``report.html``.
+    """
+
+    run_id: str
+    run_dir: Path
+    registry: str
+    version_id: str
+    weights_digest: str
+    report: Path
+
+
+@contextmanager
+def run_trackers(run_dir: Path, config: ExperimentConfig) -> Iterator[MultiTracker]:
+    """The run's trackers: JSON lines always; live display and TensorBoard when asked for. Closed on leaving."""
+    trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl")]
+    if config.tracking.tensorboard:
+        trackers.append(TensorBoardTracker(run_dir / "tensorboard"))
+    if config.tracking.progress:
+        trackers.append(LiveDisplay())
+    tracker = MultiTracker(trackers)
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+class Run:
+    """Opens a run's folder and working parts; `serve` runs the rounds.
+
+    Args:
+        config: the experiment; with ``resume`` its ``run_dir`` must hold a run that was started before.
+
+    Raises:
+        ConfigError: if the run folder cannot be used.
+        FederatedError: whatever is wrong with model, data or adapter, before anything starts.
+    """
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        if config.resume and not (Path(config.run_dir) / "run.json").is_file():
+            raise ConfigError(f"resume: {config.run_dir} holds no run (no run.json); give run_dir= the run's folder")
+        self.session: Session = open_session(config)
+        self.clients = len(self.session.source.client_ids)
+        self.folder, self.run_id = self._folder(config)
+        self.config = replace(config, run_dir=str(self.folder))
+        self.registry_location = config.registry or str(self.folder / "registry")
+
+    @staticmethod
+    def _folder(config: ExperimentConfig) -> tuple[Path, str]:
+        folder = Path(config.run_dir).resolve()
+        try:
+            if config.resume:
+                return folder, str(json.loads((folder / "run.json").read_text())["run_id"])
+            folder = _fresh(folder)
+            run_id = f"{config.name}-{secrets.token_hex(4)}"
+            (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+            record = {"run_id": run_id, "name": config.name, "code_version": __version__}
+            (folder / "run.json").write_text(json.dumps(record))
+        except OSError as error:
+            raise ConfigError(f"run_dir = {folder}: {error.strerror}; choose another with run_dir=") from None
+        except (ValueError, KeyError):
+            raise ConfigError(f"resume: {folder / 'run.json'} is damaged; start a new run") from None
+        return folder, run_id
+
+    def serve(self, grid: Grid) -> RunSummary:
+        """Run all rounds on this Grid, publish each, and write the report.
+
+        Raises:
+            RunInterrupted: on Ctrl-C; the message says how to go on.
+            FederatedError: what ended the run; the report covers what was finished.
+        """
+        with Registry.open(self.registry_location) as registry:
+            registry.require_base(self.session.adapter.base.base_digest)
+            with run_trackers(self.folder, self.config) as tracker:
+                status, message = "failed", ""
+                try:
+                    strategy = self._strategy(registry, tracker)
+                    tracker.emit(self._run_event(strategy))
+                    strategy.start(grid)
+                    status = "completed"
+                except RunInterrupted as error:
+                    status, message = "interrupted", f"{error}; to go on: {self.resume_command()}"
+                    raise RunInterrupted(message) from None
+                except FederatedError as error:
+                    message = str(error)
+                    raise
+                finally:
+                    tracker.emit({"event": "end", "status": status, "message": message})
+                    self._leave(registry)
+            return self._summary(registry, strategy)
+
+    def resume_command(self) -> str:
+        """The command that goes on with this run."""
+        return f"fedpeft simulate --resume {self.folder}"
+
+    def _strategy(self, registry: Registry, tracker: Tracker) -> DeltaStrategy:
+        base = self.session.adapter.base.base_digest
+        rule_and_optimizer = f"{self.config.strategy.rule} + {self.config.strategy.server_optimizer.name}"
+        publisher = RegistryPublisher(
+            registry, self.config, run_id=self.run_id, base_digest=base, method=rule_and_optimizer
+        )
+        return DeltaStrategy(
+            self.config,
+            initial=self.session.initial,
+            base_digest=base,
+            publisher=publisher,
+            tracker=tracker,
+            run_id=self.run_id,
+            resume=self._saved(registry),
+        )
+
+    def _saved(self, registry: Registry) -> tuple[TrainingState, str] | None:
+        """The newest version of this run with its training state, when the run is resumed."""
+        records = registry.versions(self.run_id) if self.config.resume else []
+        if not records:
+            return None
+        last = max(records, key=lambda record: record.manifest.round_number)
+        state = registry.training_state(last.version_id)
+        if state is None:
+            raise VersionNotFound(f"version {last.version_id[:12]} has no training state; start a new run")
+        return TrainingState.from_bytes(state), last.version_id
+
+    def _run_event(self, strategy: DeltaStrategy) -> Mapping[str, Any]:
+        base = self.session.adapter.base
+        tensors = self.session.initial.tensors.values()
+        return {
+            "event": "run",
+            "run_id": self.run_id,
+            "name": self.config.name,
+            "method": strategy.method,
+            "engine": self.config.engine.name,
+            "clients": self.clients,
+            "rounds": self.config.rounds,
+            "seed": self.config.seed,
+            "source": base.source,
+            "base_digest": base.base_digest,
+            "base_bytes": base.num_bytes,
+            "base_params": base.num_parameters,
+            "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            "adapter_params": sum(tensor.numel() for tensor in tensors),
+            "resumed_after": strategy.server.finished,
+            "notes": list(self.session.source.notes),
+        }
+
+    def _leave(self, registry: Registry) -> None:
+        """Write what a reader of the folder needs; never hides why the run ended."""
+        try:
+            records = registry.versions(self.run_id)
+            (self.folder / "versions.json").write_text(json.dumps([version_row(record) for record in records]))
+            write_report(self.folder)
+        except OSError as error:
+            raise StorageFull(f"cannot write the report to {self.folder}: {error.strerror}") from None
+
+    def _summary(self, registry: Registry, strategy: DeltaStrategy) -> RunSummary:
+        version_id = strategy.version_id or ""
+        digest = registry.get(version_id).manifest.weights_digest
+        report = self.folder / "report.html"
+        return RunSummary(self.run_id, self.folder, self.registry_location, version_id, digest, report)
+
+
+def version_row(record: VersionRecord) -> dict[str, Any]:
+    """A version as one row of ``versions.json``."""
+    manifest = record.manifest
+    return {
+        "version_id": record.version_id,
+        "number": record.number,
+        "round_number": manifest.round_number,
+        "parent": manifest.parent,
+        "weights_digest": manifest.weights_digest,
+        "method": manifest.method,
+        "participants": manifest.participants,
+        "metrics": dict(manifest.metrics),
+        "channels": list(record.channels),
+        "created_at": record.created_at.isoformat(),
+    }
+
+
+def _fresh(folder: Path) -> Path:
+    """Make the folder, with a number behind its name when it already holds a run."""
+    candidate, number = folder, 1
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            if candidate.is_dir() and not any(candidate.iterdir()):
+                return candidate
+            number += 1
+            candidate = folder.with_name(f"{folder.name}-{number}")

@@ -1,0 +1,102 @@
+"""The server between and within rounds: global state, optimizer moments, counters, and the id of the last version.
+
+Mutable on purpose, and the only mutable thing of a strategy that a version's training state must restore.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+from flwr.app import ArrayRecord
+
+from federated import server_optimizers
+from federated.aggregation import NextPhase, Result, Rule
+from federated.config import ServerOptimizerConfig
+from federated.delta import norm, subtract
+from federated.errors import AggregationError
+from federated.flower.publisher import TrainingState
+from federated.manifest import TensorEntry, TensorLayout
+from federated.state import AdapterState, GlobalState
+
+__all__ = ["ServerState"]
+
+
+class ServerState:
+    """What the server needs to go on.
+
+    Args:
+        initial: the adapter before round 1; a float32 master copy is kept.
+        rule: initialises its memory.
+        optimizer: server optimizer.
+
+    Attributes:
+        global_state: master copy and rule memory.
+        finished: the last round that was closed.
+        version_id: id of the version that holds the global adapter; None before the first is published.
+        counters: last message counter of each client.
+    """
+
+    def __init__(self, initial: AdapterState, *, rule: Rule, optimizer: ServerOptimizerConfig) -> None:
+        self.global_state = GlobalState(initial.cast("F32"), rule_state=rule.init(initial.spec))
+        self.finished = 0
+        self.version_id: str | None = None
+        self.counters: dict[str, int] = {}
+        self._optimizer = optimizer
+        self._moments = server_optimizers.init(optimizer, self.adapter)
+
+    @property
+    def adapter(self) -> AdapterState:
+        """The float32 master copy of the global adapter."""
+        return self.global_state.adapter
+
+    def layout(self) -> TensorLayout:
+        """The tensors that an update must have: the adapter's, in float32."""
+        named = sorted(self.adapter.tensors.items())
+        return tuple(TensorEntry(name, tuple(tensor.shape), "F32") for name, tensor in named)
+
+    def arrays(self) -> ArrayRecord:
+        """The global adapter as named float32 arrays (copies)."""
+        copies = OrderedDict((name, tensor.clone()) for name, tensor in self.adapter.tensors.items())
+        return ArrayRecord(torch_state_dict=copies)
+
+    def adopt(self, arrays: ArrayRecord) -> None:
+        """Take over the arrays that Flower hands in, when they differ from the adapter held here.
+
+        Raises:
+            AggregationError: if names or shapes differ.
+        """
+        tensors = {name: tensor.float() for name, tensor in arrays.to_torch_state_dict().items()}
+        if norm(subtract(tensors, self.adapter.tensors)) > 0:
+            self.global_state = replace(self.global_state, adapter=AdapterState(self.adapter.spec, tensors))
+
+    def apply(self, result: NextPhase | Result) -> float:
+        """Move by a rule's result; returns the L2 norm of the move.
+
+        Raises:
+            AggregationError: for a second phase, or a result that does not fit.
+        """
+        if isinstance(result, NextPhase):
+            raise AggregationError("the rule asks for a second phase in one round, which this strategy does not run")
+        before = self.adapter
+        state = result.state or self.global_state
+        if result.mean_delta is not None:
+            gradient = {name: -tensor for name, tensor in result.mean_delta.items()}
+            adapter, self._moments = server_optimizers.step(
+                self._optimizer, self._moments, before, pseudo_gradient=gradient
+            )
+            state = replace(state, adapter=adapter)
+        self.global_state = replace(state, rule_state=result.rule_state or state.rule_state)
+        return norm(subtract(self.adapter.tensors, before.tensors))
+
+    def training_state(self, round_number: int) -> TrainingState:
+        """What is saved with the version of that round."""
+        return TrainingState(round_number, self.global_state, self._moments, dict(self.counters))
+
+    def take_up(self, training: TrainingState, version_id: str) -> None:
+        """Go on from a saved state."""
+        self.global_state = training.global_state
+        self._moments = training.optimizer_state
+        self.counters = dict(training.counters)
+        self.finished = training.round_number
+        self.version_id = version_id

@@ -1,0 +1,165 @@
+"""One process's working parts for an experiment: base, adapter, task, trainer and data, made once and shared.
+
+In-process workers inherit a warm session through fork; Ray actors and devices make their own on first use. The cache
+is in this module, which everybody imports by name, so that it survives however Flower loads a ClientApp.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from federated.adapters import AdapterModel, attach, load_base
+from federated.config import DataConfig, ExperimentConfig, ModelConfig, experiment_from
+from federated.data import Source, open_source
+from federated.errors import ConfigError
+from federated.state import AdapterState
+from federated.tasks import Task, make_task
+from federated.training import LocalData, LocalTrainer
+
+__all__ = ["ClientSite", "Session", "app_folder", "open_session", "site_of", "use_app_folder", "use_client_store"]
+
+_APP_VARIABLE = "FEDPEFT_APP"
+_STORE_VARIABLE = "FEDPEFT_CLIENT_STORE"
+
+
+def use_app_folder(path: Path) -> None:
+    """Say where the app folder is (for child processes too): relative model and data folders are looked up there."""
+    os.environ[_APP_VARIABLE] = str(path.resolve())
+
+
+def app_folder() -> Path | None:
+    """The app folder, if one was named."""
+    value = os.environ.get(_APP_VARIABLE)
+    return Path(value) if value else None
+
+
+def use_client_store(path: Path) -> None:
+    """Say where simulated clients keep what they remember, in child processes as well."""
+    os.environ[_STORE_VARIABLE] = str(path.resolve())
+
+
+def _simulated_store() -> str:
+    default = Path.home() / ".cache" / "federated-peft" / "clients"
+    return os.environ.get(_STORE_VARIABLE, str(default))
+
+
+@dataclass(frozen=True)
+class Session:
+    """The parts that training and evaluation need.
+
+    Args:
+        config: what of the experiment made them.
+        adapter: the one adapted model of this process; each client's training writes to it.
+        task: batches, losses, metrics.
+        trainer: local training.
+        source: the clients' data.
+        initial: the adapter before any training, from the experiment's seed.
+    """
+
+    config: ExperimentConfig
+    adapter: AdapterModel
+    task: Task
+    trainer: LocalTrainer
+    source: Source
+    initial: AdapterState
+
+    def local_data(self, client_id: str) -> LocalData:
+        """One client's encoded examples, read now and not kept."""
+        data = self.source.load(client_id)
+        return LocalData(self.task.encode(data.train), self.task.encode(data.test) if data.test else [])
+
+
+@lru_cache(maxsize=2)
+def _open(config_json: str, folder: Path | None) -> Session:
+    config = experiment_from(config_json)
+    base = load_base(config.model, app_dir=folder)
+    adapter = attach(base, config.adapter, config.task, seed=config.seed)
+    task = make_task(config.task, base.tokenizer)
+    source = open_source(config.data, config.task, app_dir=folder)
+    return Session(config, adapter, task, LocalTrainer(adapter, task, config.train), source, adapter.read())
+
+
+def open_session(config: ExperimentConfig) -> Session:
+    """The session of an experiment: from the cache when model, adapter, task, data, training and seed agree."""
+    relevant = ExperimentConfig(
+        seed=config.seed,
+        model=config.model,
+        adapter=config.adapter,
+        task=config.task,
+        data=config.data,
+        train=config.train,
+    )
+    return _open(relevant.to_json(), app_folder())
+
+
+@dataclass(frozen=True)
+class ClientSite:
+    """What the owner of a device fixes on its own disk; the server cannot change it.
+
+    Args:
+        client_id: the participant's stable name.
+        store: folder for the client's store.
+        data: where its examples are; None only in a simulation.
+        model: where its base model is; None takes the experiment's.
+        max_rank: largest LoRA rank that it trains.
+        allowed_base_digests: base models that it trains; empty means any that it can load.
+    """
+
+    client_id: str
+    store: str
+    data: DataConfig | None = None
+    model: ModelConfig | None = None
+    max_rank: int = 1024
+    allowed_base_digests: tuple[str, ...] = ()
+
+    def applied_to(self, config: ExperimentConfig) -> ExperimentConfig:
+        """The experiment as this site runs it.
+
+        Raises:
+            ConfigError: if it asks for more than the site allows.
+        """
+        if config.adapter.rank > self.max_rank:
+            raise ConfigError(f"adapter.rank = {config.adapter.rank}: this client allows at most {self.max_rank}")
+        return replace(config, data=self.data or config.data, model=self.model or config.model)
+
+
+def site_of(node_config: Mapping[str, Any], config: ExperimentConfig) -> ClientSite:
+    """Who this node is: a partition in a simulation, or what its own ``client-config`` file says.
+
+    Raises:
+        ConfigError: if the node says neither, or its file is not valid.
+    """
+    if "client-config" in node_config:
+        return _read_site(Path(str(node_config["client-config"])))
+    if "partition-id" not in node_config:
+        raise ConfigError(
+            "this node has neither 'client-config' (the path of its own YAML file) nor 'partition-id' (simulation) "
+            "in its node config; start the SuperNode with --node-config 'client-config=\"/path/client.yaml\"'"
+        )
+    names = open_source(config.data, config.task, app_dir=app_folder()).client_ids
+    index = int(node_config["partition-id"])
+    if index >= len(names):
+        raise ConfigError(f"partition-id {index}: the data has {len(names)} clients, numbered from 0")
+    return ClientSite(client_id=names[index], store=_simulated_store())
+
+
+def _read_site(path: Path) -> ClientSite:
+    try:
+        value = yaml.safe_load(path.read_text())
+        return TypeAdapter(ClientSite).validate_python(value)
+    except OSError as error:
+        raise ConfigError(f"client-config {path}: {error.strerror}") from None
+    except yaml.YAMLError:
+        raise ConfigError(f"client-config {path}: not valid YAML") from None
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise ConfigError(f"client-config {path}: {key}: {fault['msg']}") from None

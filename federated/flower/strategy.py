@@ -1,0 +1,304 @@
+"""DeltaStrategy: federated rounds over deltas, as a Flower Strategy, by composition.
+
+A round: sample a cohort, send each client the global adapter and its plan in one message, admit replies one by one
+as they arrive, let the rule combine them, let the server optimizer move the adapter, publish a version. It runs in
+any Flower ServerApp: in-process, Ray or a deployment, through the Grid that it is given.
+
+It does not load models or data, and knows no rule by name: `federated.flower.server` puts the parts together.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result as FlowerResult
+from flwr.serverapp.strategy import Strategy
+
+from federated.aggregation import Rule, make_rule
+from federated.config import ExperimentConfig
+from federated.delta import Update
+from federated.errors import AggregationError, RunInterrupted
+from federated.flower.exchange import Directory, exchange
+from federated.flower.messages import TaskWriter
+from federated.flower.publisher import Publisher, RegistryPublisher, TrainingState
+from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation
+from federated.flower.round_report import round_event, train_metrics
+from federated.flower.selection import select_cohort
+from federated.flower.server_state import ServerState
+from federated.manifest import VersionManifest
+from federated.state import AdapterState
+from federated.tracking import MultiTracker, Tracker
+
+__all__ = ["DeltaStrategy"]
+
+_LOG = logging.getLogger(__name__)
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class DeltaStrategy(Strategy):
+    """Selection, rule, server optimizer and publisher, composed.
+
+    Args:
+        config: the experiment; its `strategy`, `selection`, `round`, `rounds` and `seed` steer this class.
+        initial: the adapter before round 1 (any dtype; a float32 master copy is kept).
+        base_digest: the base model that it belongs to.
+        rule: aggregation rule; default: the one that the config names.
+        publisher: makes versions; default: manifests only, nothing is stored.
+        tracker: takes the run's events.
+        run_id: names the run; default: random.
+        resume: state to go on from, as saved with a version, and that version's id.
+        secret: key of the task tokens; default: random.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        *,
+        initial: AdapterState,
+        base_digest: str,
+        rule: Rule | None = None,
+        publisher: Publisher | None = None,
+        tracker: Tracker | None = None,
+        run_id: str | None = None,
+        resume: tuple[TrainingState, str] | None = None,
+        secret: bytes | None = None,
+    ) -> None:
+        self.config = config
+        self.rule = rule or make_rule(config.strategy.rule)
+        self.run_id = run_id or f"{config.name}-{secrets.token_hex(4)}"
+        self.server = ServerState(initial, rule=self.rule, optimizer=config.strategy.server_optimizer)
+        if resume is not None:
+            self.server.take_up(*resume)
+        self._publisher = publisher or RegistryPublisher(
+            None, config, run_id=self.run_id, base_digest=base_digest, method=self.method
+        )
+        self._tracker = tracker or MultiTracker([])
+        self._directory = Directory(config)
+        self._writer = TaskWriter(
+            config,
+            rule=self.rule,
+            run_id=self.run_id,
+            base_digest=base_digest,
+            secret=secret or secrets.token_bytes(32),
+        )
+        self._book: RoundBook | None = None
+
+    @property
+    def method(self) -> str:
+        """Rule and server optimizer in words, such as ``"fedit + sgd"``."""
+        return f"{self.rule.name} + {self.config.strategy.server_optimizer.name}"
+
+    @property
+    def version_id(self) -> str | None:
+        """Id of the version that holds the global adapter; None before the first is published."""
+        return self.server.version_id
+
+    def initial_arrays(self) -> ArrayRecord:
+        """The global adapter as named float32 arrays, for `start`."""
+        return self.server.arrays()
+
+    def summary(self) -> None:
+        """Log what this strategy is made of."""
+        _LOG.info("DeltaStrategy: %s, %d rounds, run %s", self.method, self.config.rounds, self.run_id)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> FlowerResult:
+        """Run all rounds and a last evaluation.
+
+        Args:
+            grid: any Flower Grid.
+            initial_arrays: replaces the global adapter, under the same names; default: as given at construction.
+            num_rounds: default: ``config.rounds``.
+            timeout: seconds per round; default: ``config.round.deadline``.
+            train_config: not used: the plan travels in our own record.
+            evaluate_config: not used.
+            evaluate_fn: called with the round number (0 first) and the global adapter, as in Flower.
+
+        Returns:
+            Flower's Result: final arrays, and metrics by round.
+
+        Raises:
+            NotEnoughUpdates: if too few clients connect.
+            RunInterrupted: on Ctrl-C; finished rounds are published.
+        """
+        del train_config, evaluate_config
+        if timeout is not None:
+            self.config = replace(self.config, round=replace(self.config.round, deadline=timeout))
+        rounds = self.config.rounds if num_rounds is None else num_rounds
+        if initial_arrays is not None:
+            self.server.adopt(initial_arrays)
+        result = FlowerResult()
+        try:
+            self._all_rounds(grid, rounds, result=result, evaluate_fn=evaluate_fn)
+        except KeyboardInterrupt:
+            done = self.server.finished
+            raise RunInterrupted(
+                f"stopped in round {min(done + 1, rounds)} of {rounds}; rounds up to {done} are published"
+            ) from None
+        result.arrays = self.server.arrays()
+        return result
+
+    def _all_rounds(self, grid: Grid, rounds: int, *, result: FlowerResult, evaluate_fn: EvaluateFn | None) -> None:
+        self._directory.wait(grid)
+        self._report_problems()
+        self._publish_initial()
+        self._evaluate_here(result, 0, evaluate_fn)
+        for number in range(self.server.finished + 1, rounds + 1):
+            messages = self.configure_train(number, self.server.arrays(), ConfigRecord(), grid)
+            _, metrics = self.aggregate_train(number, self._exchange(grid, messages))
+            if metrics is not None:
+                result.train_metrics_clientapp[number] = metrics
+            self._evaluate_here(result, number, evaluate_fn)
+        messages = self.configure_evaluate(rounds, self.server.arrays(), ConfigRecord(), grid)
+        evaluation = self.aggregate_evaluate(rounds, self._exchange(grid, messages))
+        if evaluation is not None:
+            result.evaluate_metrics_clientapp[rounds] = evaluation
+
+    def _evaluate_here(self, result: FlowerResult, number: int, evaluate_fn: EvaluateFn | None) -> None:
+        metrics = evaluate_fn(number, self.server.arrays()) if evaluate_fn else None
+        if metrics is not None:
+            result.evaluate_metrics_serverapp[number] = metrics
+
+    def _exchange(self, grid: Grid, messages: Iterable[Message]) -> Iterable[Message]:
+        policy = self.config.round
+        return exchange(grid, messages, deadline=policy.deadline, poll_interval=policy.poll_interval)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample the cohort and write one message per client."""
+        del config
+        self.server.adopt(arrays)
+        self._directory.refresh(grid)
+        self._report_problems()
+        cohort = select_cohort(
+            list(self._directory.nodes),
+            fraction=self.config.selection.fraction,
+            seed=self.config.seed,
+            round_number=server_round,
+        )
+        self._tracker.emit(
+            {
+                "event": "round_start",
+                "round_number": server_round,
+                "cohort": list(cohort),
+                "version_id": self.version_id,
+            }
+        )
+        return self._write(server_round, cohort, mode="train")
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask every connected client to evaluate the global adapter, without training."""
+        del config
+        self.server.adopt(arrays)
+        self._directory.refresh(grid)
+        return self._write(server_round, sorted(self._directory.nodes), mode="evaluate")
+
+    def _write(self, number: int, cohort: Iterable[str], *, mode: str) -> list[Message]:
+        nodes = {client_id: self._directory.nodes[client_id] for client_id in cohort}
+        messages, self._book = self._writer.write(self.server, nodes, round_number=number, mode=mode)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Admit, combine, step and publish; the arrays are None when the global adapter stays as it was.
+
+        Raises:
+            AggregationError: if the round was not configured.
+        """
+        book = self._taken(server_round)
+        accumulator = self.rule.start(self.server.global_state, 1)
+        for message in replies:
+            known = len(book.outcomes)
+            update = book.receive(message)
+            if update is not None:
+                self._add(accumulator.add, update, book)
+            for outcome in book.outcomes[known:]:
+                self._tracker.emit(outcome.as_event(server_round))
+        good = self._close(book)
+        self.server.finished = server_round
+        if len(good) < self._quorum(book):
+            self._tracker.emit(round_event(book, version_id=self.version_id, quorum=self._quorum(book)))
+            return None, None
+        result = accumulator.finish()
+        moved = self.server.apply(result)
+        manifest = self._publish(good, server_round, servable=getattr(result, "servable", True))
+        self._tracker.emit(round_event(book, version_id=self.version_id, manifest=manifest, moved=moved))
+        return self.server.arrays(), MetricRecord(train_metrics(good))
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Pool the clients' evaluations of the global adapter."""
+        book = self._taken(server_round)
+        for message in replies:
+            book.receive(message)
+        outcomes = book.close()
+        evaluation = pooled_evaluation(outcomes)
+        refused = [outcome.as_refusal() for outcome in outcomes if outcome.status != "ok"]
+        self._tracker.emit(
+            {"event": "final", "version_id": self.version_id, "evaluation": evaluation, "refused": refused}
+        )
+        return None if evaluation is None else MetricRecord(dict(evaluation))
+
+    def _taken(self, number: int) -> RoundBook:
+        book, self._book = self._book, None
+        if book is None or book.round_number != number:
+            raise AggregationError(f"round {number} was not configured by this strategy: call configure_* first")
+        return book
+
+    def _add(self, add: Callable[[Update, float], None], update: Update, book: RoundBook) -> None:
+        weight = float(update.num_examples) if self.config.strategy.weighted else 1.0
+        try:
+            add(update, weight)
+        except AggregationError as error:
+            book.reject(update.client_id, error)
+
+    def _close(self, book: RoundBook) -> list[Outcome]:
+        seen = {outcome.client_id for outcome in book.outcomes}
+        outcomes = book.close()
+        for outcome in outcomes:
+            if outcome.client_id not in seen:
+                self._tracker.emit(outcome.as_event(book.round_number))
+        good = [outcome for outcome in outcomes if outcome.status == "ok"]
+        self.server.counters |= {outcome.client_id: outcome.counter for outcome in good}
+        return good
+
+    def _quorum(self, book: RoundBook) -> int:
+        return max(1, math.ceil(self.config.round.quorum * len(book.cohort) - 1e-9))
+
+    def _publish(self, good: list[Outcome], number: int, *, servable: bool) -> VersionManifest:
+        manifest = self._publisher.publish(
+            self.server.training_state(number),
+            parent=self.version_id,
+            participants=len(good),
+            metrics=train_metrics(good),
+            servable=servable,
+        )
+        self.server.version_id = manifest.version_id
+        return manifest
+
+    def _publish_initial(self) -> None:
+        if self.version_id is None:
+            self._publish([], 0, servable=True)
+
+    def _report_problems(self) -> None:
+        for node, text in self._directory.take_problems():
+            _LOG.warning("node %s takes no part: %s", node, text)
+            self._tracker.emit({"event": "node_problem", "node_id": str(node), "message": text})

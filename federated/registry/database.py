@@ -1,0 +1,167 @@
+"""Where a registry lives and how its database is opened: places, engines, SQLite's settings.
+
+Knows nothing of versions. SQLite is one file beside the blobs (write-ahead log, full synchronisation, foreign
+keys on); any other SQLAlchemy URL works as its driver does.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from federated.errors import RegistryError
+
+__all__ = ["BUSY_SECONDS", "DATABASE_NAME", "Place", "locate", "open_engine", "open_frozen", "prepare", "writing"]
+
+BUSY_SECONDS = 30.0
+"""How long a writer waits for another one."""
+
+DATABASE_NAME = "registry.db"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a registry is.
+
+    Args:
+        url: of the database.
+        blobs: folder of the blobs.
+        label: how messages name it; without a password.
+        file: the database file, where the database is SQLite.
+    """
+
+    url: URL
+    blobs: Path
+    label: str
+    file: Path | None
+
+
+def locate(location: str | Path, blobs: str | Path | None = None) -> Place:
+    """Read a folder, or an SQLAlchemy URL with its blob folder.
+
+    Raises:
+        RegistryError: if a URL comes without ``blobs`` or names a database in memory.
+        sqlalchemy.exc.ArgumentError: if it is no URL at all.
+    """
+    if isinstance(location, str) and "://" in location:
+        return _from_url(make_url(location), blobs)
+    folder = Path(location).expanduser().absolute()
+    file = folder / DATABASE_NAME
+    store = folder / "blobs" if blobs is None else Path(blobs).expanduser().absolute()
+    return Place(URL.create("sqlite", database=str(file)), store, str(folder), file)
+
+
+def _from_url(url: URL, blobs: str | Path | None) -> Place:
+    label = url.render_as_string(hide_password=True)
+    if blobs is None:
+        raise RegistryError(f"registry {label} is a URL and needs a folder for its blobs; pass blobs=FOLDER too")
+    store = Path(blobs).expanduser().absolute()
+    if url.get_backend_name() != "sqlite":
+        return Place(url, store, label, None)
+    database = url.database or ":memory:"
+    if ":memory:" in database or database.startswith("file:"):
+        raise RegistryError(f"registry {label} would not be kept in a plain file; use sqlite:///PATH or a folder")
+    return Place(url, store, label, Path(database).absolute())
+
+
+def prepare(place: Place, *, create: bool) -> None:
+    """Make the folders, or check that the database is there.
+
+    Raises:
+        RegistryError: if it is not there and must not be made, or its folder cannot be written to.
+    """
+    if place.file is not None and not create and not place.file.is_file():
+        raise RegistryError(f"there is no registry at {place.label}; check the path, or publish something there first")
+    for folder in {place.blobs} | ({place.file.parent} if place.file else set()):
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise RegistryError(
+                f"the registry's folder {folder} cannot be written to (its database needs that even for reading); "
+                f"fix its permissions, or copy it to another folder"
+            )
+
+
+def open_engine(place: Place) -> Engine:
+    """An engine for the place; nothing is connected yet.
+
+    Raises:
+        RegistryError: if the database's driver is not installed.
+        sqlalchemy.exc.SQLAlchemyError: if SQLAlchemy does not know the dialect.
+    """
+    if place.file is None:
+        return _server_engine(place)
+    engine = create_engine(place.url, connect_args={"timeout": BUSY_SECONDS})
+    event.listen(engine, "connect", _on_connect)
+    event.listen(engine, "begin", _on_begin)
+    return engine
+
+
+def open_frozen(place: Place) -> Engine | None:
+    """An engine that only reads an SQLite file, for a disk too full for the files that SQLite wants beside it.
+
+    Returns:
+        None where that is impossible: another database, no file, or a log that was not written back yet.
+    """
+    if place.file is None or not place.file.is_file():
+        return None
+    log = place.file.with_name(place.file.name + "-wal")
+    if log.is_file() and log.stat().st_size:
+        return None
+    query = {"mode": "ro", "immutable": "1", "uri": "true"}
+    engine = create_engine(URL.create("sqlite", database=f"file:{quote(str(place.file))}", query=query))
+    event.listen(engine, "begin", _on_begin)
+    return engine
+
+
+def _server_engine(place: Place) -> Engine:
+    try:
+        return create_engine(place.url)
+    except ImportError as error:
+        raise RegistryError(
+            f"registry {place.label} needs the Python package {error.name!r}, which is not installed; install it"
+        ) from error
+
+
+def writing(engine: Engine) -> Engine:
+    """The same engine for transactions that write: they queue up at their start, not in the middle."""
+    return engine.execution_options(registry_write=True)
+
+
+def _on_connect(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    # The sqlite3 module would start transactions on its own, late and not for DDL; we say BEGIN ourselves.
+    connection.isolation_level = None
+    cursor: Any = connection.cursor()
+    try:
+        _use_wal(cursor)
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+    finally:
+        cursor.close()
+
+
+def _use_wal(cursor: sqlite3.Cursor) -> None:
+    """Switch to the write-ahead log; SQLite does not wait for its lock here, so we do."""
+    give_up = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > give_up:
+                raise
+            time.sleep(0.02)
+
+
+def _on_begin(connection: Connection) -> None:
+    write = connection.get_execution_options().get("registry_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

@@ -1,0 +1,113 @@
+"""From what people type to one version: ``latest``, ``v3``, ``RUN:v3``, a channel, a full id or its beginning.
+
+Channel names that could be read as one of the others are refused when a channel is made, so no name is ambiguous.
+"""
+
+from __future__ import annotations
+
+import re
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from federated.errors import RegistryError, VersionNotFound
+from federated.registry.schema import ChannelRow, VersionRow
+
+__all__ = ["check_channel_name", "newest_run", "resolve"]
+
+_NUMBER = re.compile(r"(?:(?P<run>.+):)?v(?P<number>[0-9]{1,9})")
+_PREFIX = re.compile(r"[0-9a-f]{6,64}")
+_CHANNEL = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+
+
+def check_channel_name(channel: str) -> None:
+    """Refuse a channel name that is malformed or means something else.
+
+    Raises:
+        RegistryError: naming the rule.
+    """
+    if not _CHANNEL.fullmatch(channel):
+        raise RegistryError(
+            f"{channel!r} is no channel name; expected up to 64 of a-z, 0-9 and '-', a letter or digit first"
+        )
+    if channel == "latest" or _NUMBER.fullmatch(channel) or _PREFIX.fullmatch(channel):
+        raise RegistryError(
+            f"{channel!r} cannot name a channel: it reads as a version number, a version id or 'latest'; "
+            f"choose a name such as dev, canary or stable"
+        )
+
+
+def resolve(session: Session, name: str) -> VersionRow:
+    """The version that ``name`` means.
+
+    Raises:
+        VersionNotFound: if there is none, or more than one.
+    """
+    if name == "latest":
+        return _latest(session)
+    numbered = _NUMBER.fullmatch(name)
+    if numbered and name.isprintable():
+        return _numbered(session, int(numbered["number"]), run_id=numbered["run"])
+    if _PREFIX.fullmatch(name.lower()):
+        return _by_prefix(session, name.lower())
+    if _CHANNEL.fullmatch(name):
+        pointed = select(VersionRow).join(ChannelRow, ChannelRow.version_id == VersionRow.version_id)
+        found = session.scalar(pointed.where(ChannelRow.name == name))
+        if found is not None:
+            return found
+    raise _unknown(session, name)
+
+
+def newest_run(session: Session) -> str | None:
+    """The run whose first version was published last; None in an empty registry."""
+    first = func.min(VersionRow.sequence)
+    return session.scalar(select(VersionRow.run_id).group_by(VersionRow.run_id).order_by(first.desc()).limit(1))
+
+
+def _latest(session: Session) -> VersionRow:
+    row = session.scalar(select(VersionRow).order_by(VersionRow.sequence.desc()).limit(1))
+    if row is None:
+        raise VersionNotFound("the registry holds no versions yet; publish one first")
+    return row
+
+
+def _numbered(session: Session, number: int, *, run_id: str | None) -> VersionRow:
+    run = newest_run(session) if run_id is None else run_id
+    of_run = select(VersionRow).where(VersionRow.run_id == run)
+    newest_first = of_run.where(VersionRow.round_number == number).order_by(VersionRow.sequence.desc())
+    row = session.scalar(newest_first.limit(1))
+    if row is None:
+        raise VersionNotFound(_no_number(session, number, run=run))
+    return row
+
+
+def _no_number(session: Session, number: int, *, run: str | None) -> str:
+    in_run = (
+        select(VersionRow.round_number).where(VersionRow.run_id == run).distinct().order_by(VersionRow.round_number)
+    )
+    numbers = session.scalars(in_run).all()
+    if numbers:
+        return f"run {run} has no v{number}; it has v{numbers[0]} to v{numbers[-1]} ({len(numbers)} numbers)"
+    newest = newest_run(session)
+    if newest is None:
+        return "the registry holds no versions yet; publish one first"
+    return f"there is no run {run!r} here; the newest run is {newest!r}"
+
+
+def _by_prefix(session: Session, prefix: str) -> VersionRow:
+    begins = VersionRow.version_id.startswith(prefix)
+    rows = session.scalars(select(VersionRow).where(begins).order_by(VersionRow.sequence).limit(3)).all()
+    if not rows:
+        raise VersionNotFound(f"no version's id begins with {prefix!r}; list the versions to see their ids")
+    if len(rows) > 1:
+        some = ", ".join(row.version_id[:16] for row in rows)
+        raise VersionNotFound(f"more than one version's id begins with {prefix!r} ({some} ...); give more characters")
+    return rows[0]
+
+
+def _unknown(session: Session, name: str) -> VersionNotFound:
+    channels = ", ".join(session.scalars(select(ChannelRow.name).order_by(ChannelRow.name))) or "none yet"
+    return VersionNotFound(
+        f"no version is named {name!r}; expected 'latest', a number such as v3 or RUN:v3, a channel ({channels}), "
+        f"or at least 6 hexadecimal characters of an id"
+    )

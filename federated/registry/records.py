@@ -1,0 +1,128 @@
+"""What comes out of the registry: a version's record, checked against its own id; and faults found by verifying.
+
+Pure functions between rows and records; no queries here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from federated.errors import CorruptBlob, RegistryError
+from federated.manifest import VersionManifest, canonical_json, sha256_hex
+from federated.registry.schema import VersionRow
+
+__all__ = ["Fault", "VersionRecord", "manifest_text", "record_of", "row_of"]
+
+_LONGEST = 200
+
+
+@dataclass(frozen=True)
+class VersionRecord:
+    """A published version.
+
+    Args:
+        version_id: digest of the manifest.
+        number: the manifest's round_number: ``v3`` is round 3 of its run.
+        manifest: the immutable record.
+        created_at: when it was published, UTC.
+        channels: names that point at it now, sorted.
+    """
+
+    version_id: str
+    number: int
+    manifest: VersionManifest
+    created_at: datetime
+    channels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that `Registry.verify` found wrong.
+
+    Args:
+        version_id: the version it concerns.
+        part: ``"record"``, ``"weights"`` or ``"training_state"``.
+        message: what was found, what was expected and what to do.
+    """
+
+    version_id: str
+    part: str
+    message: str
+
+
+def manifest_text(manifest: VersionManifest) -> str:
+    """The manifest's canonical JSON, after checking that it can be stored and read back.
+
+    Raises:
+        RegistryError: if a field has a type, value or length that no record can hold.
+    """
+    _check_fields(manifest)
+    try:
+        text = canonical_json(manifest.to_dict()).decode()
+        again = VersionManifest.from_dict(json.loads(text))
+    except (TypeError, ValueError, KeyError) as error:
+        raise RegistryError(f"the manifest cannot be stored as JSON: {error}; use plain finite values") from error
+    if canonical_json(again.to_dict()).decode() != text:
+        raise RegistryError("the manifest changes when it is read back; use strings as keys everywhere")
+    return text
+
+
+def _check_fields(manifest: VersionManifest) -> None:
+    for name in ("run_id", "base_digest"):
+        value = getattr(manifest, name)
+        if not (isinstance(value, str) and 0 < len(value) <= _LONGEST and value.isprintable()):
+            raise RegistryError(f"the manifest's {name} is {value!r}; expected 1 to {_LONGEST} printable characters")
+    number = manifest.round_number
+    if type(number) is not int or not 0 <= number < 2**31:
+        raise RegistryError(f"the manifest's round_number is {number!r}; expected an integer from 0 to 2147483647")
+
+
+def row_of(manifest: VersionManifest, text: str, *, state_digest: str | None, now: datetime) -> VersionRow:
+    """A new row for ``text``, the manifest's canonical JSON, published at ``now`` (with its zone)."""
+    return VersionRow(
+        version_id=sha256_hex(text.encode()),
+        run_id=manifest.run_id,
+        round_number=manifest.round_number,
+        parent=manifest.parent,
+        base_digest=manifest.base_digest,
+        weights_digest=manifest.weights_digest,
+        state_digest=state_digest,
+        manifest=text,
+        created_at=now.astimezone(UTC).replace(tzinfo=None),
+    )
+
+
+def record_of(row: VersionRow, channels: Sequence[str]) -> VersionRecord:
+    """The row's record.
+
+    Raises:
+        CorruptBlob: if the manifest does not have the digest that is its id, or a column contradicts it.
+        RegistryError: if a newer library wrote the manifest.
+    """
+    text = str(row.manifest)
+    found = sha256_hex(text.encode())
+    if found != row.version_id:
+        raise CorruptBlob(
+            f"the record of version {row.version_id} was changed: its SHA-256 is {found}; restore the database"
+        )
+    manifest = _parsed(text, row.version_id)
+    for name in ("run_id", "round_number", "parent", "base_digest", "weights_digest"):
+        if getattr(row, name) != getattr(manifest, name):
+            raise CorruptBlob(
+                f"the record of version {row.version_id} was changed: column {name} is {getattr(row, name)!r}, "
+                f"its manifest says {getattr(manifest, name)!r}; restore the database"
+            )
+    created = row.created_at.replace(tzinfo=UTC)
+    return VersionRecord(row.version_id, manifest.round_number, manifest, created, tuple(sorted(channels)))
+
+
+def _parsed(text: str, version_id: str) -> VersionManifest:
+    try:
+        return VersionManifest.from_dict(json.loads(text))
+    except (TypeError, ValueError, KeyError) as error:
+        raise RegistryError(
+            f"version {version_id} has a manifest that this library cannot read ({error}); upgrade federated-peft"
+        ) from error

@@ -1,0 +1,32 @@
+"""Updates and adapters as bytes: encode, decode, and decide whether to let them in.
+
+Numpy and safetensors only: neither torch nor a database is imported, so that a gateway or a small device can check
+what it receives. Nothing here trusts its input: `decode_tensors` and `decode_packet` raise `WireError` and nothing
+else whatever the bytes, `admit` raises `UpdateRejected` with a code of `REASONS`. The format is specified in
+``docs/wire-format.md``. It compresses nothing, signs nothing and opens no connection.
+"""
+
+from __future__ import annotations
+
+from federated.wire.admission import Admitted, admit, seal_update
+from federated.wire.codec import decode_packet, decode_tensors, encode_packet, encode_tensors
+from federated.wire.envelope import Expectation, check_content, check_envelope, read_envelope
+from federated.wire.limits import DEFAULT_LIMITS, Limits
+from federated.wire.reasons import REASONS
+
+__all__ = [
+    "Admitted",
+    "DEFAULT_LIMITS",
+    "Expectation",
+    "Limits",
+    "REASONS",
+    "admit",
+    "check_content",
+    "check_envelope",
+    "decode_packet",
+    "decode_tensors",
+    "encode_packet",
+    "encode_tensors",
+    "read_envelope",
+    "seal_update",
+]

@@ -14,6 +14,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from federated.errors import DataError
 from federated.formats import byte_size, is_share, metric, moment, number, percent, short_digest, words
 from federated.plots import Series, bar_chart, line_chart
@@ -223,12 +225,9 @@ def _config(path: Path) -> dict[str, dict[str, Any]]:
     """The resolved configuration as section to dotted key to value; the first section holds the single values."""
     if not path.exists():
         return {}
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (YAMLError, OSError) as error:
+        tree = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
         raise DataError(f"{path} is not YAML; expected the run's configuration") from error
     if not isinstance(tree, dict):
         raise DataError(f"{path} holds no mapping; expected the run's configuration")

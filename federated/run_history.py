@@ -177,7 +177,7 @@ def _take(history: History, event: Event) -> None:
 
 
 def metric_names(history: History) -> list[str]:
-    """Names of the metrics beside the loss that any evaluation has, accuracy first."""
+    """Names of the metrics beside the loss that any evaluation has; accuracy or perplexity first."""
     evaluations = [*history.held_out.values(), *(event.get("evaluation") or {} for event in history.baselines.values())]
     names = {
         str(name)
@@ -185,7 +185,7 @@ def metric_names(history: History) -> list[str]:
         for name, value in evaluation.items()
         if name not in _NOT_METRICS and isinstance(value, int | float) and not isinstance(value, bool)
     }
-    return sorted(names, key=lambda name: (name != "accuracy", "accuracy" not in name, name))
+    return sorted(names, key=lambda name: (name not in ("accuracy", "perplexity"), name))
 
 
 def mean_detail(baseline: Event, metric: str) -> float | None:

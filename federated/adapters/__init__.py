@@ -5,7 +5,8 @@ network and no server.
 """
 
 from federated.adapters.base import BaseKind, BaseModel, base_from_module, load_base
-from federated.adapters.model import AdapterModel, attach, null_model, share, shell, spec_for
+from federated.adapters.model import AdapterModel, attach, null_model, share, shell
+from federated.adapters.spec import check_spec, spec_for
 
 __all__ = [
     "AdapterModel",
@@ -13,6 +14,7 @@ __all__ = [
     "BaseModel",
     "attach",
     "base_from_module",
+    "check_spec",
     "load_base",
     "null_model",
     "share",

@@ -93,7 +93,9 @@ def build_head(base: BaseModel, tree: nn.Module, head: HeadSpec) -> tuple[nn.Mod
         ModelError: if the head's kind is unknown, or the architecture has no such head.
     """
     path = backbone_path(base)
-    backbone = tree.get_submodule(path)
+    backbone: Any = tree.get_submodule(path)
+    if hasattr(backbone, "config"):
+        backbone.config.use_cache = False  # a decoder would keep keys and values that no classifier reads
     if head.kind == "mean_pool":
         model = MeanPoolClassifier(backbone, base.hidden_size, head.num_labels)
         _reset_linear(model.classifier, generator_for(head.seed, "head"))
@@ -133,6 +135,8 @@ def _stock_shell(base: BaseModel, backbone: Any, num_labels: int) -> Any:
     """The stock classifier without any weights (on torch's meta device)."""
     if base.kind == "module":
         raise ModelError(f"base model {base.source} is a plain module and has no stock head; set task.head=mean_pool")
+    if next(base.model.parameters()).dtype != torch.float32:
+        raise ModelError("a stock head needs a float32 base model; set model.dtype=float32 or task.head=mean_pool")
     from transformers import AutoModelForSequenceClassification
 
     config = copy.deepcopy(backbone.config)

@@ -16,58 +16,22 @@ from torch import nn
 
 from federated.adapters.heads import generator_for
 from federated.adapters.quiet import quiet_peft
-from federated.adapters.targets import adaptable, layer_sizes, stores_transposed
 from federated.errors import ModelError
-from federated.manifest import AdapterSpec, ModuleSpec
+from federated.manifest import AdapterSpec
 
-__all__ = ["check_modules", "dropouts_of", "factors_of", "inject", "module_specs"]
+__all__ = ["dropouts_of", "factors_of", "inject"]
 
 _ADAPTER = "default"
 
 
-def module_specs(root: nn.Module, targets: tuple[str, ...], *, rank: int, alpha: float) -> list[ModuleSpec]:
-    """The spec of each target layer, with paths relative to ``root``."""
-    layers = adaptable(root)
-    return [
-        ModuleSpec(name, *layer_sizes(layers[name]), rank, alpha, stores_transposed(layers[name])) for name in targets
-    ]
-
-
-def check_modules(root: nn.Module, modules: list[ModuleSpec]) -> None:
-    """Check that each module of a spec is a layer of this base, of these sizes, at least as large as its rank.
-
-    Raises:
-        ModelError: naming the first layer that does not fit.
-    """
-    layers = adaptable(root)
-    if not modules:
-        raise ModelError("the adapter adapts no layer; expected at least one module in its spec")
-    for module in modules:
-        layer = layers.get(module.name)
-        if layer is None:
-            raise ModelError(f"the adapter is for a layer {module.name}, which this base model does not have")
-        found = (*layer_sizes(layer), stores_transposed(layer))
-        if found != (module.d_in, module.d_out, module.fan_in_fan_out):
-            raise ModelError(
-                f"layer {module.name}: the adapter expects {module.d_in} -> {module.d_out}, "
-                f"the base model has {found[0]} -> {found[1]}"
-            )
-        if not 1 <= module.rank <= min(module.d_in, module.d_out):
-            raise ModelError(
-                f"rank {module.rank} is larger than layer {module.name} ({module.d_in} -> {module.d_out}); "
-                f"set adapter.rank to at most {min(module.d_in, module.d_out)}"
-            )
-
-
-def inject(root: nn.Module, spec: AdapterSpec, modules: list[ModuleSpec], *, dropout: float, seed: int) -> None:
-    """Swap the layers of ``root`` for LoRA layers around them, in place.
+def inject(root: nn.Module, spec: AdapterSpec, *, dropout: float, seed: int) -> None:
+    """Swap the layers of ``root`` that a spec names for LoRA layers around them, in place.
 
     ``factor_a`` starts Kaiming-uniform from ``seed`` (as in peft), ``factor_b`` at zero: the adapter starts as nothing.
 
     Args:
         root: a shared tree, not the base itself.
-        spec: scaling and largest rank.
-        modules: the layers, with paths relative to ``root``.
+        spec: layers, ranks and scaling, checked against the base.
         dropout: on the input of ``factor_a``, in training only.
         seed: seeds the first factors; the global random state is left alone.
 
@@ -77,32 +41,32 @@ def inject(root: nn.Module, spec: AdapterSpec, modules: list[ModuleSpec], *, dro
     from peft import inject_adapter_in_model
 
     with quiet_peft(), torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(_peft_config(spec, modules, dropout), root, adapter_name=_ADAPTER)
-    _check_injected(root, {module.name for module in modules})
+        inject_adapter_in_model(_peft_config(spec, dropout), root, adapter_name=_ADAPTER)
+    _check_injected(root, {module.name for module in spec.modules})
     generator = generator_for(seed, "factors")
-    for module in sorted(modules, key=lambda one: one.name):
+    for module in sorted(spec.modules, key=lambda one: one.name):
         factor_a, factor_b = factors_of(root, module.name)
         with torch.no_grad():
             factor_a.data = _kaiming_uniform(factor_a.shape, generator)
             factor_b.data = torch.zeros(factor_b.shape)
 
 
-def _peft_config(spec: AdapterSpec, modules: list[ModuleSpec], dropout: float) -> Any:
+def _peft_config(spec: AdapterSpec, dropout: float) -> Any:
     from peft import LoraConfig
 
     def varied(name: str) -> dict[str, Any]:
         common = getattr(spec, name)
-        return {f"^{re.escape(m.name)}$": getattr(m, name) for m in modules if getattr(m, name) != common}
+        return {f"^{re.escape(m.name)}$": getattr(m, name) for m in spec.modules if getattr(m, name) != common}
 
     return LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         use_rslora=spec.use_rslora,
         lora_dropout=dropout,
-        target_modules=[module.name for module in modules],
+        target_modules=[module.name for module in spec.modules],
         rank_pattern=varied("rank"),
         alpha_pattern=varied("alpha"),
-        fan_in_fan_out=any(module.fan_in_fan_out for module in modules),
+        fan_in_fan_out=any(module.fan_in_fan_out for module in spec.modules),
         bias="none",
     )
 

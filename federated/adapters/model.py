@@ -12,29 +12,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
 
 from federated.adapters.base import BaseModel
-from federated.adapters.heads import backbone_path, build_head
-from federated.adapters.lora import check_modules, dropouts_of, factors_of, inject, module_specs
-from federated.adapters.targets import resolve_targets
+from federated.adapters.heads import build_head
+from federated.adapters.lora import dropouts_of, factors_of, inject
+from federated.adapters.spec import check_spec, check_task, head_spec, spec_for
 from federated.config import AdapterConfig, TaskConfig
 from federated.errors import ModelError
-from federated.manifest import AdapterSpec, HeadSpec
+from federated.manifest import AdapterSpec
 from federated.state import AdapterState, group_of
 
-__all__ = ["AdapterModel", "attach", "null_model", "shell", "share", "spec_for"]
+__all__ = ["AdapterModel", "attach", "null_model", "shell", "share"]
 
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_KINDS = {
-    "sequence_classification": ("encoder", "decoder"),
-    "causal_lm": ("decoder",),
-    "sensor": ("module",),
-}
 GROUPS = ("factor_a", "factor_b", "dense")
 
 
@@ -161,47 +154,6 @@ def _move(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter]:
     return moved
 
 
-def spec_for(base: BaseModel, adapter: AdapterConfig, task: TaskConfig, *, seed: int) -> AdapterSpec:
-    """The adapter that a configuration asks for on this base.
-
-    Raises:
-        ModelError: if a target matches nothing, a rank is larger than its layer, or the base does not fit the task.
-    """
-    _check_task(base, task)
-    path = "" if task.name == "causal_lm" else backbone_path(base)
-    root = base.model.get_submodule(path)
-    targets = resolve_targets(root, adapter.target_modules)
-    modules = module_specs(root, targets, rank=adapter.rank, alpha=adapter.alpha)
-    check_modules(root, modules)
-    return AdapterSpec(
-        peft_type=adapter.kind,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        use_rslora=adapter.use_rslora,
-        modules=tuple(sorted((replace(m, name=_join(path, m.name)) for m in modules), key=lambda one: one.name)),
-        head=_head_spec(task, trained=adapter.train_head, seed=seed),
-        dtype=_DTYPES[adapter.dtype],
-    )
-
-
-def _check_task(base: BaseModel, task: TaskConfig) -> None:
-    if base.kind not in _KINDS[task.name]:
-        raise ModelError(
-            f"task {task.name} needs a base model of kind {' or '.join(_KINDS[task.name])}; "
-            f"{base.source} ({type(base.model).__name__}) is of kind {base.kind}"
-        )
-
-
-def _head_spec(task: TaskConfig, *, trained: bool, seed: int) -> HeadSpec | None:
-    if task.name == "causal_lm":
-        return None
-    return HeadSpec(kind=task.head, num_labels=len(task.labels), trained=trained, seed=seed)
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
 def attach(base: BaseModel, adapter: AdapterConfig, task: TaskConfig, *, seed: int) -> AdapterModel:
     """Put a new adapter on a base model; the base is not changed.
 
@@ -223,16 +175,13 @@ def shell(base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int
     """An adapted tree for a spec, to be filled with `AdapterModel.write`: a device's slot.
 
     Raises:
-        ModelError: if a layer of the spec is not in the base, or differs in size.
+        ModelError: if the spec does not fit the base (see `check_spec`).
     """
-    if spec.peft_type != "lora":
-        raise ModelError(f"adapter type {spec.peft_type!r} is unknown; expected 'lora'")
+    check_spec(base, spec)
     tree = share(base)
-    modules = list(spec.modules)
-    check_modules(tree, modules)
-    inject(tree, spec, modules, dropout=dropout, seed=seed)
+    inject(tree, spec, dropout=dropout, seed=seed)
     tensors: dict[str, nn.Parameter] = {}
-    for module in modules:
+    for module in spec.modules:
         factor_a, factor_b = factors_of(tree, module.name)
         tensors |= {f"{module.name}.factor_a": factor_a, f"{module.name}.factor_b": factor_b}
     if spec.head is None:
@@ -249,8 +198,8 @@ def null_model(base: BaseModel, task: TaskConfig, *, seed: int) -> nn.Module:
     Raises:
         ModelError: if the base does not fit the task.
     """
-    _check_task(base, task)
-    head = _head_spec(task, trained=False, seed=seed)
+    check_task(base, task)
+    head = head_spec(task, trained=False, seed=seed)
     if head is None:
         return base.model
     model, _ = build_head(base, share(base), head)

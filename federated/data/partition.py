@@ -39,6 +39,10 @@ def partition_rows(rows: Sequence[Row], config: DataConfig, *, notes: tuple[str,
         raise DataError(
             f"data.partition.kind={partition.kind} needs labels, which causal_lm rows lack; use iid or natural"
         )
+    if partition.num_clients > len(rows):
+        raise DataError(
+            f"data.partition.num_clients={partition.num_clients} is more than the {len(rows)} rows; use fewer"
+        )
     shares, warned = _divide(rows, config)
     width = max(3, len(str(partition.num_clients - 1)))
     made = {f"client-{number:0{width}d}": [rows[index] for index in share] for number, share in enumerate(shares)}

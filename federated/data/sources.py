@@ -42,8 +42,11 @@ def open_source(config: DataConfig, task: TaskConfig, *, app_dir: Path | None = 
     Raises:
         DataError: if the data is missing, malformed, does not fit the task, or leaves no client.
     """
-    path = _located(config, app_dir)
-    return _open(config, task, path, _stamp(path))
+    try:
+        path = _located(config, app_dir)
+        return _open(config, task, path, _stamp(path))
+    except OSError as error:
+        raise DataError(f"data.path: {config.path!r} cannot be read: {error.strerror}") from None
 
 
 def _located(config: DataConfig, app_dir: Path | None) -> Path | None:
@@ -80,19 +83,14 @@ def _open(config: DataConfig, task: TaskConfig, path: Path | None, stamp: _Stamp
         pool = partition_rows(rows, config, notes=pool.notes)
     pool = _large_enough(pool, config)
     pool = _first(pool, config.max_clients)
-    if not pool.client_ids:
-        said = "; ".join(pool.notes)
-        raise DataError(f"data={config.name} leaves no client (data.min_per_client={config.min_per_client}): {said}")
     return PooledSource(pool, config, task.labels)
 
 
 def _natural_pool(config: DataConfig, task: TaskConfig, path: Path | None) -> Pool:
-    if config.name == "synthetic":
-        return synthetic_pool(config, task)
     if config.name == "hub":
         return _grouped(list(hub_records(config)), RowReader(config, task))
-    if path is None:
-        raise DataError(f"data={config.name} has no file")
+    if path is None:  # only made-up data has neither a place on disk nor on the hub
+        return synthetic_pool(config, task)
     if config.name in BUNDLED:
         return bundled_pool(config, task, path=path)
     if config.name == "files":
@@ -155,6 +153,10 @@ def _large_enough(pool: Pool, config: DataConfig) -> Pool:
         return pool
     counts = pool.counts or {client_id: len(pool.rows(client_id)) for client_id in pool.client_ids}
     least = max(2, config.min_per_client)
+    largest = max(counts, key=counts.__getitem__, default=None)
+    if largest is None or (counts[largest] < least and (explicit or not pool.own)):
+        found = f"the largest of {len(counts)}, {largest!r}, has {counts[largest]}" if largest else "there is none"
+        raise DataError(f"data={config.name} leaves no client: expected at least {least} rows per client, {found}")
     small = [client_id for client_id in pool.client_ids if counts[client_id] < least]
     if not small:
         return replace(pool, counts=counts)

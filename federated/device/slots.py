@@ -44,7 +44,7 @@ class Slot:
     digest: str
     version_id: str
     label: str
-    manifest: VersionManifest | None = field(repr=False)
+    manifest: VersionManifest | None = field(repr=False, hash=False)
     handle: Any = field(repr=False, compare=False)
 
 

@@ -23,7 +23,7 @@ from federated.manifest import RawTensor, TrainPlan
 from federated.state import AdapterState, from_raw, to_raw
 from federated.training import LocalData, LocalTrainer, client_seed
 
-__all__ = ["Baseline", "compare", "evaluate_everywhere", "train_on"]
+__all__ = ["Baseline", "compare", "evaluate_everywhere", "full_session", "train_on"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def compare(
         ``null``, ``local_only`` and ``central``, and the centrally trained adapter.
     """
     torch.set_num_threads(1)
-    session = _full_session(config)
+    session = full_session(config)
     clients = session.source.client_ids
     jobs: list[tuple[str, tuple[str, ...]]] = [("central", clients), *((name, (name,)) for name in clients)]
     jobs.append(("null", ()))
@@ -160,8 +160,8 @@ def compare(
     ], central
 
 
-def _full_session(config: ExperimentConfig) -> Session:
-    """The cached parts, with the whole config (a session's own leaves out what clients need not know)."""
+def full_session(config: ExperimentConfig) -> Session:
+    """The cached parts with the whole config, of which a client's session keeps only what it needs."""
     return replace(open_session(config), config=config)
 
 
@@ -173,7 +173,7 @@ def _run_jobs(
     advance: Callable[[str], None],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     key = config.to_json()
-    _inherited[key] = _full_session(config)
+    _inherited[key] = full_session(config)
     try:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
             futures: list[Future[tuple[str, dict[str, Any]]]] = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,7 +117,7 @@ class Run:
                 status, message = "failed", ""
                 try:
                     strategy = self._strategy(registry, tracker)
-                    tracker.emit(self._run_event(strategy))
+                    tracker.emit(self.description(strategy.method, resumed_after=strategy.server.finished))
                     strategy.start(grid)
                     status = "completed"
                 except RunInterrupted as error:
@@ -128,8 +128,8 @@ class Run:
                     raise
                 finally:
                     tracker.emit({"event": "end", "status": status, "message": message})
-                    self._leave(registry)
-            return self._summary(registry, strategy)
+                    self.leave(registry)
+            return self.summary(registry, strategy.version_id or "")
 
     def resume_command(self) -> str:
         """The command that goes on with this run."""
@@ -162,14 +162,15 @@ class Run:
             raise VersionNotFound(f"version {last.version_id[:12]} has no training state; start a new run")
         return TrainingState.from_bytes(state), last.version_id
 
-    def _run_event(self, strategy: DeltaStrategy) -> Mapping[str, Any]:
+    def description(self, method: str, *, resumed_after: int = 0) -> dict[str, Any]:
+        """The ``run`` event: what runs, and how large base and adapter are."""
         base = self.session.adapter.base
         tensors = self.session.initial.tensors.values()
         return {
             "event": "run",
             "run_id": self.run_id,
             "name": self.config.name,
-            "method": strategy.method,
+            "method": method,
             "engine": self.config.engine.name,
             "clients": self.clients,
             "rounds": self.config.rounds,
@@ -180,11 +181,11 @@ class Run:
             "base_params": base.num_parameters,
             "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
             "adapter_params": sum(tensor.numel() for tensor in tensors),
-            "resumed_after": strategy.server.finished,
+            "resumed_after": resumed_after,
             "notes": list(self.session.source.notes),
         }
 
-    def _leave(self, registry: Registry) -> None:
+    def leave(self, registry: Registry) -> None:
         """Write what a reader of the folder needs; never hides why the run ended."""
         try:
             records = registry.versions(self.run_id)
@@ -193,8 +194,8 @@ class Run:
         except OSError as error:
             raise StorageFull(f"cannot write the report to {self.folder}: {error.strerror}") from None
 
-    def _summary(self, registry: Registry, strategy: DeltaStrategy) -> RunSummary:
-        version_id = strategy.version_id or ""
+    def summary(self, registry: Registry, version_id: str) -> RunSummary:
+        """What the run leaves, with that version as its last."""
         digest = registry.get(version_id).manifest.weights_digest
         report = self.folder / "report.html"
         return RunSummary(self.run_id, self.folder, self.registry_location, version_id, digest, report)

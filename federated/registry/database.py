@@ -112,15 +112,19 @@ def open_frozen(place: Place) -> Engine | None:
     Returns:
         None where that is impossible: another database, no file, or a log that was not written back yet.
     """
-    if place.file is None or not place.file.is_file():
+    if place.file is None or not _has_bytes(place.file):
         return None
     log = place.file.with_name(place.file.name + "-wal")
-    if log.is_file() and log.stat().st_size:
+    if _has_bytes(log):
         return None
     query = {"mode": "ro", "immutable": "1", "uri": "true"}
     engine = create_engine(URL.create("sqlite", database=f"file:{quote(str(place.file))}", query=query))
     event.listen(engine, "begin", _on_begin)
     return engine
+
+
+def _has_bytes(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _server_engine(place: Place) -> Engine:

@@ -66,7 +66,7 @@ def manifest_text(manifest: VersionManifest) -> str:
     except (TypeError, ValueError, KeyError) as error:
         raise RegistryError(f"the manifest cannot be stored as JSON: {error}; use plain finite values") from error
     if canonical_json(again.to_dict()).decode() != text:
-        raise RegistryError("the manifest changes when it is read back; use strings as keys everywhere")
+        raise RegistryError("the manifest changes when it is read back; build its parts from their own classes")
     return text
 
 

@@ -137,9 +137,11 @@ def parsed(page: str) -> _References:
     return parser
 
 
-@pytest.fixture
-def whole(tmp_path: Path) -> str:
-    return page_of(folder(tmp_path / "run", whole_run(), versions=versions_of(4), config=CONFIG))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return page_of(
+        folder(tmp_path_factory.mktemp("whole") / "run", whole_run(), versions=versions_of(4), config=CONFIG)
+    )
 
 
 def test_page_fetches_nothing(whole: str) -> None:

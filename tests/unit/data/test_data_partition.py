@@ -1,5 +1,7 @@
 """Clients made anew: nothing lost, nothing twice, reproducible, and said."""
 
+from typing import Any
+
 import pytest
 
 from federated.config import DataConfig, PartitionConfig
@@ -10,8 +12,8 @@ from federated.errors import DataError
 ROWS = [{"text": str(number), "label": number % 3} for number in range(60)]
 
 
-def divide(kind: str, rows: list[dict[str, object]] = ROWS, *, seed: int = 0, **partition: object) -> Pool:  # type: ignore[assignment]
-    config = DataConfig(partition=PartitionConfig(kind=kind, **partition), seed=seed)  # type: ignore[arg-type]
+def divide(kind: str, rows: Any = ROWS, *, seed: int = 0, **partition: Any) -> Pool:
+    config = DataConfig(partition=PartitionConfig(kind=kind, **partition), seed=seed)
     return partition_rows(rows, config, notes=("before",))
 
 
@@ -58,9 +60,16 @@ def test_small_alpha_is_more_skewed_than_large() -> None:
 
 
 def test_clients_without_rows_are_left_out_and_named() -> None:
-    pool = divide("iid", ROWS[:3], num_clients=4)
-    assert pool.client_ids == ("client-000", "client-001", "client-002")
-    assert pool.notes == ("before", "left out 1 clients that got no rows: client-003")
+    pool = divide("dirichlet", num_clients=12, alpha=0.01)
+    assert 0 < len(pool.client_ids) < 12
+    missing = sorted({f"client-{number:03d}" for number in range(12)} - set(pool.client_ids))
+    assert pool.notes == ("before", f"left out {len(missing)} clients that got no rows: {', '.join(missing)}")
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
+def test_more_clients_than_rows_is_an_error(kind: str) -> None:
+    with pytest.raises(DataError, match=r"data\.partition\.num_clients=4 is more than the 3 rows"):
+        divide(kind, ROWS[:3], num_clients=4)
 
 
 def test_labels_that_nobody_gets_are_noted() -> None:
@@ -75,5 +84,5 @@ def test_rows_without_labels_cannot_be_skewed_by_label(kind: str) -> None:
 
 
 def test_an_impossible_division_is_one_line() -> None:
-    with pytest.raises(DataError, match="^data.partition: 60 rows cannot be divided so: .*greater than the number"):
+    with pytest.raises(DataError, match=r"^data.partition: 60 rows cannot be divided so: .*greater than the number"):
         divide("pathological", num_clients=2, classes_per_client=5)

@@ -83,7 +83,7 @@ def test_a_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_folder_in_place_of_a_file_is_one_error(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"a.{suffix}").mkdir()
-    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+    with pytest.raises(DataError, match=r"cannot be read: Is a directory"):
         list(read_records(tmp_path / f"a.{suffix}"))
 
 
@@ -93,7 +93,7 @@ def test_a_parquet_file_with_a_damaged_page_is_one_error(tmp_path: Path) -> None
     data = bytearray(path.read_bytes())
     data[8:200] = b"\0" * 192
     path.write_bytes(bytes(data))
-    with pytest.raises(DataError, match="malformed Parquet"):
+    with pytest.raises(DataError, match=r"malformed Parquet"):
         list(read_records(path))
 
 

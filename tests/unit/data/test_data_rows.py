@@ -86,7 +86,7 @@ def test_bad_messages_are_one_error(messages: Any, fault: str) -> None:
 
 
 def test_a_missing_messages_column_is_said() -> None:
-    with pytest.raises(DataError, match="no column 'messages'; found columns: text$"):
+    with pytest.raises(DataError, match=r"no column 'messages'; found columns: text$"):
         read(CHAT, {"text": "hi"})
 
 
@@ -115,7 +115,7 @@ def test_bad_sensor_values_are_one_error(values: Any, fault: str) -> None:
 
 
 def test_one_client_has_one_number_of_channels() -> None:
-    with pytest.raises(DataError, match="row 2 of the client has 1 channels, expected 2"):
+    with pytest.raises(DataError, match=r"row 2 of the client has 1 channels, expected 2"):
         read(SENSOR, {"values": [[1, 2]], "label": 0}, {"values": [[1]], "label": 0})
 
 
@@ -130,10 +130,26 @@ def test_a_usable_client_id_is_kept_as_it_is(client_id: str) -> None:
 
 @pytest.mark.parametrize(
     "client_id",
-    ["", "x" * 129, "a\0b", "a\nb", ".hidden", "..", "a/../b", "a//b", "/etc", "a/", "a\\b", " a", "a ", "\u202ea", "\x7f"],
+    [
+        "",
+        "x" * 129,
+        "a\0b",
+        "a\nb",
+        ".hidden",
+        "..",
+        "a/../b",
+        "a//b",
+        "/etc",
+        "a/",
+        "a\\b",
+        " a",
+        "a ",
+        "\u202ea",
+        "\x7f",
+    ],
 )
 def test_an_unusable_client_id_is_refused(client_id: str) -> None:
-    with pytest.raises(DataError, match="^here: the client id .*; expected 1 to 128 printable characters"):
+    with pytest.raises(DataError, match=r"^here: the client id .*; expected 1 to 128 printable characters"):
         check_client_id(client_id, "here")
 
 
@@ -144,7 +160,7 @@ def test_a_client_is_text_or_a_number(cell: Any, expected: str) -> None:
 
 @pytest.mark.parametrize("cell", [None, 1.5, True, ["a"]])
 def test_a_client_of_another_type_is_refused(cell: Any) -> None:
-    with pytest.raises(DataError, match="here: the client id is of type"):
+    with pytest.raises(DataError, match=r"here: the client id is of type"):
         RowReader(DataConfig(), TEXT).client_id(Record("here", {"client": cell}))
 
 
@@ -161,15 +177,15 @@ def test_a_labelled_text_fits_every_text_task() -> None:
 
 
 def test_a_labelled_text_does_not_fit_sensors() -> None:
-    with pytest.raises(DataError, match="data=airlines holds texts; task=sensor"):
+    with pytest.raises(DataError, match=r"data=airlines holds texts; task=sensor"):
         RowReader(DataConfig(name="airlines"), SENSOR).labelled("late", "bad", question="How?")
 
 
 def test_a_label_of_the_data_that_the_task_lacks_is_an_error() -> None:
-    with pytest.raises(DataError, match="label 'neutral', which task.labels lacks: found bad, good"):
+    with pytest.raises(DataError, match=r"label 'neutral', which task.labels lacks: found bad, good"):
         RowReader(DataConfig(name="airlines"), SENTIMENT).labelled("late", "neutral", question="How?")
 
 
 def test_a_text_without_label_does_not_fit_classification() -> None:
-    with pytest.raises(DataError, match="data=shakespeare has no labels"):
+    with pytest.raises(DataError, match=r"data=shakespeare has no labels"):
         RowReader(DataConfig(name="shakespeare"), SENTIMENT).spoken("Speak.", "to be")

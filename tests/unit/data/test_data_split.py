@@ -45,7 +45,7 @@ def test_a_client_that_cannot_be_split_is_named(count: int, words: str) -> None:
 
 def test_an_unknown_client_is_refused() -> None:
     source = PooledSource(Pool(("a",), lambda _: ROWS), DataConfig(), ())
-    with pytest.raises(DataError, match="no client 'b' in data=synthetic; there are 1"):
+    with pytest.raises(DataError, match=r"no client 'b' in data=synthetic; there are 1"):
         source.load("b")
 
 

@@ -112,7 +112,7 @@ class PartitionConfig:
 
     Args:
         kind: ``natural`` keeps the data's own clients; the others pool and divide anew.
-        num_clients: clients to make (ignored by ``natural``).
+        num_clients: clients to make; ``natural`` ignores it, but for synthetic data, which has none of its own.
         alpha: Dirichlet concentration; small is skewed.
         classes_per_client: for ``pathological``.
     """
@@ -265,12 +265,14 @@ class RoundConfig:
         deadline: seconds until missing replies are counted as late.
         poll_interval: seconds between looks for replies.
         max_norm: refuse an update whose L2 norm is larger; 0 means no bound.
+        max_examples: refuse an update that claims more training examples: a claim is a weight in the mean.
     """
 
     quorum: Fraction = 0.5
     deadline: Positive = 3600.0
     poll_interval: Positive = 0.05
     max_norm: NonNegative = 0.0
+    max_examples: Count = 1_000_000
 
 
 @dataclass(frozen=True, config=_STRICT)

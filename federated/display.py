@@ -204,6 +204,7 @@ def _reason(event: Event) -> str:
 
 def _plain_lines(event: Event) -> Iterator[Text]:
     """What a log shows of one event; `Text`, so that nothing in a client's name is taken for markup."""
+    yield from (Text(str(note)) for note in event.get("notes") or ())
     words = _PLAIN.get(str(event.get("event")))
     if words and (line := words(event)):
         yield Text(line)

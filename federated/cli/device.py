@@ -30,16 +30,16 @@ def try_(
     version: Annotated[
         str, typer.Option(help="latest, v3, RUN:v3, a channel, a version id or its beginning; or null.")
     ] = "latest",
-    registry: Annotated[str, typer.Option(help="Folder of the registry.")] = "runs/latest/registry",
+    registry: Annotated[str, typer.Option(help="Folder or URL; default: the newest registry below runs/.")] = "",
     app_dir: Annotated[Path, typer.Option("--app", help="Folder where the base model is looked up.")] = Path(),
 ) -> None:
     """Answer texts with one version and say how long its activation took."""
     from rich.console import Console
 
+    from federated.cli.registry import open_registry
     from federated.device import NULL, open_runtime
-    from federated.registry import Registry
 
-    with Registry.open(registry, create=False) as store:
+    with open_registry(registry or None) as store:
         record = store.get("latest" if version == NULL else version)
         runtime = open_runtime(record.manifest, app_dir=app_dir)
         activation = runtime.activate(NULL) if version == NULL else _activate(runtime, store, record)

@@ -3,6 +3,8 @@
 A plain Flower ServerApp needs `DeltaStrategy`, a plain ClientApp `handle_query` and `handle_train`.
 """
 
+from flwr.clientapp import ClientApp
+
 from federated.flower.client import handle_query, handle_train
 from federated.flower.engines import simulate
 from federated.flower.inprocess import InProcessGrid
@@ -13,6 +15,7 @@ from federated.flower.session import Session, open_session, use_app_folder
 from federated.flower.strategy import DeltaStrategy
 
 __all__ = [
+    "ClientApp",
     "DeltaStrategy",
     "InProcessGrid",
     "Publisher",

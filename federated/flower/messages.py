@@ -55,7 +55,7 @@ class TaskWriter:
             if plan.rank not in packets:
                 packets[plan.rank] = adapter_packet(payload)
             assignment = self._assign(plan, client_id, server.version_id or "", round_number=round_number)
-            expected[client_id] = _expectation(assignment, payload, server.counters.get(client_id, 0))
+            expected[client_id] = self._expect(assignment, payload, server.counters.get(client_id, 0))
             sizes[client_id] = len(packets[plan.rank])
             content = task_content(assignment, self._config, packets[plan.rank])
             messages.append(Message(content, node, "train", group_id=str(round_number)))
@@ -88,17 +88,17 @@ class TaskWriter:
             plan=plan,
         )
 
-
-def _expectation(assignment: Assignment, payload: AdapterState, last_counter: int) -> Expectation:
-    return Expectation(
-        run_id=assignment.run_id,
-        round_number=assignment.round_number,
-        phase=assignment.plan.phase,
-        client_id=assignment.client_id,
-        task_token=assignment.task_token,
-        parent_version=assignment.parent_version,
-        base_digest=assignment.base_digest,
-        spec=payload.spec,
-        plan_digest=assignment.plan.digest,
-        last_counter=last_counter,
-    )
+    def _expect(self, assignment: Assignment, payload: AdapterState, last_counter: int) -> Expectation:
+        return Expectation(
+            run_id=assignment.run_id,
+            round_number=assignment.round_number,
+            phase=assignment.plan.phase,
+            client_id=assignment.client_id,
+            task_token=assignment.task_token,
+            parent_version=assignment.parent_version,
+            base_digest=assignment.base_digest,
+            spec=payload.spec,
+            plan_digest=assignment.plan.digest,
+            max_examples=self._config.round.max_examples,
+            last_counter=last_counter,
+        )

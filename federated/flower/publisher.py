@@ -17,7 +17,7 @@ from federated.manifest import AdapterSpec, VersionManifest, sha256_hex
 from federated.registry import Registry
 from federated.server_optimizers import OptimizerState
 from federated.state import AdapterState, GlobalState, RuleState, Tensors, from_raw, to_raw
-from federated.wire import decode_packet, encode_packet, encode_tensors
+from federated.wire import Limits, decode_packet, encode_packet, encode_tensors
 
 __all__ = ["Publisher", "RegistryPublisher", "TrainingState", "recipe_record", "weights_digest"]
 
@@ -76,7 +76,7 @@ class TrainingState:
             RegistryError: if the bytes are no training state.
         """
         try:
-            header, raw, _ = decode_packet(data)
+            header, raw, _ = decode_packet(data, _OWN)
             groups: dict[str, dict[str, Any]] = {"global": {}, "optimizer": {}, "rule": {}}
             for name, tensor in from_raw(raw).items():
                 group, _, rest = name.partition(":")
@@ -87,6 +87,10 @@ class TrainingState:
             return cls(int(header["round_number"]), state, moments, header["counters"])
         except (WireError, KeyError, TypeError, ValueError) as error:
             raise RegistryError(f"the stored training state cannot be read ({error}); start a new run") from None
+
+
+_OWN = Limits(max_bytes=2**40, max_header_bytes=2**28, max_tensors=2**20)
+"""For what this server stored itself: as large as an adapter with all its moments may be."""
 
 
 class Publisher(Protocol):

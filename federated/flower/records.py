@@ -30,6 +30,7 @@ __all__ = [
     "adapter_packet",
     "assignment_of",
     "config_of",
+    "metric_record",
     "packet_of",
     "parse_adapter_packet",
     "query_content",
@@ -198,13 +199,19 @@ def assignment_of(message: Message) -> Assignment:
 
 def reply_content(client_id: str, task: str, metrics: Mapping[str, float], packet: bytes | None = None) -> RecordDict:
     """A client's answer; metrics that are not finite are left out."""
-    finite = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
     content = RecordDict(
-        {"reply": ConfigRecord({"client_id": client_id, "task_token": task}), "metrics": MetricRecord(finite)}
+        {"reply": ConfigRecord({"client_id": client_id, "task_token": task}), "metrics": metric_record(metrics)}
     )
     if packet is not None:
         content["packet"] = _packet_record(packet)
     return content
+
+
+def metric_record(metrics: Mapping[str, float]) -> MetricRecord:
+    """Metrics as Flower carries them; values that are not finite are left out."""
+    finite: dict[str, int | float | list[int] | list[float]] = {}
+    finite.update({key: float(value) for key, value in metrics.items() if math.isfinite(value)})
+    return MetricRecord(finite)
 
 
 def refusal_content(client_id: str, error: Exception) -> RecordDict:

@@ -27,6 +27,7 @@ from federated.errors import AggregationError, RunInterrupted
 from federated.flower.exchange import Directory, exchange
 from federated.flower.messages import TaskWriter
 from federated.flower.publisher import Publisher, RegistryPublisher, TrainingState
+from federated.flower.records import metric_record
 from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation
 from federated.flower.round_report import round_event, train_metrics
 from federated.flower.selection import select_cohort
@@ -242,7 +243,7 @@ class DeltaStrategy(Strategy):
         moved = self.server.apply(result)
         manifest = self._publish(good, server_round, servable=getattr(result, "servable", True))
         self._tracker.emit(round_event(book, version_id=self.version_id, manifest=manifest, moved=moved))
-        return self.server.arrays(), MetricRecord(train_metrics(good))
+        return self.server.arrays(), metric_record(train_metrics(good))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Pool the clients' evaluations of the global adapter."""
@@ -255,7 +256,7 @@ class DeltaStrategy(Strategy):
         self._tracker.emit(
             {"event": "final", "version_id": self.version_id, "evaluation": evaluation, "refused": refused}
         )
-        return None if evaluation is None else MetricRecord(dict(evaluation))
+        return None if evaluation is None else metric_record(evaluation)
 
     def _taken(self, number: int) -> RoundBook:
         book, self._book = self._book, None

@@ -30,9 +30,9 @@ def check_channel_name(channel: str) -> None:
         raise RegistryError(
             f"{channel!r} is no channel name; expected up to 64 of a-z, 0-9 and '-', a letter or digit first"
         )
-    if channel == "latest" or _NUMBER.fullmatch(channel) or _PREFIX.fullmatch(channel):
+    if channel in ("latest", "null") or _NUMBER.fullmatch(channel) or _PREFIX.fullmatch(channel):
         raise RegistryError(
-            f"{channel!r} cannot name a channel: it reads as a version number, a version id or 'latest'; "
+            f"{channel!r} cannot name a channel: it reads as a version number, a version id, 'latest' or 'null'; "
             f"choose a name such as dev, canary or stable"
         )
 

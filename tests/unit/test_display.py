@@ -54,6 +54,7 @@ def test_display_is_a_tracker(live: LiveDisplay) -> None:
         (REFUSED, "round 1: [red]united[/red] refused: not_finite: tensor a holds NaN"),
         ({**REFUSED, "status": "late", "reason": "late", "message": None}, "round 1: [red]united[/red] late: late"),
         (FINAL, "final: held-out loss 0.7500, accuracy 80.0%"),
+        ({**RUN, "notes": ["left out: [b]tiny[/b]"]}, "left out: [b]tiny[/b]"),
         (BASELINE, "baseline null: loss 1.2500, accuracy 37.5%"),
         (END, "completed"),
         ({**END, "status": "failed", "message": "disk full"}, "failed: disk full"),

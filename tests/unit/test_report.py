@@ -53,6 +53,7 @@ RUN = {
     "event": "run", "run_id": "r1", "name": "airlines", "method": "fedit + sgd", "engine": "inprocess", "clients": 6,
     "rounds": 3, "base_digest": "b" * 64, "base_bytes": 90_900_000, "base_params": 22_713_216,
     "adapter_bytes": 299_532, "adapter_params": 74_883, "seed": 0, "source": "asset:minilm",
+    "notes": ["left out: delta (1 row)"],
 }  # fmt: skip
 REFUSED = {"client_id": "virgin", "reason": "not_finite", "message": "tensor q.factor_a holds NaN; 12 of 3072 values"}
 
@@ -165,6 +166,7 @@ def test_page_fetches_nothing(whole: str) -> None:
         "12 of 3072 values",
         "two hours late again, thanks a lot",
         "asset:minilm",
+        "left out: delta (1 row)",
         "server_optimizer.learning_rate",
         "3ffffffffff",
         "1.73",

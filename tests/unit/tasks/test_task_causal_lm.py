@@ -206,7 +206,7 @@ def test_token_accuracy_counts_right_guesses(base, plain):
 
 def test_evaluation_does_not_depend_on_order(base, plain):
     samples = plain.encode(ROWS)
-    shuffled = [samples[at] for at in torch.randperm(len(samples)).tolist()]
+    shuffled = [*samples[3:], *samples[:3]][::-1]
     assert plain.evaluate(base.model, samples, batch_size=4) == plain.evaluate(base.model, shuffled, batch_size=4)
 
 

@@ -90,7 +90,7 @@ def test_the_evaluation_s_loss_is_the_mean_over_rows(task, model):
 
 def test_evaluation_does_not_depend_on_order(task, model):
     features = task.encode(ROWS)
-    shuffled = [features[at] for at in torch.randperm(len(features)).tolist()]
+    shuffled = [*features[3:], *features[:3]][::-1]
     assert task.evaluate(model, features, batch_size=4) == task.evaluate(model, shuffled, batch_size=4)
 
 

@@ -17,6 +17,7 @@ from federated.config import ExperimentConfig
 from federated.flower.baselines import evaluate_everywhere, full_session, train_on
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.flower.run import Run, RunSummary, run_trackers
+from federated.flower.session import Session
 from federated.registry import Registry
 from federated.state import AdapterState, GlobalState
 
@@ -42,7 +43,9 @@ def train_centrally(config: ExperimentConfig) -> RunSummary:
         before, _ = evaluate_everywhere(session, session.initial)
         state, metrics = train_on(session, session.source.client_ids, name="central", threads=torch.get_num_threads())
         after, _ = evaluate_everywhere(session, state)
-        parent, version = publish_central(registry, run, state, metrics={**_prefixed(after), **metrics})
+        parent, version = publish_central(
+            registry, session, state, run_id=run.run_id, metrics={**_prefixed(after), **metrics}
+        )
         tracker.emit(
             {
                 "event": "round",
@@ -67,26 +70,26 @@ def train_centrally(config: ExperimentConfig) -> RunSummary:
 
 
 def publish_central(
-    registry: Registry, run: Run, state: AdapterState, *, metrics: Mapping[str, float]
+    registry: Registry, session: Session, state: AdapterState, *, run_id: str, metrics: Mapping[str, float]
 ) -> tuple[str, str]:
     """Publish the initial and the trained adapter of a central run; returns their version ids.
+
+    Args:
+        registry: open.
+        session: with the whole config, see `full_session`.
+        state: the trained adapter.
+        run_id: of the central run.
+        metrics: for the trained version's manifest.
 
     Raises:
         RegistryError: if the registry refuses.
     """
-    session = run.session
-    publisher = RegistryPublisher(
-        registry,
-        run.config,
-        run_id=run.run_id,
-        base_digest=session.adapter.base.base_digest,
-        method="central",
-        channel=None,
-    )
-    optimizer = run.config.strategy.server_optimizer
+    base, config = session.adapter.base.base_digest, session.config
+    publisher = RegistryPublisher(registry, config, run_id=run_id, base_digest=base, method="central", channel=None)
 
     def training(number: int, adapter: AdapterState) -> TrainingState:
-        return TrainingState(number, GlobalState(adapter.cast("F32")), server_optimizers.init(optimizer, adapter))
+        moments = server_optimizers.init(config.strategy.server_optimizer, adapter)
+        return TrainingState(number, GlobalState(adapter.cast("F32")), moments)
 
     initial = publisher.publish(training(0, session.initial), parent=None, participants=0, metrics={})
     parent = initial.version_id

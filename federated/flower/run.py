@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from federated.registry import Registry, VersionRecord
 from federated.report import write_report
 from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker
 
-__all__ = ["Run", "RunSummary", "run_trackers"]
+__all__ = ["Run", "RunSummary", "run_trackers", "write_versions"]
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,7 @@ class Run:
     def leave(self, registry: Registry) -> None:
         """Write what a reader of the folder needs; never hides why the run ended."""
         try:
-            records = registry.versions(self.run_id)
-            (self.folder / "versions.json").write_text(json.dumps([version_row(record) for record in records]))
+            write_versions(self.folder, registry.versions(self.run_id))
             write_report(self.folder)
         except OSError as error:
             raise StorageFull(f"cannot write the report to {self.folder}: {error.strerror}") from None
@@ -199,6 +198,11 @@ class Run:
         digest = registry.get(version_id).manifest.weights_digest
         report = self.folder / "report.html"
         return RunSummary(self.run_id, self.folder, self.registry_location, version_id, digest, report)
+
+
+def write_versions(folder: Path, records: Sequence[VersionRecord]) -> None:
+    """Write ``versions.json``: what the report draws the lineage from."""
+    (folder / "versions.json").write_text(json.dumps([version_row(record) for record in records]))
 
 
 def version_row(record: VersionRecord) -> dict[str, Any]:

@@ -334,6 +334,15 @@ class ExperimentConfig:
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
+    def _crosses_the_network(self) -> Self:
+        for key, part in asdict(self).items():
+            try:
+                digest_of(part)
+            except (TypeError, ValueError) as error:  # in free text and in `train.scheduler_args`
+                raise ValueError(f"{key}: a value cannot be written as JSON: {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _labels_fit_the_task(self) -> Self:
         if self.task.name != "causal_lm" and len(self.task.labels) < 2:
             raise ValueError(f"task.labels: {self.task.name} needs at least two labels, found {list(self.task.labels)}")
@@ -379,11 +388,18 @@ def _one_line(error: ValidationError) -> str:
     """Say the first fault of a validation error in one line."""
     faults = error.errors(include_url=False)
     first = faults[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "tuple["))) or "config"
+    parts = (str(part) for part in first["loc"] if not str(part).startswith(("literal[", "tuple[")))
+    key = _short(".".join(parts)) or "config"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "unexpected_keyword_argument":
         message = "unknown key"
-    found = "" if first["type"] == "value_error" else f" = {first['input']!r}"
+    found = "" if first["type"] == "value_error" else f" = {_short(repr(first['input']))}"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     prefix = "" if first["type"] == "value_error" and key == "config" else f"{key}{found}: "
     return f"{prefix}{message}{more}"
+
+
+def _short(text: str, limit: int = 200) -> str:
+    """In one line of bounded length, whatever somebody wrote as a key or value."""
+    flat = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."

@@ -49,14 +49,20 @@ class ClientStore:
             raise DataError(f"cannot write the client's store in {self.folder}: {error.strerror}") from None
 
     def next_counter(self) -> int:
-        """Count messages of this client in this run, from 1, across restarts."""
+        """Count messages of this client in this run, from 1, across restarts.
+
+        Raises:
+            DataError: if the disk refuses, or what it holds is no counter.
+        """
         path = self.folder / "counter.json"
-        last = json.loads(path.read_text())["counter"] if path.is_file() else 0
         try:
-            self._write(path, json.dumps({"counter": last + 1}).encode())
+            number = int(json.loads(path.read_text())["counter"]) + 1 if path.is_file() else 1
+            self._write(path, json.dumps({"counter": number}).encode())
         except OSError as error:
             raise DataError(f"cannot write the client's store in {self.folder}: {error.strerror}") from None
-        return int(last) + 1
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path} is damaged; remove {self.folder} to leave this run and join the next") from None
+        return number
 
     @staticmethod
     def _write(path: Path, data: bytes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -16,7 +17,18 @@ from federated.config import ExperimentConfig
 from federated.errors import NotEnoughUpdates, WireError
 from federated.flower.records import Reply, query_content
 
-__all__ = ["Directory", "exchange"]
+__all__ = ["Directory", "Forgetful", "exchange"]
+
+_LONGEST_ID = 200
+
+
+@runtime_checkable
+class Forgetful(Protocol):
+    """A Grid that can drop messages which nobody waits for any more."""
+
+    def abandon(self, message_ids: Iterable[str]) -> None:
+        """Drop the messages, or their replies."""
+        ...
 
 
 def exchange(
@@ -44,9 +56,21 @@ def exchange(
             waiting.discard(reply.metadata.reply_to_message_id)
             yield reply
         if clock() >= end:
+            _abandon(grid, waiting)
             return
         if not arrived and waiting:
             time.sleep(poll_interval)
+
+
+def _abandon(grid: Grid, message_ids: set[str]) -> None:
+    """Tell an in-process Grid to forget messages, else late work would delay every later round; others cannot."""
+    if isinstance(grid, Forgetful):
+        grid.abandon(message_ids)
+
+
+def _usable(client_id: str) -> bool:
+    """Cohorts, tokens and stores are keyed on it, and it is shown: printable and of bounded length."""
+    return 0 < len(client_id) <= _LONGEST_ID and client_id.isprintable()
 
 
 class Directory:
@@ -112,8 +136,8 @@ class Directory:
         except WireError as error:
             self.problems.append((node, str(error)))
             return
-        if reply.reason or not reply.client_id:
-            self.problems.append((node, reply.message or "it gave no client id"))
+        if reply.reason or not _usable(reply.client_id):
+            self.problems.append((node, reply.message or "it gave no client id that can be used"))
         elif reply.client_id in self.nodes:
             self.problems.append(
                 (node, f"client id {reply.client_id!r} is taken by node {self.nodes[reply.client_id]}")

@@ -36,6 +36,7 @@ __all__ = ["InProcessGrid"]
 _LOG = logging.getLogger(__name__)
 _RUN_ID = 1
 _WAIT = 0.02
+_ALIVE = 1.0  # seconds between a waiting worker's looks at its parent
 
 
 @dataclass
@@ -51,6 +52,8 @@ def _answer(client_app: ClientApp, job: _Job, num_nodes: int) -> tuple[Message, 
     context = Context(run_id=_RUN_ID, node_id=node_id, node_config=node_config, state=job.state, run_config={})
     try:
         reply = client_app(job.message, context)
+        if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != job.message.metadata.message_id:
+            raise TypeError(f"the ClientApp returned a {type(reply).__name__} that is no reply to its message")
     except Exception as error:  # noqa: BLE001 - what a SuperNode does: any exception is an error reply
         _LOG.debug("ClientApp raised\n%s", traceback.format_exc())
         failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=f"{type(error).__name__}: {error}")
@@ -58,15 +61,20 @@ def _answer(client_app: ClientApp, job: _Job, num_nodes: int) -> tuple[Message, 
     return reply, context.state
 
 
-def _work(connection: Connection, client_app: ClientApp, num_nodes: int) -> None:
-    """A forked worker: answer jobs until the pipe closes. The parent alone reacts to Ctrl-C."""
+def _work(near: Connection, far: Connection, client_app: ClientApp, num_nodes: int) -> None:
+    """A forked worker: answer jobs until the parent is gone. The parent alone reacts to Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    near.close()
+    parent = os.getppid()
     while True:
+        # Workers forked later hold copies of this pipe's other end, so a killed parent does not close it: look.
+        while not far.poll(_ALIVE):
+            if os.getppid() != parent:
+                return
         try:
-            job = connection.recv()
-        except EOFError:
+            far.send(_answer(client_app, far.recv(), num_nodes))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
             return
-        connection.send(_answer(client_app, job, num_nodes))
 
 
 class _Worker:
@@ -84,7 +92,7 @@ class _Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
         self._connection, far = context.Pipe()
-        arguments = (far, self._grid.client_app, self._grid.num_nodes)
+        arguments = (self._connection, far, self._grid.client_app, self._grid.num_nodes)
         self._process = context.Process(target=_work, args=arguments, daemon=True)
         self._process.start()
         far.close()
@@ -108,10 +116,11 @@ class _Worker:
         return Message(Error(code=ErrorCode.UNKNOWN, reason=reason), reply_to=job.message)
 
     def stop(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process, whatever it is doing, and one that just took the place of a dead one."""
+        self._process.kill()
+        self._thread.join(timeout=5)
         self._process.kill()
         self._process.join()
-        self._thread.join(timeout=5)
         self._connection.close()
 
 
@@ -184,8 +193,10 @@ class InProcessGrid(Grid):
     def deliver(self, job: _Job, reply: Message, state: RecordDict) -> None:
         """Put a reply where `pull_messages` finds it."""
         with self._changed:
-            reply.metadata.__dict__["_message_id"] = str(uuid4())
             self._states[job.message.metadata.dst_node_id] = state
+            if job.message.metadata.message_id not in self._mail.known:
+                return
+            reply.metadata.__dict__["_message_id"] = str(uuid4())
             self._mail.replies[job.message.metadata.message_id] = reply
             self._changed.notify_all()
 
@@ -237,6 +248,16 @@ class InProcessGrid(Grid):
             replies = [self._mail.replies.pop(key) for key in ready]
             self._mail.known -= set(ready)
         return replies
+
+    def abandon(self, message_ids: Iterable[str]) -> None:
+        """Drop messages whose replies nobody waits for any more, answered or not."""
+        with self._changed:
+            self._mail.known -= set(message_ids)
+            self._mail.waiting = deque(
+                job for job in self._mail.waiting if job.message.metadata.message_id in self._mail.known
+            )
+            for key in self._mail.replies.keys() - self._mail.known:
+                del self._mail.replies[key]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push messages and wait for their replies, at most ``timeout`` seconds."""

@@ -84,8 +84,9 @@ class TrainingState:
             adapter = AdapterState(AdapterSpec.from_dict(header["spec"]), groups["global"])
             state = GlobalState(adapter, rule_state=RuleState(header["rule"], groups["rule"]))
             moments = OptimizerState(int(header["steps"]), groups["optimizer"])
-            return cls(int(header["round_number"]), state, moments, header["counters"])
-        except (WireError, KeyError, TypeError, ValueError) as error:
+            counters = {str(client_id): int(last) for client_id, last in header["counters"].items()}
+            return cls(int(header["round_number"]), state, moments, counters)
+        except (WireError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise RegistryError(f"the stored training state cannot be read ({error}); start a new run") from None
 
 

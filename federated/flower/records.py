@@ -43,6 +43,9 @@ __all__ = [
 PACKET_STYPE = "fedpeft.packet"
 """Serialisation type of our Array: bytes that only `federated.wire` reads."""
 
+_LARGEST_METRIC = 1e30
+"""A larger claim is no measurement, and weighted means of such claims would not be finite."""
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -75,9 +78,21 @@ class Assignment:
         """
         try:
             value = json.loads(text)
-            return cls(**{**value, "plan": TrainPlan.from_dict(value["plan"])})
+            assignment = cls(**{**value, "plan": TrainPlan.from_dict(value["plan"])})
+            _check_types(assignment)
+            return assignment
         except (ValueError, TypeError, KeyError) as error:
             raise WireError(f"the message holds no task of this protocol: {type(error).__name__}") from None
+
+
+def _check_types(task: Assignment) -> None:
+    """Numbers and names end up in file names on the client: nothing else may stand in their place."""
+    plan = task.plan
+    if any(type(number) is not int or number < 0 for number in (task.round_number, plan.phase, plan.rank)):
+        raise ValueError("round_number, phase and rank are integers of at least 0")
+    names = (task.run_id, task.client_id, task.task_token, task.parent_version, task.base_digest, *plan.trainable)
+    if any(type(name) is not str for name in names) or plan.mode not in ("train", "evaluate"):
+        raise ValueError("names are strings, and the mode is train or evaluate")
 
 
 @dataclass(frozen=True)
@@ -103,11 +118,11 @@ class Reply:
         if not isinstance(head, ConfigRecord):
             raise WireError("the reply has no 'reply' record")
         values = dict(metrics) if isinstance(metrics, MetricRecord) else {}
-        numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
         return cls(
             client_id=str(head.get("client_id", "")),
             task_token=str(head.get("task_token", "")),
-            metrics={key: value for key, value in numbers.items() if math.isfinite(value)},
+            metrics={key: float(value) for key, value in numbers.items() if abs(value) < _LARGEST_METRIC},
             packet=packet_of(content) if "packet" in content else None,
             reason=str(head["reason"]) if "reason" in head else None,
             message=str(head["message"])[:500] if "message" in head else None,
@@ -134,7 +149,7 @@ def parse_adapter_packet(data: bytes) -> AdapterState:
     header, tensors, _ = decode_packet(data)
     try:
         spec = AdapterSpec.from_dict(header["spec"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"the packet holds no adapter: {type(error).__name__}") from None
     return AdapterState(spec, from_raw(tensors))
 

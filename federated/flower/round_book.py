@@ -161,6 +161,7 @@ class RoundBook:
         if reply.reason is not None:
             self._note(client_id, "failed", reason=reply.reason, message=reply.message)
             return None
+        self._check_claim(client_id, reply)
         if self._evaluate_only:
             self._check_token(client_id, reply)
             self._note(client_id, "ok", metrics=reply.metrics)
@@ -189,6 +190,13 @@ class RoundBook:
             payload_digest=envelope.payload_digest,
             metrics=reply.metrics,
         )
+
+    def _check_claim(self, client_id: str, reply: Reply) -> None:
+        """Evaluated examples are weights of the pooled evaluation, as training examples are of the mean."""
+        found, most = reply.metrics.get(f"{_EVALUATION}num_examples", 0), self._expected[client_id].max_examples
+        if found > most:
+            message = f"evaluated {found:.0f} examples, at most {most} are accepted"
+            raise UpdateRejected("bad_num_examples", message, client_id=client_id)
 
     def _check_token(self, client_id: str, reply: Reply) -> None:
         if reply.task_token != self._expected[client_id].task_token:

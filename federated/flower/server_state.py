@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord
 from federated import server_optimizers
 from federated.aggregation import NextPhase, Result, Rule
 from federated.config import ServerOptimizerConfig
-from federated.delta import norm, subtract
+from federated.delta import is_finite, norm, subtract
 from federated.errors import AggregationError
 from federated.flower.publisher import TrainingState
 from federated.manifest import TensorEntry, TensorLayout
@@ -64,9 +64,11 @@ class ServerState:
         """Take over the arrays that Flower hands in, when they differ from the adapter held here.
 
         Raises:
-            AggregationError: if names or shapes differ.
+            AggregationError: if names or shapes differ, or a value is not finite.
         """
         tensors = {name: tensor.float() for name, tensor in arrays.to_torch_state_dict().items()}
+        if not is_finite(tensors):
+            raise AggregationError("the arrays handed in hold values that are not finite")
         if norm(subtract(tensors, self.adapter.tensors)) > 0:
             self.global_state = replace(self.global_state, adapter=AdapterState(self.adapter.spec, tensors))
 

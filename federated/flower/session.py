@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from federated.adapters import AdapterModel, attach, load_base
 from federated.config import DataConfig, ExperimentConfig, ModelConfig, experiment_from
@@ -113,6 +113,8 @@ class ClientSite:
         allowed_base_digests: base models that it trains; empty means any that it can load.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a limit misspelt is no limit
+
     client_id: str
     store: str
     data: DataConfig | None = None
@@ -145,19 +147,19 @@ def site_of(node_config: Mapping[str, Any], config: ExperimentConfig) -> ClientS
             "in its node config; start the SuperNode with --node-config 'client-config=\"/path/client.yaml\"'"
         )
     names = open_source(config.data, config.task, app_dir=app_folder()).client_ids
-    index = int(node_config["partition-id"])
-    if index >= len(names):
+    index = str(node_config["partition-id"])
+    if not (index.isdecimal() and int(index) < len(names)):
         raise ConfigError(f"partition-id {index}: the data has {len(names)} clients, numbered from 0")
-    return ClientSite(client_id=names[index], store=_simulated_store())
+    return ClientSite(client_id=names[int(index)], store=_simulated_store())
 
 
 def _read_site(path: Path) -> ClientSite:
     try:
-        value = yaml.safe_load(path.read_text())
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
         return TypeAdapter(ClientSite).validate_python(value)
     except OSError as error:
         raise ConfigError(f"client-config {path}: {error.strerror}") from None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeDecodeError):
         raise ConfigError(f"client-config {path}: not valid YAML") from None
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]

@@ -128,7 +128,8 @@ class DeltaStrategy(Strategy):
             timeout: seconds per round; default: ``config.round.deadline``.
             train_config: not used: the plan travels in our own record.
             evaluate_config: not used.
-            evaluate_fn: called with the round number (0 first) and the global adapter, as in Flower.
+            evaluate_fn: called with the round number (first 0, or a resumed run's last) and the global adapter, as in
+                Flower.
 
         Returns:
             Flower's Result: final arrays, and metrics by round.
@@ -158,7 +159,7 @@ class DeltaStrategy(Strategy):
         self._directory.wait(grid)
         self._report_problems()
         self._publish_initial()
-        self._evaluate_here(result, 0, evaluate_fn)
+        self._evaluate_here(result, self.server.finished, evaluate_fn)
         for number in range(self.server.finished + 1, rounds + 1):
             messages = self.configure_train(number, self.server.arrays(), ConfigRecord(), grid)
             _, metrics = self.aggregate_train(number, self._exchange(grid, messages))

@@ -51,21 +51,36 @@ def resolve(session: Session, name: str) -> VersionRow:
     if _PREFIX.fullmatch(name.lower()):
         return _by_prefix(session, name.lower())
     if _CHANNEL.fullmatch(name):
-        pointed = select(VersionRow).join(ChannelRow, ChannelRow.version_id == VersionRow.version_id)
-        found = session.scalar(pointed.where(ChannelRow.name == name))
+        found = _in_channel(session, name)
         if found is not None:
             return found
     raise _unknown(session, name)
 
 
+_DEV = "dev"
+"""Runs that publish by themselves move this channel; a centrally trained version beside them does not."""
+
+
 def newest_run(session: Session) -> str | None:
-    """The run whose first version was published last; None in an empty registry."""
+    """The run that ``v3`` is looked up in; None in an empty registry.
+
+    It is the run that the channel ``dev`` points into; without that channel, the one whose first version was published
+    last.
+    """
+    current = _in_channel(session, _DEV)
+    if current is not None:
+        return current.run_id
     first = func.min(VersionRow.sequence)
     return session.scalar(select(VersionRow.run_id).group_by(VersionRow.run_id).order_by(first.desc()).limit(1))
 
 
+def _in_channel(session: Session, channel: str) -> VersionRow | None:
+    pointed = select(VersionRow).join(ChannelRow, ChannelRow.version_id == VersionRow.version_id)
+    return session.scalar(pointed.where(ChannelRow.name == channel))
+
+
 def _latest(session: Session) -> VersionRow:
-    row = session.scalar(select(VersionRow).order_by(VersionRow.sequence.desc()).limit(1))
+    row = _in_channel(session, _DEV) or session.scalar(select(VersionRow).order_by(VersionRow.sequence.desc()).limit(1))
     if row is None:
         raise VersionNotFound("the registry holds no versions yet; publish one first")
     return row

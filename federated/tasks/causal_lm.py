@@ -83,6 +83,10 @@ class CausalLM:
             raise DataError(f"row {number}: no token of the answer is left to learn from")
         yield kept
 
+    def length(self, features: Features) -> int:
+        """Tokens of a sample."""
+        return len(features["input_ids"])
+
     def collate(self, features: Sequence[Features]) -> Batch:
         """``input_ids``, ``attention_mask`` and ``labels``, int64 [batch, longest]; labels are -100 off target."""
         ids = [one["input_ids"] for one in features]

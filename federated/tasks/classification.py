@@ -35,8 +35,8 @@ class Inputs(Protocol):
         """Pad to the longest; the keys are the arguments of the model."""
         ...
 
-    def sort_key(self, features: Features) -> Any:
-        """Length first, then content: a total order."""
+    def values(self, features: Features) -> Sequence[Any]:
+        """What is padded: one entry per token or time step."""
         ...
 
 
@@ -70,9 +70,10 @@ class TextInputs:
             "attention_mask": pad_1d([[1] * len(one) for one in ids], 0),
         }
 
-    def sort_key(self, features: Features) -> Any:
-        """Number of tokens, then the tokens."""
-        return len(features["input_ids"]), features["input_ids"]
+    def values(self, features: Features) -> Sequence[Any]:
+        """The tokens."""
+        tokens: list[int] = features["input_ids"]
+        return tokens
 
 
 def _text_of(row: Row, number: int) -> str:
@@ -113,6 +114,10 @@ class Classification:
                 f"row {number}: label is not an index from 0 to {len(self.labels) - 1} into {list(self.labels)}"
             )
         return label
+
+    def length(self, features: Features) -> int:
+        """Tokens or time steps of an example."""
+        return len(self._inputs.values(features))
 
     def collate(self, features: Sequence[Features]) -> Batch:
         """Padded inputs, and ``labels`` int64 [batch]."""
@@ -155,7 +160,8 @@ class Classification:
         return losses, truth, answers
 
     def _sort_key(self, features: Features) -> Any:
-        return self._inputs.sort_key(features), features["label"]
+        values = self._inputs.values(features)
+        return len(values), values, features["label"]
 
     @torch.no_grad()
     def predict(self, model: nn.Module, rows: Sequence[Row]) -> list[Prediction]:

@@ -75,6 +75,10 @@ class Task(Protocol):
         """
         ...
 
+    def length(self, features: Features) -> int:
+        """How long an example is before padding, in tokens or time steps."""
+        ...
+
     def collate(self, features: Sequence[Features]) -> Batch:
         """Pad features to the longest among them."""
         ...

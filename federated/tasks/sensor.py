@@ -45,9 +45,10 @@ class SeriesInputs:
             "attention_mask": pad_1d([[1] * len(one) for one in series], 0),
         }
 
-    def sort_key(self, features: Features) -> Any:
-        """Number of steps, then the values."""
-        return len(features["values"]), features["values"]
+    def values(self, features: Features) -> Sequence[Any]:
+        """The time steps."""
+        steps: list[list[float]] = features["values"]
+        return steps
 
 
 def _series_of(row: Row, number: int) -> list[list[float]]:

@@ -29,7 +29,7 @@ from federated.adapters.tiny import byte_tokenizer
 from federated.config import AdapterConfig, ModelConfig, TaskConfig, TrainConfig
 from federated.manifest import TrainPlan
 from federated.tasks import Features, make_task
-from federated.training import LocalData, LocalTrainer
+from federated.training import LocalData, LocalTrainer, step_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = ROOT / "simulations" / "models" / "tiny-llama-sotu"
@@ -139,13 +139,14 @@ def bare_run(contest: Contest, seed: int) -> Callable[[], None]:
         model: Any = get_peft_model(contest.fresh(), lora)  # type: ignore[arg-type, unused-ignore]
     parameters = [tensor for tensor in model.parameters() if tensor.requires_grad]
     features = contest.features
+    groups = step_groups([len(one["input_ids"]) for one in features], TrainConfig(batch_size=BATCH), seed)
+    batches = [batch for group in groups for batch in group]
 
     def run() -> None:
         model.train()
         optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).tolist()
-        for start in range(0, len(order), BATCH):
-            loss = model(**_collate([features[index] for index in order[start : start + BATCH]])).loss
+        for batch in batches:
+            loss = model(**_collate([features[index] for index in batch])).loss
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

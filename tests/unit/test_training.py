@@ -8,12 +8,12 @@ import torch
 from federated.adapters import attach, load_base
 from federated.adapters.fingerprint import base_digest
 from federated.config import AdapterConfig, ModelConfig, TaskConfig, TrainConfig
-from federated.delta import norm
+from federated.delta import norm, subtract
 from federated.errors import ConfigError, DataError, FederatedError, ModelError
 from federated.manifest import TrainPlan
 from federated.state import AdapterState, group_of
 from federated.tasks import make_task
-from federated.training import LocalData, LocalTrainer, _autocast_dtype, _has_bfloat16, _Steps, client_seed
+from federated.training import LocalData, LocalTrainer, _autocast_dtype, _has_bfloat16, _Steps, client_seed, step_groups
 
 SENSOR = TaskConfig(name="sensor", labels=("up", "down"), max_length=16)
 TEXT = TaskConfig(labels=("cold", "warm"), max_length=12)
@@ -118,12 +118,51 @@ class TestSteps:
         found = trainer.run(start(trainer), QUIET, series_data(trainer), seed=3)
         assert found.metrics["steps"] == 2
 
-    def test_a_short_last_group_counts_fully(self):
-        trainer = series_trainer(batch_size=4, gradient_accumulation=2, learning_rate=1e-3)
-        grouped = trainer.run(start(trainer), QUIET, series_data(trainer), seed=3)
-        plain = series_trainer(batch_size=8, learning_rate=1e-3)
-        expected = plain.run(start(plain), QUIET, series_data(plain), seed=3)
-        assert_same(grouped.delta, expected.delta, atol=1e-7, rtol=1e-3)
+    def test_each_step_weighs_its_own_examples_alike(self):
+        trainer = series_trainer(batch_size=5, gradient_accumulation=2)
+        state, data = start(trainer), series_data(trainer)
+        found = trainer.run(state, QUIET, data, seed=3)
+        groups = step_groups([len(one["values"]) for one in data.train], trainer.config, seed=3)
+        moved, losses = state, []
+        for group in groups:
+            grads, loss = gradient(trainer, moved, [data.train[index] for batch in group for index in batch])
+            moved = AdapterState(state.spec, {name: moved.tensors[name] - 0.1 * grads[name] for name in grads})
+            losses.append(loss)
+        assert [sum(map(len, group)) for group in groups] in ([10, 2], [7, 5])
+        assert_same(found.delta, subtract(moved.tensors, state.tensors), atol=1e-6, rtol=1e-4)
+        assert found.metrics["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+class TestOrder:
+    LENGTHS = tuple((7 * index) % 23 + 1 for index in range(50))
+
+    def batches(self, *, seed=3, lengths=LENGTHS, **train):
+        groups = step_groups(lengths, TrainConfig(**{"batch_size": 4, **train}), seed)
+        return [batch for group in groups for batch in group]
+
+    def padded(self, batches):
+        return sum(len(batch) * max(self.LENGTHS[index] for index in batch) for batch in batches)
+
+    def test_every_example_is_in_one_batch(self):
+        assert sorted(index for batch in self.batches() for index in batch) == list(range(50))
+
+    def test_batches_are_of_like_lengths(self):
+        plain = torch.randperm(50, generator=torch.Generator().manual_seed(3)).tolist()
+        assert self.padded(self.batches()) < 0.8 * self.padded([plain[at : at + 4] for at in range(0, 50, 4)])
+
+    def test_short_and_long_batches_come_in_no_order(self):
+        longest = [max(self.LENGTHS[index] for index in batch) for batch in self.batches()]
+        assert longest not in (sorted(longest), sorted(longest, reverse=True))
+
+    def test_the_order_follows_the_seed(self):
+        assert self.batches(seed=3) == self.batches(seed=3) != self.batches(seed=4)
+
+    def test_each_epoch_has_another_order(self):
+        twice = self.batches(epochs=2.0)
+        assert twice[:13] != twice[13:]
+
+    def test_one_batch_of_a_pass_may_be_short(self):
+        assert sorted(map(len, self.batches())) == [2, *[4] * 12]
 
 
 class TestProximal:

@@ -47,8 +47,8 @@ def test_show_says_what_privacy_was_spent(invoke, registry, publish, location):
     assert '"epsilon": 3.0' in invoke("show", "latest", "--registry", str(location)).stdout
 
 
-def test_lineage_of_the_latest(invoke, filled):
-    rows = [line.split()[1] for line in invoke("lineage", "--registry", filled).stdout.splitlines() if "│ v" in line]
+def test_lineage_of_a_version(invoke, filled):
+    rows = [line.split()[1] for line in invoke("lineage", "v1", "--registry", filled).stdout.splitlines() if "│ v" in line]
     assert rows == ["v1", "v0"]
 
 

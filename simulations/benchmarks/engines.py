@@ -1,0 +1,322 @@
+"""What an engine costs: in-process against Flower's Ray engine, and against a bare loop written by hand.
+
+    python simulations/benchmarks/engines.py [--quick] [--seed N] [--repeats N] [--clients N] [--rounds N]
+
+One federation of small clients, three times: each engine in a fresh process of its own, start-up included, with the
+same two workers. The client's work is 4 AdamW steps of 8 x 16 tokens on a 2-layer Llama (hidden size 128, LoRA r=8)
+and an evaluation of what it received. The engines publish every round and write the report; the bare loop
+(`parts/bare_federation.py`) does nothing but train and average.
+
+Runs take turns; each ratio is the median over the repeats. Memory is the peak of the proportional set sizes (PSS) of
+all processes together: it is sampled in a run of its own, which is not timed, except with ``--quick``. CPU seconds
+count every process that an engine leaves behind. Linux only. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["main"]
+
+ROOT = Path(__file__).resolve().parents[2]
+BARE = Path(__file__).resolve().parent / "parts" / "bare_federation.py"
+ENGINES = ("bare", "inprocess", "ray")
+WORKERS, BATCH, STEPS, LENGTH, HELD_OUT = 2, 8, 4, 16, 8
+PERIOD = 0.25  # seconds between looks at memory
+PR_SET_CHILD_SUBREAPER = 36
+OFFLINE = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One run of one engine.
+
+    Args:
+        wall: seconds from start to exit.
+        cpu: seconds of all its processes, user and system.
+        memory: peak of the processes' PSS together, in MB; 0 where it was not sampled.
+        digest: SHA-256 of the last adapter.
+    """
+
+    wall: float
+    cpu: float
+    memory: float
+    digest: str
+
+
+# ---- what runs in a process of its own -------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, *, seed: int, clients: int, rounds: int) -> None:
+    """Write the model, the examples, the experiment, and the same once more for the bare loop."""
+    import torch
+    from safetensors.numpy import save_file
+
+    from federated.config import experiment_from
+    from federated.flower import open_session
+    from federated.training import client_seed
+
+    torch.set_num_threads(1)
+    _make_model(folder / "model", seed)
+    _make_table(folder, seed, clients)
+    plain = _experiment(folder, seed=seed, clients=clients, rounds=rounds)
+    session = open_session(experiment_from(plain))
+    save_file({name: tensor.numpy() for name, tensor in session.initial.tensors.items()}, folder / "initial.safetensors")
+    parts = {}
+    for client in session.source.client_ids:
+        data = session.source.load(client)
+        seeds = [client_seed(seed, number, client) for number in range(1, rounds + 1)]
+        texts = {"train": [row["text"] for row in data.train], "test": [row["text"] for row in data.test]}
+        parts[client] = {**texts, "seeds": seeds}
+    train, adapter = plain["train"], plain["adapter"]
+    bare = {"model": str(folder / "model"), "rounds": rounds, "workers": WORKERS, "clients": parts}
+    bare |= {"batch_size": train["batch_size"], "learning_rate": train["learning_rate"]}
+    (folder / "bare.json").write_text(json.dumps(bare | {"rank": adapter["rank"], "alpha": adapter["alpha"]}))
+    (folder / "experiment.json").write_text(json.dumps(plain))
+
+
+def _make_model(folder: Path, seed: int) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "simulations" / "models" / "tiny-llama-sotu")
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=336, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _make_table(folder: Path, seed: int, clients: int) -> None:
+    """One file with a client column; every text is ``LENGTH`` tokens with its end."""
+    import random
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    words = sorted(word[1:] for word in tokenizer.get_vocab() if word[0] == "\u0120" and word[1:].isalpha())
+    chance = random.Random(seed)  # noqa: S311 - made-up examples
+    with (folder / "table.jsonl").open("w") as file:
+        for client in range(clients):
+            for _ in range(STEPS * BATCH + HELD_OUT):
+                text = " " + " ".join(chance.choices(words, k=LENGTH - 1))
+                file.write(json.dumps({"client": f"client-{client:04d}", "text": text}) + "\n")
+
+
+def _experiment(folder: Path, *, seed: int, clients: int, rounds: int) -> dict[str, Any]:
+    return {
+        "name": "engines",
+        "rounds": rounds,
+        "seed": seed,
+        "model": {"source": str(folder / "model")},
+        "adapter": {"rank": 8, "alpha": 16.0, "target_modules": ["q_proj", "v_proj"]},
+        "task": {"name": "causal_lm", "max_length": LENGTH},
+        "data": {
+            "name": "table",
+            "path": str(folder / "table.jsonl"),
+            "test_fraction": HELD_OUT / (STEPS * BATCH + HELD_OUT),
+        },
+        "train": {"batch_size": BATCH, "learning_rate": 1e-3, "precision": "float32", "device": "cpu"},
+        "selection": {"min_clients": clients},
+        "tracking": {"progress": False},
+    }
+
+
+def run_engine(name: str, folder: Path) -> None:
+    """What ``fedpeft simulate`` runs once it has composed its configuration; prints the last adapter's digest."""
+    from federated.cli.apps import enter_app, load_client_app
+    from federated.config import experiment_from
+    from federated.flower import simulate
+
+    plain = json.loads((folder / "experiment.json").read_text())
+    engine = {"name": name, "workers": WORKERS}
+    config = experiment_from({**plain, "run_dir": str(folder / f"run-{name}"), "engine": engine})
+    print(simulate(config, load_client_app(enter_app(ROOT))).weights_digest)
+
+
+# ---- what measures ---------------------------------------------------------------------------------------------------
+
+
+def descendants(root: int) -> Iterator[int]:
+    """Process ids below ``root``."""
+    waiting = [root]
+    while waiting:
+        pid = waiting.pop()
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            try:
+                found = [int(child) for child in path.read_text().split()]
+            except OSError:
+                continue
+            yield from found
+            waiting += found
+
+
+def total_pss() -> float:
+    """Proportional set size of all processes below this one, in MB."""
+    total = 0
+    for pid in descendants(os.getpid()):
+        try:
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        total += next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")), 0)
+    return total / 1000
+
+
+class PeakMemory:
+    """Samples in a thread until `stop`, which gives the peak in MB."""
+
+    def __init__(self) -> None:
+        self._peak = 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._done.wait(PERIOD):
+            self._peak = max(self._peak, total_pss())
+
+    def stop(self) -> float:
+        """The peak so far."""
+        self._done.set()
+        self._thread.join()
+        return self._peak
+
+
+def measure(engine: str, folder: Path, *, sample: bool) -> Figures:
+    """Run one engine in a fresh process and wait until all that it started is gone."""
+    command = [sys.executable, str(BARE), str(folder)]
+    if engine != "bare":
+        command = [sys.executable, __file__, "--run", engine, str(folder)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = PeakMemory() if sample else None
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
+    output, errors = process.communicate()
+    wall = time.perf_counter() - began
+    memory = peak.stop() if peak else 0.0
+    if process.returncode:
+        raise SystemExit(f"engine {engine} failed:\n{errors[-4000:]}")
+    _reap()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Figures(wall, cpu, memory, output.split()[-1])
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, **OFFLINE, "PYTHONPATH": path}
+
+
+def _reap() -> None:
+    """Wait for the daemons that an engine left: as their reaper we get their CPU seconds too."""
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def compare(folder: Path, *, repeats: int, combined: bool) -> dict[str, list[Figures]]:
+    """All runs, in turns; the last of each engine has its memory sampled."""
+    found: dict[str, list[Figures]] = {engine: [] for engine in ENGINES}
+    for turn in range(repeats + (not combined)):
+        for engine in ENGINES if turn % 2 == 0 else reversed(ENGINES):
+            sample = combined or turn == repeats
+            figures = measure(engine, folder, sample=sample)
+            found[engine].append(figures)
+            memory = f", {figures.memory:.0f} MB" if sample else ""
+            print(f"{engine}: {figures.wall:.1f} s, {figures.cpu:.1f} CPU-s{memory}", file=sys.stderr)
+    return found
+
+
+def results(found: dict[str, list[Figures]], repeats: int) -> dict[str, Any]:
+    """The ratios and the raw figures."""
+
+    def ratio(above: str, below: str, figure: str) -> float:
+        pairs = zip(found[above][:repeats], found[below][:repeats], strict=True)
+        return round(statistics.median(getattr(one, figure) / getattr(other, figure) for one, other in pairs), 3)
+
+    def peak(engine: str) -> float:
+        return max(figures.memory for figures in found[engine])
+
+    return {
+        "ray_over_inprocess_wall": ratio("ray", "inprocess", "wall"),
+        "ray_over_inprocess_cpu": ratio("ray", "inprocess", "cpu"),
+        "ray_over_inprocess_memory": round(peak("ray") / peak("inprocess"), 3),
+        "inprocess_over_bare": ratio("inprocess", "bare", "wall"),
+        "inprocess_over_bare_cpu": ratio("inprocess", "bare", "cpu"),
+        "same_adapter": len({figures.digest for runs in found.values() for figures in runs}) == 1,
+        "wall_seconds": {name: [round(one.wall, 2) for one in runs[:repeats]] for name, runs in found.items()},
+        "cpu_seconds": {name: [round(one.cpu, 2) for one in runs[:repeats]] for name, runs in found.items()},
+        "peak_pss_mb": {name: round(peak(name), 1) for name in found},
+    }
+
+
+def show(result: dict[str, Any], title: str) -> None:
+    """A table on standard error."""
+    table = Table("engine", "wall (s)", "CPU (s)", "peak PSS (MB)", title=title)
+    for engine in ENGINES:
+        wall, cpu = (statistics.median(result[key][engine]) for key in ("wall_seconds", "cpu_seconds"))
+        table.add_row(engine, f"{wall:.2f}", f"{cpu:.2f}", f"{result['peak_pss_mb'][engine]:.0f}")
+    Console(stderr=True).print(table)
+
+
+def main() -> None:
+    """Prepare, run every engine in turn, and print the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under a minute on two cores: one run of each engine")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, help="timed runs of each engine (default 3, with --quick 1)")
+    parser.add_argument("--clients", type=int, help="default 100, with --quick 40")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--run", nargs=2, metavar=("ENGINE", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    clients = arguments.clients or (40 if arguments.quick else 100)
+    if arguments.run:
+        name, folder = arguments.run[0], Path(arguments.run[1])
+        if name == "prepare":
+            prepare(folder, seed=arguments.seed, clients=clients, rounds=arguments.rounds)
+        else:
+            run_engine(name, folder)
+        return
+    repeats = arguments.repeats or (1 if arguments.quick else 3)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    with tempfile.TemporaryDirectory(prefix="engines-") as name:
+        options = [f"--seed={arguments.seed}", f"--clients={clients}", f"--rounds={arguments.rounds}"]
+        command = [sys.executable, __file__, "--run", "prepare", name, *options]
+        subprocess.run(command, env=_environment(), check=True)
+        found = compare(Path(name), repeats=repeats, combined=arguments.quick)
+    result = results(found, repeats)
+    show(result, f"{clients} clients, {arguments.rounds} rounds, {WORKERS} workers")
+    what = {"seed": arguments.seed, "quick": arguments.quick, "clients": clients, "rounds": arguments.rounds}
+    print(json.dumps(result | what))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The floor that `engines.py` measures against: a federation written by hand with torch, transformers and peft.
+
+    python simulations/benchmarks/parts/bare_federation.py FOLDER
+
+The same examples, steps and plain mean of deltas as the engines, in two forked processes: no Flower, no messages, no
+registry, no report and no checks. It imports nothing of this library. ``FOLDER`` is what `engines.py` prepared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file, save
+from torch import Tensor, nn
+
+__all__ = ["main"]
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+job: dict[str, Any] = {}
+model: Any = None
+examples: dict[str, dict[str, Tensor]] = {}
+factors: dict[str, nn.Parameter] = {}
+
+
+def load(folder: Path) -> None:
+    """Everything that the forked processes share."""
+    global model
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    job.update(json.loads((folder / "bare.json").read_text()))
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    for client, texts in job["clients"].items():
+        examples[client] = {part: torch.tensor(_encode(tokenizer, texts[part])) for part in ("train", "test")}
+    base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    targets = ["q_proj", "v_proj"]
+    lora = LoraConfig(r=job["rank"], lora_alpha=job["alpha"], target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).eval()
+    for name, tensor in model.named_parameters():
+        if tensor.requires_grad:
+            short = name.removeprefix("base_model.model.")
+            short = short.replace("lora_A.default.weight", "factor_a").replace("lora_B.default.weight", "factor_b")
+            factors[short] = tensor
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+
+
+def losses_of(tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of each sample."""
+    logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[:, :-1]
+    targets = tokens[:, 1:]
+    losses = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
+    return losses.view(targets.shape).sum(1) / targets.shape[1]
+
+
+def train(client: str, number: int, received: Arrays) -> tuple[float, Arrays]:
+    """One client's round: held-out loss of what it received, and what training added to it."""
+    held_out = evaluate(client, received)
+    tokens, size = examples[client]["train"], job["batch_size"]
+    parameters = list(factors.values())
+    optimizer = torch.optim.AdamW(parameters, lr=job["learning_rate"], weight_decay=0.0)
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(job["clients"][client]["seeds"][number]))
+    for start in range(0, len(order), size):
+        batch = tokens[order[start : start + size]]
+        loss = losses_of(batch).sum() / len(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return held_out, {name: tensor.detach().numpy() - received[name] for name, tensor in factors.items()}
+
+
+@torch.no_grad()
+def evaluate(client: str, received: Arrays) -> float:
+    """Held-out loss of an adapter, which stays in the model."""
+    for name, tensor in factors.items():
+        tensor.copy_(torch.from_numpy(received[name]))
+    return float(losses_of(examples[client]["test"]).mean())
+
+
+def federate(pool: Pool, adapter: Arrays) -> Arrays:
+    """All rounds: the plain mean of the clients' deltas moves the adapter."""
+    clients = sorted(examples)
+    for number in range(job["rounds"]):
+        sums = {name: np.zeros(tensor.shape) for name, tensor in adapter.items()}
+        for _, delta in pool.starmap(train, [(client, number, adapter) for client in clients], chunksize=1):
+            for name, tensor in delta.items():
+                sums[name] += tensor
+        adapter = {name: (adapter[name] + total / len(clients)).astype(np.float32) for name, total in sums.items()}
+    held_out = pool.starmap(evaluate, [(client, adapter) for client in clients], chunksize=1)
+    print(f"held-out loss {np.mean(held_out):.4f}", file=sys.stderr)
+    return adapter
+
+
+def main(folder: Path) -> None:
+    """Run and print the digest of the last adapter."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    load(folder)
+    with multiprocessing.get_context("fork").Pool(job["workers"]) as pool:
+        adapter = federate(pool, load_file(folder / "initial.safetensors"))
+    data = save(adapter)
+    print(hashlib.sha256(data).hexdigest())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Results that the documentation quotes, each with the script that makes them."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -362,6 +363,11 @@ class ExperimentConfig:
     def for_clients(self) -> Self:
         """The experiment as it crosses the network: without the server's own places (registry, run folder)."""
         return replace(self, run_dir="", registry="", resume=False)
+
+    @cached_property
+    def client_json(self) -> str:
+        """`for_clients` as JSON, made once: every message carries it."""
+        return self.for_clients().to_json()
 
     @property
     def digest(self) -> str:

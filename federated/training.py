@@ -29,11 +29,9 @@ from federated.errors import ConfigError, DataError, FederatedError
 from federated.manifest import TrainPlan, digest_of
 from federated.state import AdapterState
 from federated.tasks import Evaluation, Features, Task
+from federated.tasks.batching import step_groups
 
 __all__ = ["LocalData", "LocalResult", "LocalTrainer", "client_seed", "step_groups"]
-
-_WINDOW = 8
-"""Batches among which examples are sorted by length."""
 
 
 def client_seed(seed: int, round_number: int, client_id: str) -> int:
@@ -227,41 +225,6 @@ class _Steps:
             return False
         norm = nn.utils.clip_grad_norm_(self._parameters, self._bound)
         return bool(norm > self._bound)
-
-
-def step_groups(lengths: Sequence[int], config: TrainConfig, seed: int) -> list[list[list[int]]]:
-    """Which examples each optimizer step sees, as batches of indices.
-
-    Every pass is a new permutation, cut into batches of like lengths; one batch of a pass, and its last group of
-    batches, may be short. Part of an epoch is that part of the examples, at least one.
-
-    Args:
-        lengths: of each example, in whatever unit it is padded.
-        config: batch_size, gradient_accumulation, epochs or steps.
-        seed: decides the order.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    count, per_step = len(lengths), config.gradient_accumulation
-    left = count if config.steps else max(1, round(config.epochs * count))
-    groups: list[list[list[int]]] = []
-    while len(groups) < config.steps if config.steps else left > 0:
-        order = torch.randperm(count, generator=generator)[:left].tolist()
-        batches = _like_lengths(order, lengths, config.batch_size, generator)
-        groups += [batches[start : start + per_step] for start in range(0, len(batches), per_step)]
-        left -= 0 if config.steps else len(order)
-    return groups[: config.steps] if config.steps else groups
-
-
-def _like_lengths(order: list[int], lengths: Sequence[int], size: int, generator: torch.Generator) -> list[list[int]]:
-    """Cut an order into batches: sorted by length within a window of a few batches, the batches then shuffled.
-
-    A batch is padded to its longest example; where lengths vary, half of a batch in plain order is padding.
-    """
-    batches: list[list[int]] = []
-    for start in range(0, len(order), size * _WINDOW):
-        window = sorted(order[start : start + size * _WINDOW], key=lengths.__getitem__)
-        batches += [window[at : at + size] for at in range(0, len(window), size)]
-    return [batches[at] for at in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:

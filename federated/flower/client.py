@@ -88,7 +88,7 @@ def _run_task(message: Message, config: ExperimentConfig, site: ClientSite) -> R
 
 
 def _evaluate(task: Assignment, session: Session, state: AdapterState) -> RecordDict:
-    result = session.trainer.run(state, task.plan, session.local_data(task.client_id), seed=0)
+    result = session.trainer.run(state, task.plan, session.local_data(task.client_id, held_out_only=True), seed=0)
     return reply_content(task.client_id, task.task_token, result.metrics)
 
 

@@ -5,6 +5,7 @@ Deployment needs no engine here: `strategies/app.py` gives `Run.serve` the Grid 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -55,8 +56,12 @@ def run_inprocess(serve: Callable[[Grid], T], client_app: ClientApp, *, num_node
     """Serve on an in-process Grid whose workers are forked from this process as it is now."""
     workers = min(config.workers or default_workers(), num_nodes)
     shuffle = None if config.shuffle_arrivals < 0 else config.shuffle_arrivals
-    with InProcessGrid(client_app, num_nodes, workers=workers, shuffle=shuffle) as grid:
-        return serve(grid)
+    gc.freeze()  # what is loaded stays: no collection, here or in a worker, need search it (and so copy its pages)
+    try:
+        with InProcessGrid(client_app, num_nodes, workers=workers, shuffle=shuffle) as grid:
+            return serve(grid)
+    finally:
+        gc.unfreeze()
 
 
 def run_ray(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int, config: EngineConfig) -> T:

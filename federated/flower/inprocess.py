@@ -37,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 _RUN_ID = 1
 _WAIT = 0.02
 _ALIVE = 1.0  # seconds between a waiting worker's looks at its parent
+_FORKING = threading.Lock()  # two at once would hold each other's pipes open
 
 
 @dataclass
@@ -54,7 +55,7 @@ def _answer(client_app: ClientApp, job: _Job, num_nodes: int) -> tuple[Message, 
         reply = client_app(job.message, context)
         if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != job.message.metadata.message_id:
             raise TypeError(f"the ClientApp returned a {type(reply).__name__} that is no reply to its message")
-    except Exception as error:  # noqa: BLE001 - what a SuperNode does: any exception is an error reply
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - as on a SuperNode: an error reply
         _LOG.debug("ClientApp raised\n%s", traceback.format_exc())
         failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=f"{type(error).__name__}: {error}")
         reply = Message(failure, reply_to=job.message)
@@ -91,11 +92,12 @@ class _Worker:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
-        self._connection, far = context.Pipe()
-        arguments = (self._connection, far, self._grid.client_app, self._grid.num_nodes)
-        self._process = context.Process(target=_work, args=arguments, daemon=True)
-        self._process.start()
-        far.close()
+        with _FORKING:
+            self._connection, far = context.Pipe()
+            arguments = (self._connection, far, self._grid.client_app, self._grid.num_nodes)
+            self._process = context.Process(target=_work, args=arguments, daemon=True)
+            self._process.start()
+            far.close()
 
     def _feed(self) -> None:
         while (job := self._grid.next_job()) is not None:
@@ -242,9 +244,10 @@ class InProcessGrid(Grid):
         if not self._workers:
             self._answer_one()
         with self._changed:
-            if not self._ready(wanted):
+            ready = self._ready(wanted)  # draws from the seeded order: once per batch
+            if not ready:
                 self._changed.wait(_WAIT)
-            ready = self._ready(wanted)
+                ready = self._ready(wanted)
             replies = [self._mail.replies.pop(key) for key in ready]
             self._mail.known -= set(ready)
         return replies

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Self
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -176,13 +177,13 @@ def packet_of(content: RecordDict) -> bytes:
 
 def query_content(config: ExperimentConfig) -> RecordDict:
     """Ask a node for its client id."""
-    return RecordDict({"task": ConfigRecord({"experiment": config.for_clients().to_json()})})
+    return RecordDict({"task": ConfigRecord({"experiment": config.client_json})})
 
 
 def task_content(assignment: Assignment, config: ExperimentConfig, packet: bytes) -> RecordDict:
     """One round's message to one client."""
     head = ConfigRecord(
-        {"assignment": canonical_json(asdict(assignment)).decode(), "experiment": config.for_clients().to_json()},
+        {"assignment": canonical_json(asdict(assignment)).decode(), "experiment": config.client_json},
     )
     return RecordDict({"task": head, "packet": _packet_record(packet)})
 
@@ -197,7 +198,13 @@ def config_of(message: Message) -> ExperimentConfig:
     head = message.content.get("task")
     if not isinstance(head, ConfigRecord) or not isinstance(head.get("experiment"), str):
         raise WireError("the message holds no experiment: expected a ConfigRecord 'task' with 'experiment'")
-    return experiment_from(str(head["experiment"]))
+    return _experiment(str(head["experiment"]))
+
+
+@lru_cache(maxsize=4)
+def _experiment(text: str) -> ExperimentConfig:
+    """One process reads the same experiment from every message of a run: records are immutable, so once is enough."""
+    return experiment_from(text)
 
 
 def assignment_of(message: Message) -> Assignment:

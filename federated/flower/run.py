@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from federated.config import ExperimentConfig
 from federated.display import LiveDisplay
 from federated.errors import ConfigError, FederatedError, RunInterrupted, StorageFull, VersionNotFound
 from federated.flower.publisher import RegistryPublisher, TrainingState
-from federated.flower.session import Session, open_session
+from federated.flower.session import Session, app_folder, open_session
 from federated.flower.strategy import DeltaStrategy
 from federated.registry import Registry, VersionRecord
 from federated.report import write_report
@@ -132,8 +133,12 @@ class Run:
             return self.summary(registry, strategy.version_id or "")
 
     def resume_command(self) -> str:
-        """The command that goes on with this run."""
-        return f"fedpeft simulate --resume {self.folder}"
+        """The command that goes on with this run, from the folder in which it was started."""
+        command = ["fedpeft", "simulate", "--resume", str(self.folder)]
+        app = app_folder()
+        if app is not None and app != Path.cwd():
+            command += ["--app", str(app)]
+        return shlex.join(command)
 
     def _strategy(self, registry: Registry, tracker: Tracker) -> DeltaStrategy:
         base = self.session.adapter.base.base_digest

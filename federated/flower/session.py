@@ -6,9 +6,10 @@ is in this module, which everybody imports by name, so that it survives however 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,10 +72,11 @@ class Session:
     source: Source
     initial: AdapterState
 
-    def local_data(self, client_id: str) -> LocalData:
-        """One client's encoded examples, read now and not kept."""
+    def local_data(self, client_id: str, *, held_out_only: bool = False) -> LocalData:
+        """One client's encoded examples, read now and not kept; `train` stays empty where it is not wanted."""
         data = self.source.load(client_id)
-        return LocalData(self.task.encode(data.train), self.task.encode(data.test) if data.test else [])
+        train = [] if held_out_only else self.task.encode(data.train)
+        return LocalData(train, self.task.encode(data.test) if data.test else [])
 
 
 @lru_cache(maxsize=2)
@@ -89,15 +91,8 @@ def _open(config_json: str, folder: Path | None) -> Session:
 
 def open_session(config: ExperimentConfig) -> Session:
     """The session of an experiment: from the cache when model, adapter, task, data, training and seed agree."""
-    relevant = ExperimentConfig(
-        seed=config.seed,
-        model=config.model,
-        adapter=config.adapter,
-        task=config.task,
-        data=config.data,
-        train=config.train,
-    )
-    return _open(relevant.to_json(), app_folder())
+    parts = {name: asdict(getattr(config, name)) for name in ("model", "adapter", "task", "data", "train")}
+    return _open(json.dumps({"seed": config.seed, **parts}, sort_keys=True), app_folder())
 
 
 @dataclass(frozen=True)
@@ -130,6 +125,8 @@ class ClientSite:
         """
         if config.adapter.rank > self.max_rank:
             raise ConfigError(f"adapter.rank = {config.adapter.rank}: this client allows at most {self.max_rank}")
+        if self.data is None and self.model is None:
+            return config
         return replace(config, data=self.data or config.data, model=self.model or config.model)
 
 

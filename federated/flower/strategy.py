@@ -4,7 +4,7 @@ A round: sample a cohort, send each client the global adapter and its plan in on
 as they arrive, let the rule combine them, let the server optimizer move the adapter, publish a version. It runs in
 any Flower ServerApp: in-process, Ray or a deployment, through the Grid that it is given.
 
-It does not load models or data, and knows no rule by name: `federated.flower.server` puts the parts together.
+It knows no rule by name, and of model and data only `DeltaStrategy.from_config` does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -32,14 +33,15 @@ from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation
 from federated.flower.round_report import round_event, train_metrics
 from federated.flower.selection import select_cohort
 from federated.flower.server_state import ServerState
+from federated.flower.session import open_session
 from federated.manifest import VersionManifest
+from federated.registry import Registry
 from federated.state import AdapterState
 from federated.tracking import MultiTracker, Tracker
 
 __all__ = ["DeltaStrategy"]
 
 _LOG = logging.getLogger(__name__)
-
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -51,7 +53,8 @@ class DeltaStrategy(Strategy):
         initial: the adapter before round 1 (any dtype; a float32 master copy is kept).
         base_digest: the base model that it belongs to.
         rule: aggregation rule; default: the one that the config names.
-        publisher: makes versions; default: manifests only, nothing is stored.
+        publisher: makes versions; default: one that stores them in ``registry``, or nowhere when that is None.
+        registry: open registry of the default publisher.
         tracker: takes the run's events.
         run_id: names the run; default: random.
         resume: state to go on from, as saved with a version, and that version's id.
@@ -66,6 +69,7 @@ class DeltaStrategy(Strategy):
         base_digest: str,
         rule: Rule | None = None,
         publisher: Publisher | None = None,
+        registry: Registry | None = None,
         tracker: Tracker | None = None,
         run_id: str | None = None,
         resume: tuple[TrainingState, str] | None = None,
@@ -78,18 +82,28 @@ class DeltaStrategy(Strategy):
         if resume is not None:
             self.server.take_up(*resume)
         self._publisher = publisher or RegistryPublisher(
-            None, config, run_id=self.run_id, base_digest=base_digest, method=self.method
+            registry, config, run_id=self.run_id, base_digest=base_digest, method=self.method
         )
         self._tracker = tracker or MultiTracker([])
         self._directory = Directory(config)
-        self._writer = TaskWriter(
-            config,
-            rule=self.rule,
-            run_id=self.run_id,
-            base_digest=base_digest,
-            secret=secret or secrets.token_bytes(32),
-        )
+        key = secret or secrets.token_bytes(32)
+        self._writer = TaskWriter(config, rule=self.rule, run_id=self.run_id, base_digest=base_digest, secret=key)
         self._book: RoundBook | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: ExperimentConfig, *, registry: Registry | None = None, tracker: Tracker | None = None
+    ) -> Self:
+        """The strategy of an experiment, with the base model and first adapter that its config names.
+
+        `registry` takes each round's version (None stores none), `tracker` the run's events.
+
+        Raises:
+            FederatedError: whatever is wrong with model, data or adapter.
+        """
+        session = open_session(config)
+        base_digest = session.adapter.base.base_digest
+        return cls(config, initial=session.initial, base_digest=base_digest, registry=registry, tracker=tracker)
 
     @property
     def method(self) -> str:
@@ -149,16 +163,16 @@ class DeltaStrategy(Strategy):
             self._all_rounds(grid, rounds, result=result, evaluate_fn=evaluate_fn)
         except KeyboardInterrupt:
             done = self.server.finished
-            raise RunInterrupted(
-                f"stopped in round {min(done + 1, rounds)} of {rounds}; rounds up to {done} are published"
-            ) from None
+            text = f"stopped in round {min(done + 1, rounds)} of {rounds}; rounds up to {done} are published"
+            raise RunInterrupted(text) from None
         result.arrays = self.server.arrays()
         return result
 
     def _all_rounds(self, grid: Grid, rounds: int, *, result: FlowerResult, evaluate_fn: EvaluateFn | None) -> None:
         self._directory.wait(grid)
         self._report_problems()
-        self._publish_initial()
+        if self.version_id is None:
+            self._publish([], 0, servable=True)
         self._evaluate_here(result, self.server.finished, evaluate_fn)
         for number in range(self.server.finished + 1, rounds + 1):
             messages = self.configure_train(number, self.server.arrays(), ConfigRecord(), grid)
@@ -188,20 +202,10 @@ class DeltaStrategy(Strategy):
         self.server.adopt(arrays)
         self._directory.refresh(grid)
         self._report_problems()
-        cohort = select_cohort(
-            list(self._directory.nodes),
-            fraction=self.config.selection.fraction,
-            seed=self.config.seed,
-            round_number=server_round,
-        )
-        self._tracker.emit(
-            {
-                "event": "round_start",
-                "round_number": server_round,
-                "cohort": list(cohort),
-                "version_id": self.version_id,
-            }
-        )
+        known, fraction = list(self._directory.nodes), self.config.selection.fraction
+        cohort = select_cohort(known, fraction=fraction, seed=self.config.seed, round_number=server_round)
+        event = {"event": "round_start", "round_number": server_round, "cohort": list(cohort)}
+        self._tracker.emit({**event, "version_id": self.version_id})
         return self._write(server_round, cohort, mode="train")
 
     def configure_evaluate(
@@ -237,8 +241,9 @@ class DeltaStrategy(Strategy):
                 self._tracker.emit(outcome.as_event(server_round))
         good = self._close(book)
         self.server.finished = server_round
-        if len(good) < self._quorum(book):
-            self._tracker.emit(round_event(book, version_id=self.version_id, quorum=self._quorum(book)))
+        quorum = max(1, math.ceil(self.config.round.quorum * len(book.cohort) - 1e-9))
+        if len(good) < quorum:
+            self._tracker.emit(round_event(book, version_id=self.version_id, quorum=quorum))
             return None, None
         result = accumulator.finish()
         moved = self.server.apply(result)
@@ -254,9 +259,8 @@ class DeltaStrategy(Strategy):
         outcomes = book.close()
         evaluation = pooled_evaluation(outcomes)
         refused = [outcome.as_refusal() for outcome in outcomes if outcome.status != "ok"]
-        self._tracker.emit(
-            {"event": "final", "version_id": self.version_id, "evaluation": evaluation, "refused": refused}
-        )
+        event = {"event": "final", "version_id": self.version_id, "evaluation": evaluation, "refused": refused}
+        self._tracker.emit(event)
         return None if evaluation is None else metric_record(evaluation)
 
     def _taken(self, number: int) -> RoundBook:
@@ -282,23 +286,13 @@ class DeltaStrategy(Strategy):
         self.server.counters |= {outcome.client_id: outcome.counter for outcome in good}
         return good
 
-    def _quorum(self, book: RoundBook) -> int:
-        return max(1, math.ceil(self.config.round.quorum * len(book.cohort) - 1e-9))
-
     def _publish(self, good: list[Outcome], number: int, *, servable: bool) -> VersionManifest:
+        training, metrics = self.server.training_state(number), train_metrics(good)
         manifest = self._publisher.publish(
-            self.server.training_state(number),
-            parent=self.version_id,
-            participants=len(good),
-            metrics=train_metrics(good),
-            servable=servable,
+            training, parent=self.version_id, participants=len(good), metrics=metrics, servable=servable
         )
         self.server.version_id = manifest.version_id
         return manifest
-
-    def _publish_initial(self) -> None:
-        if self.version_id is None:
-            self._publish([], 0, servable=True)
 
     def _report_problems(self) -> None:
         for node, text in self._directory.take_problems():

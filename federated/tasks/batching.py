@@ -1,4 +1,4 @@
-"""Padding, batches and exact means, shared by the tasks."""
+"""Padding, batches and exact means, shared by the tasks and the trainer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from federated.config import TrainConfig
 from federated.errors import DataError
 from federated.tasks.protocol import Batch, Features
 
-__all__ = ["exact_mean", "pad_1d", "require_some", "sorted_batches", "to_device_of"]
+__all__ = ["exact_mean", "pad_1d", "require_some", "sorted_batches", "step_groups", "to_device_of"]
+
+_WINDOW = 4
+"""Batches among which training examples are sorted by length: more saves more padding, and mixes less."""
 
 
 def require_some(items: Sequence[Any], what: str) -> None:
@@ -49,3 +53,38 @@ def sorted_batches(
 def exact_mean(values: Sequence[float]) -> float:
     """The correctly rounded mean: independent of order."""
     return math.fsum(values) / len(values)
+
+
+def step_groups(lengths: Sequence[int], config: TrainConfig, seed: int) -> list[list[list[int]]]:
+    """Which examples each optimizer step sees, as batches of indices.
+
+    Every pass is a new permutation, cut into batches of like lengths; one batch of a pass, and its last group of
+    batches, may be short. Part of an epoch is that part of the examples, at least one.
+
+    Args:
+        lengths: of each example, in whatever unit it is padded.
+        config: batch_size, gradient_accumulation, epochs or steps.
+        seed: decides the order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count, per_step = len(lengths), config.gradient_accumulation
+    left = count if config.steps else max(1, round(config.epochs * count))
+    groups: list[list[list[int]]] = []
+    while len(groups) < config.steps if config.steps else left > 0:
+        order = torch.randperm(count, generator=generator)[:left].tolist()
+        batches = _like_lengths(order, lengths, config.batch_size, generator)
+        groups += [batches[start : start + per_step] for start in range(0, len(batches), per_step)]
+        left -= 0 if config.steps else len(order)
+    return groups[: config.steps] if config.steps else groups
+
+
+def _like_lengths(order: list[int], lengths: Sequence[int], size: int, generator: torch.Generator) -> list[list[int]]:
+    """Cut an order into batches: sorted by length within a window of a few batches, the batches then shuffled.
+
+    A batch is padded to its longest example; where lengths vary, half of a batch in plain order is padding.
+    """
+    batches: list[list[int]] = []
+    for start in range(0, len(order), size * _WINDOW):
+        window = sorted(order[start : start + size * _WINDOW], key=lengths.__getitem__)
+        batches += [window[at : at + size] for at in range(0, len(window), size)]
+    return [batches[at] for at in torch.randperm(len(batches), generator=generator).tolist()]

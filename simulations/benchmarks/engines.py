@@ -28,10 +28,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from federated.config import ExperimentConfig
 
 __all__ = ["main"]
 
@@ -70,32 +73,56 @@ class Figures:
 # ---- what runs in a process of its own -------------------------------------------------------------------------------
 
 
+def overrides(folder: Path, *, seed: int, clients: int, rounds: int) -> list[str]:
+    """The federation as ``fedpeft simulate`` takes it; ``engine`` and ``run_dir`` come on top."""
+    return [
+        "name=engines", f"rounds={rounds}", f"seed={seed}", f"selection.min_clients={clients}",
+        "model=tiny_llama", f"model.source={folder / 'model'}",
+        "adapter=lora", "adapter.rank=8", "adapter.target_modules=[q_proj,v_proj]",
+        "task=causal_lm", f"task.max_length={LENGTH}",
+        "data=table", f"data.path={folder / 'table.jsonl'}",
+        f"data.test_fraction={HELD_OUT / (STEPS * BATCH + HELD_OUT)}",
+        "train=adamw", "train.learning_rate=0.001", f"train.batch_size={BATCH}", f"train.eval_batch_size={BATCH}",
+        "train.precision=float32", "train.device=cpu", f"engine.workers={WORKERS}", "tracking.progress=false",
+    ]  # fmt: skip
+
+
 def prepare(folder: Path, *, seed: int, clients: int, rounds: int) -> None:
-    """Write the model, the examples, the experiment, and the same once more for the bare loop."""
+    """Write the model and the examples, and what the bare loop reads instead of a configuration."""
     import torch
     from safetensors.numpy import save_file
 
-    from federated.config import experiment_from
+    from federated.cli.compose import compose
     from federated.flower import open_session
-    from federated.training import client_seed
 
     torch.set_num_threads(1)
     _make_model(folder / "model", seed)
     _make_table(folder, seed, clients)
-    plain = _experiment(folder, seed=seed, clients=clients, rounds=rounds)
-    session = open_session(experiment_from(plain))
-    save_file({name: tensor.numpy() for name, tensor in session.initial.tensors.items()}, folder / "initial.safetensors")
+    config = compose(ROOT, overrides(folder, seed=seed, clients=clients, rounds=rounds))
+    session = open_session(config)
+    save_file(
+        {name: tensor.numpy() for name, tensor in session.initial.tensors.items()}, folder / "initial.safetensors"
+    )
     parts = {}
     for client in session.source.client_ids:
         data = session.source.load(client)
-        seeds = [client_seed(seed, number, client) for number in range(1, rounds + 1)]
-        texts = {"train": [row["text"] for row in data.train], "test": [row["text"] for row in data.test]}
-        parts[client] = {**texts, "seeds": seeds}
-    train, adapter = plain["train"], plain["adapter"]
+        parts[client] = {
+            "train": [row["text"] for row in data.train],
+            "test": [row["text"] for row in data.test],
+            "batches": [_batches(config, client, number) for number in range(1, rounds + 1)],
+        }
     bare = {"model": str(folder / "model"), "rounds": rounds, "workers": WORKERS, "clients": parts}
-    bare |= {"batch_size": train["batch_size"], "learning_rate": train["learning_rate"]}
-    (folder / "bare.json").write_text(json.dumps(bare | {"rank": adapter["rank"], "alpha": adapter["alpha"]}))
-    (folder / "experiment.json").write_text(json.dumps(plain))
+    settings = {"learning_rate": config.train.learning_rate, "rank": config.adapter.rank, "alpha": config.adapter.alpha}
+    (folder / "bare.json").write_text(json.dumps(bare | settings))
+
+
+def _batches(config: ExperimentConfig, client: str, number: int) -> list[list[int]]:
+    """The order in which that client sees its examples in that round."""
+    from federated.tasks.batching import step_groups
+    from federated.training import client_seed
+
+    groups = step_groups([LENGTH] * (STEPS * BATCH), config.train, client_seed(config.seed, number, client))
+    return [batch for group in groups for batch in group]
 
 
 def _make_model(folder: Path, seed: int) -> None:
@@ -126,37 +153,6 @@ def _make_table(folder: Path, seed: int, clients: int) -> None:
             for _ in range(STEPS * BATCH + HELD_OUT):
                 text = " " + " ".join(chance.choices(words, k=LENGTH - 1))
                 file.write(json.dumps({"client": f"client-{client:04d}", "text": text}) + "\n")
-
-
-def _experiment(folder: Path, *, seed: int, clients: int, rounds: int) -> dict[str, Any]:
-    return {
-        "name": "engines",
-        "rounds": rounds,
-        "seed": seed,
-        "model": {"source": str(folder / "model")},
-        "adapter": {"rank": 8, "alpha": 16.0, "target_modules": ["q_proj", "v_proj"]},
-        "task": {"name": "causal_lm", "max_length": LENGTH},
-        "data": {
-            "name": "table",
-            "path": str(folder / "table.jsonl"),
-            "test_fraction": HELD_OUT / (STEPS * BATCH + HELD_OUT),
-        },
-        "train": {"batch_size": BATCH, "learning_rate": 1e-3, "precision": "float32", "device": "cpu"},
-        "selection": {"min_clients": clients},
-        "tracking": {"progress": False},
-    }
-
-
-def run_engine(name: str, folder: Path) -> None:
-    """What ``fedpeft simulate`` runs once it has composed its configuration; prints the last adapter's digest."""
-    from federated.cli.apps import enter_app, load_client_app
-    from federated.config import experiment_from
-    from federated.flower import simulate
-
-    plain = json.loads((folder / "experiment.json").read_text())
-    engine = {"name": name, "workers": WORKERS}
-    config = experiment_from({**plain, "run_dir": str(folder / f"run-{name}"), "engine": engine})
-    print(simulate(config, load_client_app(enter_app(ROOT))).weights_digest)
 
 
 # ---- what measures ---------------------------------------------------------------------------------------------------
@@ -208,24 +204,25 @@ class PeakMemory:
         return self._peak
 
 
-def measure(engine: str, folder: Path, *, sample: bool) -> Figures:
+def measure(engine: str, folder: Path, *, options: list[str], sample: bool) -> Figures:
     """Run one engine in a fresh process and wait until all that it started is gone."""
-    command = [sys.executable, str(BARE), str(folder)]
+    run = folder / f"run-{time.time_ns()}"
+    command = [sys.executable, str(BARE), str(folder), str(run)]
     if engine != "bare":
-        command = [sys.executable, __file__, "--run", engine, str(folder)]
+        command = [sys.executable, "-m", "federated.cli.main", "simulate", f"--app={ROOT}", *options]
+        command += [f"engine.name={engine}", f"run_dir={run}"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak = PeakMemory() if sample else None
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
-    output, errors = process.communicate()
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
     wall = time.perf_counter() - began
     memory = peak.stop() if peak else 0.0
-    if process.returncode:
-        raise SystemExit(f"engine {engine} failed:\n{errors[-4000:]}")
+    if done.returncode:
+        raise SystemExit(f"engine {engine} failed:\n{done.stderr[-4000:]}")
     _reap()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Figures(wall, cpu, memory, output.split()[-1])
+    return Figures(wall, cpu, memory, json.loads((run / "versions.json").read_text())[-1]["weights_digest"])
 
 
 def _environment() -> dict[str, str]:
@@ -242,13 +239,13 @@ def _reap() -> None:
             return
 
 
-def compare(folder: Path, *, repeats: int, combined: bool) -> dict[str, list[Figures]]:
+def compare(folder: Path, *, options: list[str], repeats: int, combined: bool) -> dict[str, list[Figures]]:
     """All runs, in turns; the last of each engine has its memory sampled."""
     found: dict[str, list[Figures]] = {engine: [] for engine in ENGINES}
     for turn in range(repeats + (not combined)):
         for engine in ENGINES if turn % 2 == 0 else reversed(ENGINES):
             sample = combined or turn == repeats
-            figures = measure(engine, folder, sample=sample)
+            figures = measure(engine, folder, options=options, sample=sample)
             found[engine].append(figures)
             memory = f", {figures.memory:.0f} MB" if sample else ""
             print(f"{engine}: {figures.wall:.1f} s, {figures.cpu:.1f} CPU-s{memory}", file=sys.stderr)
@@ -295,27 +292,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="timed runs of each engine (default 3, with --quick 1)")
     parser.add_argument("--clients", type=int, help="default 100, with --quick 40")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--run", nargs=2, metavar=("ENGINE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     clients = arguments.clients or (40 if arguments.quick else 100)
-    if arguments.run:
-        name, folder = arguments.run[0], Path(arguments.run[1])
-        if name == "prepare":
-            prepare(folder, seed=arguments.seed, clients=clients, rounds=arguments.rounds)
-        else:
-            run_engine(name, folder)
+    size = {"seed": arguments.seed, "clients": clients, "rounds": arguments.rounds}
+    if arguments.prepare:
+        prepare(arguments.prepare, **size)
         return
     repeats = arguments.repeats or (1 if arguments.quick else 3)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with tempfile.TemporaryDirectory(prefix="engines-") as name:
-        options = [f"--seed={arguments.seed}", f"--clients={clients}", f"--rounds={arguments.rounds}"]
-        command = [sys.executable, __file__, "--run", "prepare", name, *options]
-        subprocess.run(command, env=_environment(), check=True)
-        found = compare(Path(name), repeats=repeats, combined=arguments.quick)
+        given = [f"--{key}={value}" for key, value in size.items()]
+        # In a process of its own: what this one maps would be shared with the engines, and hide their memory.
+        subprocess.run([sys.executable, __file__, f"--prepare={name}", *given], env=_environment(), check=True)
+        options = overrides(Path(name), **size)
+        found = compare(Path(name), options=options, repeats=repeats, combined=arguments.quick)
     result = results(found, repeats)
     show(result, f"{clients} clients, {arguments.rounds} rounds, {WORKERS} workers")
-    what = {"seed": arguments.seed, "quick": arguments.quick, "clients": clients, "rounds": arguments.rounds}
-    print(json.dumps(result | what))
+    print(json.dumps(result | size | {"quick": arguments.quick}))
 
 
 if __name__ == "__main__":

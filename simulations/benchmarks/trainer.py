@@ -29,7 +29,8 @@ from federated.adapters.tiny import byte_tokenizer
 from federated.config import AdapterConfig, ModelConfig, TaskConfig, TrainConfig
 from federated.manifest import TrainPlan
 from federated.tasks import Features, make_task
-from federated.training import LocalData, LocalTrainer, step_groups
+from federated.tasks.batching import step_groups
+from federated.training import LocalData, LocalTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = ROOT / "simulations" / "models" / "tiny-llama-sotu"
@@ -187,11 +188,12 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
-    count, pairs = (32, 7) if arguments.quick else (96, 25)
-    results = {
-        "tiny_llama": contest_result("tiny Llama", llama_contest(count, generator), pairs=pairs, seed=arguments.seed),
-        "bert_6x384": contest_result("BERT 6x384", bert_contest(count, generator), pairs=pairs, seed=arguments.seed),
+    contests = {
+        "tiny_llama": llama_contest(96 if arguments.quick else 160, generator),
+        "bert_6x384": bert_contest(32 if arguments.quick else 64, generator),
     }
+    pairs = 7 if arguments.quick else 25
+    results = {name: contest_result(name, one, pairs=pairs, seed=arguments.seed) for name, one in contests.items()}
     worst = max(result["ratio"] for result in results.values())
     print(json.dumps({"trainer_over_bare": worst, "seed": arguments.seed, "quick": arguments.quick, **results}))
 

@@ -5,15 +5,17 @@ import math
 import pytest
 import torch
 
-from federated.adapters import attach, load_base
+from federated.adapters import attach, base_from_module, load_base
 from federated.adapters.fingerprint import base_digest
+from federated.adapters.tiny import TinySensor
 from federated.config import AdapterConfig, ModelConfig, TaskConfig, TrainConfig
 from federated.delta import norm, subtract
 from federated.errors import ConfigError, DataError, FederatedError, ModelError
 from federated.manifest import TrainPlan
 from federated.state import AdapterState, group_of
 from federated.tasks import make_task
-from federated.training import LocalData, LocalTrainer, _autocast_dtype, _has_bfloat16, _Steps, client_seed, step_groups
+from federated.tasks.batching import step_groups
+from federated.training import LocalData, LocalTrainer, _autocast_dtype, _has_bfloat16, _Steps, client_seed
 
 SENSOR = TaskConfig(name="sensor", labels=("up", "down"), max_length=16)
 TEXT = TaskConfig(labels=("cold", "warm"), max_length=12)
@@ -194,6 +196,16 @@ class TestProximal:
         free, held = (series_trainer(batch_size=4, steps=6, learning_rate=0.05, proximal_mu=mu) for mu in (0.0, 5.0))
         moved = [norm(one.run(one.adapter.read(), QUIET, series_data(one), seed=3).delta) for one in (free, held)]
         assert moved[1] < 0.7 * moved[0]
+
+    def test_a_layer_that_takes_no_part_stays_where_it_was(self):
+        module = TinySensor()
+        module.idle = torch.nn.Linear(8, 8)
+        base = base_from_module(module)
+        task = make_task(SENSOR)
+        trainer = LocalTrainer(attach(base, AdapterConfig(rank=2), SENSOR, seed=1), task, TrainConfig(proximal_mu=1.0))
+        found = trainer.run(start(trainer), QUIET, series_data(trainer), seed=3).delta
+        assert not found["idle.factor_b"].any()
+        assert found["mix.factor_b"].any()
 
 
 class TestClipping:
@@ -386,6 +398,20 @@ class TestLearning:
         assert found["eval_after_accuracy"] == 1.0
         assert found["eval_after_loss"] < 0.5 * found["eval_before_loss"]
 
+    def test_a_language_model_improves(self):
+        base = load_base(ModelConfig(source="tiny:llama"))
+        config = TaskConfig(name="causal_lm", max_length=16)
+        task = make_task(config, base.tokenizer)
+        features = task.encode([{"text": "tick tock " * count} for count in (1, 2, 3)])
+        trainer = LocalTrainer(
+            attach(base, AdapterConfig(rank=4, target_modules="all-linear"), config, seed=1),
+            task,
+            TrainConfig(batch_size=4, epochs=10.0, learning_rate=0.02, precision="float32"),
+        )
+        data = LocalData(features, features)
+        found = trainer.run(trainer.adapter.read(), TrainPlan(evaluate_after=True), data, seed=3).metrics
+        assert found["eval_after_perplexity"] < 0.7 * found["eval_before_perplexity"]
+
     def test_the_base_is_not_touched(self):
         base = load_base(ModelConfig(source="tiny:bert"))
         model = attach(base, AdapterConfig(rank=4, target_modules="all-linear"), TEXT, seed=1)
@@ -450,7 +476,7 @@ class TestPrecision:
         first = half.run(state, QUIET, series_data(half), seed=3).delta
         second = full.run(state, QUIET, series_data(full), seed=3).delta
         assert not same_bits(first, second)
-        assert norm({name: first[name] - second[name] for name in first}) < 0.1 * norm(second)
+        assert norm({name: first[name] - second[name] for name in first}) < 0.3 * norm(second)
 
     def test_float16_on_the_cpu_is_refused(self):
         with pytest.raises(ConfigError, match=r"train\.precision = 'float16' needs a GPU"):
@@ -494,7 +520,10 @@ class TestDevice:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert training._device("auto").type == "cuda"
 
-    @pytest.mark.parametrize("name", ["cuda:77", "toaster", "mps"])
+    def test_a_device_may_be_named(self):
+        assert series_trainer(device="cpu").device.type == "cpu"
+
+    @pytest.mark.parametrize("name", ["cuda:77", "toaster", "xpu"])
     def test_a_device_that_is_not_here_is_refused(self, name):
         with pytest.raises(ConfigError, match=rf"train\.device = '{name}' cannot be used here .*; set auto or cpu"):
             series_trainer(device=name)

@@ -1,6 +1,6 @@
 """The floor that `engines.py` measures against: a federation written by hand with torch, transformers and peft.
 
-    python simulations/benchmarks/parts/bare_federation.py FOLDER
+    python simulations/benchmarks/parts/bare_federation.py FOLDER RUN_FOLDER
 
 The same examples, steps and plain mean of deltas as the engines, in two forked processes: no Flower, no messages, no
 registry, no report and no checks. It imports nothing of this library. ``FOLDER`` is what `engines.py` prepared.
@@ -27,9 +27,11 @@ __all__ = ["main"]
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 
+IGNORE, PAD = -100, 0
+
 job: dict[str, Any] = {}
 model: Any = None
-examples: dict[str, dict[str, Tensor]] = {}
+examples: dict[str, dict[str, list[list[int]]]] = {}
 factors: dict[str, nn.Parameter] = {}
 
 
@@ -42,7 +44,7 @@ def load(folder: Path) -> None:
     job.update(json.loads((folder / "bare.json").read_text()))
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     for client, texts in job["clients"].items():
-        examples[client] = {part: torch.tensor(_encode(tokenizer, texts[part])) for part in ("train", "test")}
+        examples[client] = {part: _encode(tokenizer, texts[part]) for part in ("train", "test")}
     base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     targets = ["q_proj", "v_proj"]
     lora = LoraConfig(r=job["rank"], lora_alpha=job["alpha"], target_modules=targets, task_type="CAUSAL_LM")
@@ -58,37 +60,41 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
 
 
-def losses_of(tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of each sample."""
-    logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[:, :-1]
-    targets = tokens[:, 1:]
-    losses = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
-    return losses.view(targets.shape).sum(1) / targets.shape[1]
+def measured(samples: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over each sample's own tokens, and which tokens were guessed right."""
+    longest = max(map(len, samples))
+    tokens = torch.tensor([[*one, *[PAD] * (longest - len(one))] for one in samples])
+    mask = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in samples])
+    logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]
+    targets = tokens[:, 1:].masked_fill(mask[:, 1:] == 0, IGNORE)
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE)
+    hits = logits.detach().argmax(-1)[mask[:, 1:] == 1] == targets[mask[:, 1:] == 1]
+    return losses.view(targets.shape).sum(1) / mask[:, 1:].sum(1), hits
 
 
-def train(client: str, number: int, received: Arrays) -> tuple[float, Arrays]:
-    """One client's round: held-out loss of what it received, and what training added to it."""
+def train(client: str, number: int, received: Arrays) -> tuple[tuple[float, float], float, Arrays]:
+    """One client's round: held-out loss of what it received, training loss, and what training added."""
     held_out = evaluate(client, received)
-    tokens, size = examples[client]["train"], job["batch_size"]
-    parameters = list(factors.values())
+    samples, parameters = examples[client]["train"], list(factors.values())
     optimizer = torch.optim.AdamW(parameters, lr=job["learning_rate"], weight_decay=0.0)
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(job["clients"][client]["seeds"][number]))
-    for start in range(0, len(order), size):
-        batch = tokens[order[start : start + size]]
-        loss = losses_of(batch).sum() / len(batch)
+    total = 0.0
+    for indices in job["clients"][client]["batches"][number]:
+        loss = measured([samples[index] for index in indices])[0].sum() / len(indices)
+        total += loss.item()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return held_out, {name: tensor.detach().numpy() - received[name] for name, tensor in factors.items()}
+    return held_out, total, {name: tensor.detach().numpy() - received[name] for name, tensor in factors.items()}
 
 
 @torch.no_grad()
-def evaluate(client: str, received: Arrays) -> float:
-    """Held-out loss of an adapter, which stays in the model."""
+def evaluate(client: str, received: Arrays) -> tuple[float, float]:
+    """Held-out loss and token accuracy of an adapter, which stays in the model."""
     for name, tensor in factors.items():
         tensor.copy_(torch.from_numpy(received[name]))
-    return float(losses_of(examples[client]["test"]).mean())
+    losses, hits = measured(examples[client]["test"])
+    return float(losses.mean()), float(hits.float().mean())
 
 
 def federate(pool: Pool, adapter: Arrays) -> Arrays:
@@ -96,25 +102,28 @@ def federate(pool: Pool, adapter: Arrays) -> Arrays:
     clients = sorted(examples)
     for number in range(job["rounds"]):
         sums = {name: np.zeros(tensor.shape) for name, tensor in adapter.items()}
-        for _, delta in pool.starmap(train, [(client, number, adapter) for client in clients], chunksize=1):
+        for _, _, delta in pool.starmap(train, [(client, number, adapter) for client in clients], chunksize=1):
             for name, tensor in delta.items():
                 sums[name] += tensor
         adapter = {name: (adapter[name] + total / len(clients)).astype(np.float32) for name, total in sums.items()}
     held_out = pool.starmap(evaluate, [(client, adapter) for client in clients], chunksize=1)
-    print(f"held-out loss {np.mean(held_out):.4f}", file=sys.stderr)
+    loss, accuracy = np.mean(held_out, axis=0)
+    print(f"held-out loss {loss:.4f}, token accuracy {accuracy:.4f}", file=sys.stderr)
     return adapter
 
 
-def main(folder: Path) -> None:
-    """Run and print the digest of the last adapter."""
+def main(folder: Path, run: Path) -> None:
+    """Run, save the last adapter and its digest."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     load(folder)
     with multiprocessing.get_context("fork").Pool(job["workers"]) as pool:
         adapter = federate(pool, load_file(folder / "initial.safetensors"))
+    run.mkdir()
     data = save(adapter)
-    print(hashlib.sha256(data).hexdigest())
+    (run / "adapter.safetensors").write_bytes(data)
+    (run / "versions.json").write_text(json.dumps([{"weights_digest": hashlib.sha256(data).hexdigest()}]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

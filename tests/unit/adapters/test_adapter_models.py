@@ -299,3 +299,20 @@ def test_attaching_is_silent(recwarn, capfd):
     adapted("gpt2", LANGUAGE, target_modules="all-linear")
     assert not recwarn.list
     assert capfd.readouterr().err == ""
+
+
+def test_a_stock_head_finds_the_last_token_by_the_tokenizer_s_padding():
+    model = copy.deepcopy(base("gpt2").model)
+    model.config.pad_token_id = None
+    null = null_model(base_from_module(model, base("gpt2").tokenizer), STOCK, seed=1)
+    assert torch.equal(answers(null, "gpt2"), answers(null_model(base("gpt2"), STOCK, seed=1), "gpt2"))
+
+
+@pytest.mark.parametrize("task", [CLASSIFY, STOCK])
+def test_a_classifier_on_a_decoder_keeps_no_keys_and_values(task):
+    cached = []
+    tree = adapted("llama", task).model
+    backbone = tree.backbone if task is CLASSIFY else tree.stock.model
+    backbone.register_forward_hook(lambda module, inputs, output: cached.append(output.past_key_values))
+    answers(tree, "llama")
+    assert cached == [None]

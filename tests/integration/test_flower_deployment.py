@@ -1,0 +1,265 @@
+"""A real Flower deployment on loopback: SuperLink, SuperNodes and `flwr run`, as an operator starts them."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from federated.cli.apps import load_client_app
+from federated.cli.compose import compose
+from federated.flower import simulate
+from federated.registry import Registry
+from federated.tracking import read_events
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+OFF_SWITCHES = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+EXPERIMENT = ("experiment=tiny", "train.steps=2", "tracking.progress=false")
+PACE = ("round.poll_interval=0.5", "round.deadline=240", "selection.wait=240")
+PATIENCE = 400  # seconds, for a busy machine
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `flwr ls` says of a run, its log, and where it wrote."""
+
+    status: str
+    log: str
+    run_dir: Path
+    registry: Path
+
+    def digests(self) -> dict[int, str]:
+        """Round number to digest of the published weights."""
+        with Registry.open(self.registry, create=False) as registry:
+            manifests = [record.manifest for record in registry.versions()]
+        return {manifest.round_number: manifest.weights_digest for manifest in manifests}
+
+
+class Deployment:
+    """A SuperLink on a free port of loopback, and what it takes to talk to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.app = folder / "federated-peft"
+        self.address = f"127.0.0.1:{_free_port()}"
+        home = folder / "home"
+        home.mkdir()
+        connection = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self.address}"\ninsecure = true\n'
+        (home / "config.toml").write_text(connection)
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FEDPEFT_", "FLWR_"))}
+        self.environment = {
+            **inherited,
+            **OFF_SWITCHES,
+            "FLWR_HOME": str(home),
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+            "FEDPEFT_CLIENT_STORE": str(folder / "clients"),
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "COLUMNS": "200",
+        }
+
+    @contextmanager
+    def process(self, name: str, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A server at work; ended on leaving, gently first."""
+        with (self.folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [BIN / command[0], *command[1:]],
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    @contextmanager
+    def superlink(self) -> Iterator[None]:
+        """The SuperLink, until everything that was started here is gone."""
+        host, port = self.address.split(":")
+        try:
+            with self.process("superlink", "flower-superlink", "--insecure", "--host", host, "--port", port) as link:
+                _wait_for_port(int(port), link)
+                yield
+        finally:
+            self._end_leftovers()
+
+    @contextmanager
+    def supernode(self, name: str, node_config: str) -> Iterator[None]:
+        """One SuperNode."""
+        command = ["flower-supernode", "--insecure", "--superlink", self.address, "--port", str(_free_port())]
+        with self.process(name, *command, "--node-config", node_config):
+            yield
+
+    def run(self, name: str, *overrides: str) -> Finished:
+        """`flwr run`, to its end. Its exit code does not say whether the run succeeded: `flwr ls` does."""
+        run_dir, registry = self.folder / name, self.folder / f"{name}-registry"
+        texts = [*EXPERIMENT, *PACE, f"run_dir={run_dir}", f"registry={registry}", *overrides]
+        config = f"overrides={json.dumps(' '.join(texts))}"
+        log = self._flwr("run", str(self.app), "here", "--run-config", config, "--stream")
+        found = re.search(r"started run (\d+)", log)
+        assert found, log
+        listed = self._flwr("ls", "here", "--run-id", found[1], "--format", "json")
+        record: dict[str, Any] = json.loads(listed[listed.index("{") :])
+        return Finished(record["runs"][0]["status"], log, run_dir, registry)
+
+    def _flwr(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [BIN / "flwr", *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def _end_leftovers(self) -> None:
+        """End what Flower's servers started and left: known by the home folder that only we gave out."""
+        mark = f"FLWR_HOME={self.folder / 'home'}\0".encode()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if mark in path.read_bytes():
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+            except OSError:
+                continue  # it ended while we looked, or is somebody else's
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    pytest.fail(f"nothing listens on port {port}; exit code {process.poll()}")
+
+
+def _copy_app(folder: Path) -> None:
+    for name in ("clients", "conf", "strategies"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+def _in_process(folder: Path, *overrides: str) -> str:
+    """Digest of the last weights of the same experiment on the in-process engine."""
+    config = replace(compose(ROOT, [*EXPERIMENT, *overrides]), run_dir=str(folder / "in-process"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDPEFT_CLIENT_STORE", str(folder))  # the run sets its own: put back what was there
+        return simulate(config, load_client_app(ROOT)).weights_digest
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A SuperLink that runs a copy of the app."""
+    deployment = Deployment(tmp_path_factory.mktemp("deployment"))
+    _copy_app(deployment.app)
+    with deployment.superlink():
+        yield deployment
+
+
+PARTITIONS = ("rounds=2", "data.partition.num_clients=2")
+
+
+@pytest.fixture(scope="module")
+def partitions(deployment: Deployment) -> Finished:
+    """Two SuperNodes, each with a partition of the experiment's data."""
+    with ExitStack() as nodes:
+        for index in range(2):
+            config = f"partition-id={index} num-partitions=2"
+            nodes.enter_context(deployment.supernode(f"partition-{index}", config))
+        return deployment.run("partitions", *PARTITIONS, "selection.min_clients=2")
+
+
+def test_run_completes(partitions: Finished) -> None:
+    assert partitions.status == "finished:completed", partitions.log
+
+
+def test_each_round_is_published(partitions: Finished) -> None:
+    assert sorted(partitions.digests()) == [0, 1, 2]
+
+
+def test_run_folder_has_a_report(partitions: Finished) -> None:
+    assert "completed" in (partitions.run_dir / "report.html").read_text(encoding="utf-8")
+
+
+def test_last_weights_are_those_of_the_in_process_engine(partitions: Finished, tmp_path: Path) -> None:
+    assert partitions.digests()[2] == _in_process(tmp_path, *PARTITIONS)
+
+
+@pytest.fixture(scope="module")
+def clinic(deployment: Deployment) -> Path:
+    """A data owner's folder: its examples, its settings, and later what its client remembers."""
+    folder = deployment.folder / "clinic"
+    (folder / "data").mkdir(parents=True)
+    rows = [f'"{word} number {index}",{word}' for index in range(10) for word in ("negative", "positive")]
+    (folder / "data" / "north.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    settings = {
+        "client_id": "north",
+        "store": str(folder / "store"),
+        "data": {"name": "files", "path": str(folder / "data")},
+    }
+    (folder / "client.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own_data(deployment: Deployment, clinic: Path) -> Finished:
+    """One SuperNode with data and a name of its own; the experiment names other data."""
+    with deployment.supernode("clinic", f'client-config="{clinic / "client.yaml"}"'):
+        return deployment.run("own-data", "rounds=1")
+
+
+def test_run_with_own_data_completes(own_data: Finished) -> None:
+    assert own_data.status == "finished:completed", own_data.log
+
+
+def test_client_takes_part_under_its_own_name(own_data: Finished) -> None:
+    events = read_events(own_data.run_dir / "metrics.jsonl")
+    assert [event["cohort"] for event in events if event["event"] == "round_start"] == [["north"]]
+
+
+def test_own_data_give_what_they_give_in_a_simulation(own_data: Finished, clinic: Path, tmp_path: Path) -> None:
+    simulated = _in_process(tmp_path, "rounds=1", "data=files", f"data.path={clinic / 'data'}")
+    assert own_data.digests()[1] == simulated
+
+
+def test_client_remembers_in_its_own_store(own_data: Finished, clinic: Path) -> None:
+    assert [path.name for path in (clinic / "store").rglob("counter.json")] == ["counter.json"]

@@ -1,0 +1,141 @@
+"""The server's state: a float32 master, what it takes over, how it moves, and going on from a saved one."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord
+
+from federated.aggregation import FedIT, NextPhase, Result
+from federated.config import ServerOptimizerConfig
+from federated.errors import AggregationError
+from federated.flower.server_state import ServerState
+from federated.manifest import TensorEntry
+from federated.state import AdapterState, GlobalState, RuleState
+
+Make = Callable[..., Any]
+NAMES = ("q.factor_a", "q.factor_b")
+
+
+@pytest.fixture
+def server(adapter: Make) -> Make:
+    def make(initial: AdapterState | None = None, **optimizer: Any) -> ServerState:
+        return ServerState(initial or adapter(), rule=FedIT(), optimizer=ServerOptimizerConfig(**optimizer))
+
+    return make
+
+
+def arrays(**changes: torch.Tensor) -> ArrayRecord:
+    tensors = {"q.factor_a": torch.full((2, 3), 0.5), "q.factor_b": torch.full((2, 2), 0.5), **changes}
+    return ArrayRecord(torch_state_dict=OrderedDict(tensors))
+
+
+def test_the_master_copy_is_float32_whatever_the_devices_use(server: Make, adapter: Make) -> None:
+    state = server(adapter(0.1, "BF16"))
+    assert {tensor.dtype for tensor in state.adapter.tensors.values()} == {torch.float32}
+    assert {entry.dtype for entry in state.layout()} == {"F32"}
+    assert state.global_state.materialise().tensors["q.factor_a"].dtype == torch.bfloat16
+
+
+def test_the_layout_is_sorted(server: Make) -> None:
+    assert server().layout() == (TensorEntry("q.factor_a", (2, 3), "F32"), TensorEntry("q.factor_b", (2, 2), "F32"))
+
+
+def test_arrays_are_copies(server: Make) -> None:
+    state = server()
+    taken = state.arrays().to_torch_state_dict()
+    for tensor in taken.values():
+        tensor.add_(1.0)
+    assert state.adapter.tensors["q.factor_a"].unique().tolist() == [0.25]
+
+
+def test_arrays_handed_in_are_taken_over(server: Make) -> None:
+    state = server()
+    state.adopt(arrays())
+    assert state.adapter.tensors["q.factor_b"].unique().tolist() == [0.5]
+
+
+def test_its_own_arrays_change_nothing(server: Make) -> None:
+    state = server()
+    before = state.global_state
+    state.adopt(state.arrays())
+    assert state.global_state is before
+
+
+def test_float64_arrays_become_float32(server: Make) -> None:
+    state = server()
+    state.adopt(arrays(**{"q.factor_a": torch.full((2, 3), 0.75, dtype=torch.float64)}))
+    assert state.adapter.tensors["q.factor_a"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stranger": torch.zeros(1)}, "tensor names differ"),
+        ({"q.factor_a": torch.zeros(3)}, r"q\.factor_a: found shape"),
+        ({"q.factor_a": torch.full((2, 3), torch.nan)}, "not finite"),
+        ({"q.factor_b": torch.full((2, 2), torch.inf)}, "not finite"),
+    ],
+    ids=["name", "shape", "nan", "inf"],
+)
+def test_arrays_that_do_not_fit_are_refused_and_change_nothing(
+    server: Make, change: dict[str, torch.Tensor], message: str
+) -> None:
+    state = server()
+    with pytest.raises(AggregationError, match=message):
+        state.adopt(arrays(**change))
+    assert state.adapter.tensors["q.factor_a"].unique().tolist() == [0.25]
+
+
+def mean_delta(value: float) -> dict[str, torch.Tensor]:
+    return {
+        "q.factor_a": torch.full((2, 3), value, dtype=torch.float64),
+        "q.factor_b": torch.zeros(2, 2, dtype=torch.float64),
+    }
+
+
+def test_a_mean_delta_moves_it_by_the_optimizer(server: Make) -> None:
+    state = server()
+    assert state.apply(Result(mean_delta=mean_delta(1.0))) == pytest.approx(6**0.5)
+    assert state.adapter.tensors["q.factor_a"].unique().tolist() == [1.25]
+    slow = server(name="sgd", learning_rate=0.5)
+    slow.apply(Result(mean_delta=mean_delta(1.0)))
+    assert slow.adapter.tensors["q.factor_a"].unique().tolist() == [0.75]
+
+
+def test_a_rule_s_own_state_replaces_it(server: Make, adapter: Make) -> None:
+    state = server()
+    moved = state.apply(Result(state=GlobalState(adapter(1.25), rule_state=RuleState({"step": 1}))))
+    assert moved == pytest.approx((6 + 4 * 1.0) ** 0.5)
+    assert state.adapter.tensors["q.factor_a"].unique().tolist() == [1.25]
+    assert state.global_state.rule_state.scalars == {"step": 1}
+
+
+def test_a_rule_s_memory_is_kept_unless_there_is_a_new_one(server: Make) -> None:
+    state = server()
+    state.apply(Result(mean_delta=mean_delta(0.0), rule_state=RuleState({"step": 1})))
+    state.apply(Result(mean_delta=mean_delta(0.0)))
+    assert state.global_state.rule_state.scalars == {"step": 1}
+
+
+def test_a_second_phase_is_refused(server: Make) -> None:
+    state = server()
+    with pytest.raises(AggregationError, match="second phase"):
+        state.apply(NextPhase(state.global_state, 2))
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "yogi", "adagrad"])
+def test_going_on_from_a_saved_state_is_never_having_stopped(server: Make, name: str) -> None:
+    whole, first = server(name=name), server(name=name)
+    whole.apply(Result(mean_delta=mean_delta(1.0)))
+    first.apply(Result(mean_delta=mean_delta(1.0)))
+    first.counters["client-000"] = 5
+    saved = type(first.training_state(1)).from_bytes(first.training_state(1).to_bytes())
+    resumed = server(name=name)
+    resumed.take_up(saved, "v" * 64)
+    assert (resumed.finished, resumed.version_id, resumed.counters) == (1, "v" * 64, {"client-000": 5})
+    for state in (whole, resumed):
+        state.apply(Result(mean_delta=mean_delta(-0.3)))
+    assert all(torch.equal(whole.adapter.tensors[key], resumed.adapter.tensors[key]) for key in NAMES)

@@ -1,0 +1,138 @@
+"""Adapter states: bytes and back bit for bit, factors by module, casts, what the server hands out."""
+
+import math
+
+import pytest
+import torch
+
+from federated.errors import AggregationError
+from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec
+from federated.state import AdapterState, GlobalState, RuleState, from_raw, group_of, to_raw
+
+MODULES = (ModuleSpec("layer.k", 3, 2, 2, 8.0), ModuleSpec("layer.q", 4, 2, 1, 8.0))
+SPEC = AdapterSpec("lora", 2, 8.0, use_rslora=False, modules=MODULES, head=HeadSpec("mean_pool", 2, True, 0))
+
+
+def state(spec: AdapterSpec = SPEC) -> AdapterState:
+    return AdapterState(
+        spec,
+        {
+            "layer.q.factor_a": torch.ones(1, 4),
+            "layer.q.factor_b": torch.full((2, 1), 2.0),
+            "layer.k.factor_a": torch.full((2, 3), 3.0),
+            "layer.k.factor_b": torch.full((2, 2), 4.0),
+            "head.weight": torch.full((2, 5), 5.0),
+        },
+    )
+
+
+SPECIAL = torch.tensor([0x7FC1, -0x7F, 0x7F80, 1, -0x8000], dtype=torch.int16)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dtype"),
+    [
+        (torch.tensor([math.nan, -0.0, math.inf, 1e-45, 1.0]), "F32"),
+        (SPECIAL.view(torch.bfloat16), "BF16"),
+        (SPECIAL.view(torch.float16), "F16"),
+        (torch.tensor([[2.0**-1074, -math.inf]], dtype=torch.float64), "F64"),
+        (torch.tensor([2**63 - 1, -(2**63)]), "I64"),
+        (torch.tensor(1.5), "F32"),
+        (torch.empty(0, 3), "F32"),
+    ],
+    ids=["float32", "bfloat16", "float16", "float64", "int64", "scalar", "empty"],
+)
+def test_bytes_and_back_bit_for_bit(tensor: torch.Tensor, dtype: str) -> None:
+    raw = to_raw({"w": tensor})
+    back = from_raw(raw)["w"]
+    assert raw["w"].dtype == dtype
+    assert (back.dtype, back.shape) == (tensor.dtype, tensor.shape)
+    assert to_raw({"w": back})["w"].data == raw["w"].data == _bytes(tensor)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+def test_a_view_is_written_in_row_major_order() -> None:
+    grid = torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(from_raw(to_raw({"w": grid.T}))["w"], grid.T)
+
+
+def test_what_is_read_back_is_new_and_writable() -> None:
+    original = torch.ones(2, requires_grad=True)
+    back = from_raw(to_raw({"w": original}))["w"]
+    back += 1
+    assert original.tolist() == [1.0, 1.0]
+    assert not back.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=str)
+def test_a_dtype_that_cannot_travel_is_named(dtype: torch.dtype) -> None:
+    with pytest.raises(AggregationError, match=rf"tensor w has dtype {dtype}; expected one of"):
+        to_raw({"w": torch.ones(2, dtype=dtype)})
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("layer.q.factor_a", "factor_a"),
+        ("layer.q.factor_b", "factor_b"),
+        ("head.weight", "dense"),
+        ("factor_a.weight", "dense"),
+        ("my_factor_a", "dense"),
+    ],
+)
+def test_group_of(name: str, group: str) -> None:
+    assert group_of(name) == group
+
+
+def test_pairs_come_in_the_spec_s_order_with_their_scaling() -> None:
+    adapter = state()
+    pairs = list(adapter.pairs())
+    assert [pair.module.name for pair in pairs] == ["layer.k", "layer.q"]
+    assert [pair.scaling for pair in pairs] == [4.0, 8.0]
+    assert pairs[0].factor_a is adapter.tensors["layer.k.factor_a"]
+    assert pairs[1].factor_b is adapter.tensors["layer.q.factor_b"]
+
+
+def test_dense_is_all_that_is_no_factor() -> None:
+    assert list(state().dense()) == ["head.weight"]
+
+
+def test_the_layout_is_sorted_and_exact() -> None:
+    layout = state().layout()
+    assert [entry.name for entry in layout] == sorted(state().tensors)
+    assert {(entry.name, entry.shape, entry.dtype) for entry in layout} >= {("layer.k.factor_b", (2, 2), "F32")}
+
+
+def test_cast_changes_the_dtype_and_leaves_the_original() -> None:
+    adapter = state()
+    half = adapter.cast("BF16")
+    assert {tensor.dtype for tensor in half.tensors.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in adapter.tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_client_gets_the_spec_s_dtype(rank: int | None) -> None:
+    spec = AdapterSpec(**{**vars(SPEC), "dtype": "F16"})
+    given = GlobalState(state(spec)).materialise(rank)
+    assert {tensor.dtype for tensor in given.tensors.values()} == {torch.float16}
+    assert given.spec == spec
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_another_rank_is_refused(rank: int) -> None:
+    with pytest.raises(AggregationError, match=f"rank {rank} was asked of an adapter of rank 2"):
+        GlobalState(state()).materialise(rank)
+
+
+def test_a_device_gets_what_a_client_gets() -> None:
+    spec = AdapterSpec(**{**vars(SPEC), "dtype": "BF16"})
+    world = GlobalState(state(spec))
+    assert to_raw(world.export().tensors) == to_raw(world.materialise().tensors)
+
+
+def test_a_rule_s_memory_starts_empty() -> None:
+    assert GlobalState(state()).rule_state == RuleState({}, {})
+    assert GlobalState(state()).residual is None

@@ -24,7 +24,7 @@ from rich.table import Table
 from federated.cli.apps import enter_app, load_client_app
 from federated.cli.compose import compose
 from federated.config import ExperimentConfig
-from federated.device import NULL, Activation, open_runtime
+from federated.device import NULL, Activation, Slot, open_runtime
 from federated.flower import RunSummary, simulate
 from federated.flower.baselines import Baseline, compare, full_session
 from federated.flower.central import publish_central
@@ -102,7 +102,8 @@ def compare_arms(config: ExperimentConfig, summary: RunSummary, console: Console
 def rounds_table(history: History) -> Table:
     """One row per round: who took part, losses, the global adapter's held-out result, bytes per client."""
     table = Table(
-        "round", "participants", "train loss", "held-out loss", "accuracy", "up / client", "down / client", "refused",
+        "round", "clients", "train\nloss", "held-out\nloss", "accuracy", "up per\nclient", "down per\nclient",
+        "refused",
         title="The global adapter after each round, on all clients' held-out tweets",
     )  # fmt: skip
     table.add_row("0", "-", "-", *_held_out(history.held_out.get(0)), "-", "-", "-")
@@ -110,11 +111,11 @@ def rounds_table(history: History) -> Table:
         count = max(1, int(event["participants"]))
         table.add_row(
             str(number),
-            f"{event['participants']} of {event['cohort']}",
+            f"{event['participants']}/{event['cohort']}",
             f"{event['train_loss']:.4f}",
             *_held_out(history.held_out.get(number)),
-            f"{event['bytes_up'] // count:,} B",
-            f"{event['bytes_down'] // max(1, int(event['cohort'])):,} B",
+            f"{event['bytes_up'] / count / 1000:,.1f} kB",
+            f"{event['bytes_down'] / max(1, int(event['cohort'])) / 1000:,.1f} kB",
             str(len(event["refused"])),
         )
     return table
@@ -169,6 +170,7 @@ def serve(summary: RunSummary, console: Console) -> None:
         served = runtime.predict(rows)
         table.add_column(served.slot.label)
         activations.append((served.slot.label, activation))
+        tracker.emit(_activation_event(served.slot, activation))
         for answer, text, prediction in zip(answers, TWEETS, served.predictions, strict=True):
             answer.append(f"{prediction.label} {prediction.probability:.0%}")
             tracker.emit(_answer_event(text, served.slot.label, prediction))
@@ -176,8 +178,7 @@ def serve(summary: RunSummary, console: Console) -> None:
         table.add_row(*answer)
     activation = runtime.rollback()
     activations.append((f"rollback to {runtime.active.label}", activation))
-    for label, activation in activations:
-        tracker.emit(_activation_event(label, activation, runtime.active.version_id))
+    tracker.emit(_activation_event(runtime.active, activation))
     tracker.close()
     console.print(table)
     console.print(activation_table(activations))
@@ -201,12 +202,12 @@ def _answer_event(text: str, version: str, prediction: Any) -> dict[str, Any]:
     }
 
 
-def _activation_event(label: str, activation: Activation, version_id: str) -> dict[str, Any]:
+def _activation_event(slot: Slot, activation: Activation) -> dict[str, Any]:
     return {
         "event": "activation",
         "what": activation.kind,
-        "version_id": version_id,
-        "number": label,
+        "version_id": None if slot.digest == NULL else slot.version_id,
+        "number": slot.manifest.round_number if slot.manifest else None,
         "milliseconds": activation.milliseconds,
     }
 

@@ -41,7 +41,12 @@ def load_client_app(folder: Path) -> ClientApp:
     if loaded is not None and not str(loaded.__file__ or "").startswith(str(folder)):
         for name in [name for name in sys.modules if name == "clients" or name.startswith("clients.")]:
             del sys.modules[name]
-    found = getattr(importlib.import_module("clients.app"), "app", None)
+    try:
+        found = getattr(importlib.import_module("clients.app"), "app", None)
+    except Exception as error:  # the folder's own code: whatever it raises
+        raise ConfigError(
+            f"{folder / 'clients' / 'app.py'} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(found, ClientApp):
         raise ConfigError(f"{folder / 'clients' / 'app.py'}: expected a Flower ClientApp named 'app'")
     return found

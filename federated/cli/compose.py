@@ -14,9 +14,10 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from federated.config import ExperimentConfig, experiment_from
 from federated.errors import ConfigError
@@ -47,7 +48,7 @@ def compose(app_dir: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             return from_hydra(hydra_compose("config", overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(one_line(error, folder)) from None
 
 
@@ -66,8 +67,12 @@ def from_hydra(config: DictConfig) -> ExperimentConfig:
 
 
 def one_line(error: Exception, folder: Path | None = None) -> str:
-    """Say a Hydra or OmegaConf error in one line, with what would have been right."""
+    """Say a Hydra, OmegaConf or YAML error in one line, with what would have been right."""
     text = " ".join(str(error).split())
+    if isinstance(error, YAMLError):
+        return f"not valid YAML: {text}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not an override; expected KEY=VALUE, in quotes where it holds brackets or spaces"
     if found := re.search(r"Could not find '([^']+)'", text):
         return _unknown_choice(found[1], folder)
     if found := re.search(r"Could not override '([^']+)'", text):

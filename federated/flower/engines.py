@@ -18,10 +18,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from federated.config import EngineConfig, ExperimentConfig
+from federated.data import check_source
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 from federated.flower.inprocess import InProcessGrid, default_workers
 from federated.flower.run import Run, RunSummary
-from federated.flower.session import use_client_store
+from federated.flower.session import open_session, use_client_store
 
 __all__ = ["run_inprocess", "run_ray", "simulate"]
 
@@ -46,10 +47,23 @@ def simulate(config: ExperimentConfig, client_app: ClientApp) -> RunSummary:
         FederatedError: before anything starts, for whatever cannot run; later, for what ended the run.
     """
     torch.set_num_threads(1)  # before anything computes: forked workers must not inherit a thread pool
+    _check_data(config)
     run = Run(config)
     use_client_store(run.folder / "clients")
     engine = run_ray if config.engine.name == "ray" else run_inprocess
-    return engine(run.serve, client_app, num_nodes=run.clients, config=config.engine)
+    try:
+        return engine(run.serve, client_app, num_nodes=run.clients, config=config.engine)
+    except (RunInterrupted, KeyboardInterrupt) as error:
+        raise RunInterrupted(run.how_to_go_on(str(error) or "stopped; finished rounds are published")) from None
+
+
+def _check_data(config: ExperimentConfig) -> None:
+    """What only a simulation can know before it starts: it holds every client's data."""
+    source = open_session(config).source
+    check_source(source)
+    least, found = config.selection.min_clients, len(source.client_ids)
+    if found < least:
+        raise ConfigError(f"selection.min_clients = {least}: the data has {found} clients, so no round would start")
 
 
 def run_inprocess(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int, config: EngineConfig) -> T:

@@ -73,6 +73,10 @@ def _usable(client_id: str) -> bool:
     return 0 < len(client_id) <= _LONGEST_ID and client_id.isprintable()
 
 
+_PATIENCE = 5.0
+"""Seconds that a round waits for the names of nodes that came late, when others are there already."""
+
+
 class Directory:
     """Which client is at which node.
 
@@ -123,6 +127,7 @@ class Directory:
             return
         queries = [Message(query_content(self._config), node, "query", group_id="0") for node in fresh]
         wait = self._config.selection.wait
+        wait = min(wait, _PATIENCE) if self.nodes else wait
         for reply in exchange(grid, queries, deadline=wait, poll_interval=self._config.round.poll_interval):
             self._asked.add(reply.metadata.src_node_id)
             self._enter(reply)

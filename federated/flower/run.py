@@ -82,11 +82,13 @@ class Run:
     def __init__(self, config: ExperimentConfig) -> None:
         if config.resume and not (Path(config.run_dir) / "run.json").is_file():
             raise ConfigError(f"resume: {config.run_dir} holds no run (no run.json); give run_dir= the run's folder")
+        if config.registry and "://" not in config.registry:  # a resumed run must find it from any folder
+            config = replace(config, registry=str(Path(config.registry).resolve()))
         self.session: Session = open_session(config)
         self.clients = len(self.session.source.client_ids)
         self.folder, self.run_id = self._folder(config)
         self.config = replace(config, run_dir=str(self.folder))
-        self.registry_location = config.registry or str(self.folder / "registry")
+        self.registry_location = self.config.registry or str(self.folder / "registry")
 
     @staticmethod
     def _folder(config: ExperimentConfig) -> tuple[Path, str]:
@@ -109,7 +111,7 @@ class Run:
         """Run all rounds on this Grid, publish each, and write the report.
 
         Raises:
-            RunInterrupted: on Ctrl-C; the message says how to go on.
+            RunInterrupted: on Ctrl-C.
             FederatedError: what ended the run; the report covers what was finished.
         """
         with Registry.open(self.registry_location) as registry:
@@ -122,8 +124,8 @@ class Run:
                     strategy.start(grid)
                     status = "completed"
                 except RunInterrupted as error:
-                    status, message = "interrupted", f"{error}; to go on: {self.resume_command()}"
-                    raise RunInterrupted(message) from None
+                    status, message = "interrupted", self.how_to_go_on(str(error))
+                    raise
                 except FederatedError as error:
                     message = str(error)
                     raise
@@ -132,13 +134,13 @@ class Run:
                     self.leave(registry)
             return self.summary(registry, strategy.version_id or "")
 
-    def resume_command(self) -> str:
-        """The command that goes on with this run, from the folder in which it was started."""
+    def how_to_go_on(self, stopped: str) -> str:
+        """What happened, and the command that goes on with this run."""
         command = ["fedpeft", "simulate", "--resume", str(self.folder)]
         app = app_folder()
         if app is not None and app != Path.cwd():
             command += ["--app", str(app)]
-        return shlex.join(command)
+        return f"{stopped}; to go on: {shlex.join(command)}"
 
     def _strategy(self, registry: Registry, tracker: Tracker) -> DeltaStrategy:
         base = self.session.adapter.base.base_digest

@@ -76,19 +76,21 @@ class ServerState:
         """Move by a rule's result; returns the L2 norm of the move.
 
         Raises:
-            AggregationError: for a second phase, or a result that does not fit.
+            AggregationError: for a second phase, a result that does not fit, or one that would not be finite on a
+                device; the state is then unchanged.
         """
         if isinstance(result, NextPhase):
             raise AggregationError("the rule asks for a second phase in one round, which this strategy does not run")
         before = self.adapter
-        state = result.state or self.global_state
+        state, moments = result.state or self.global_state, self._moments
         if result.mean_delta is not None:
             gradient = {name: -tensor for name, tensor in result.mean_delta.items()}
-            adapter, self._moments = server_optimizers.step(
-                self._optimizer, self._moments, before, pseudo_gradient=gradient
-            )
+            adapter, moments = server_optimizers.step(self._optimizer, self._moments, before, pseudo_gradient=gradient)
             state = replace(state, adapter=adapter)
-        self.global_state = replace(state, rule_state=result.rule_state or state.rule_state)
+        if not is_finite(state.export().tensors):
+            found = f"the round would take the adapter beyond {state.adapter.spec.dtype}"
+            raise AggregationError(f"{found}: bound what one client may send with round.max_norm, or lower rates")
+        self.global_state, self._moments = replace(state, rule_state=result.rule_state or state.rule_state), moments
         return norm(subtract(self.adapter.tensors, before.tensors))
 
     def training_state(self, round_number: int) -> TrainingState:

@@ -14,10 +14,12 @@ from federated.cli.compose import compose
 from federated.config import EngineConfig
 from federated.flower import TrainingState, simulate
 from federated.registry import Registry
+from federated.tracking import read_events
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
+SHUFFLE = 4  # moves somebody in both rounds
 OVERRIDES = (
     "experiment=tiny",
     "strategy=fedadam",
@@ -26,19 +28,16 @@ OVERRIDES = (
     "train.steps=2",
     "tracking.progress=false",
 )
-ENGINES = {
-    "shuffled workers": EngineConfig("inprocess", workers=2, shuffle_arrivals=5),
-    "ray": EngineConfig("ray", workers=2),
-}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: its last version, and the digest of the weights that it began with."""
+    """What a run leaves: its first and last version, and who answered in which order."""
 
     initial_digest: str
     weights_digest: str
     training_state: bytes
+    arrivals: list[str]
 
 
 def _outcome(run_dir: Path) -> Outcome:
@@ -46,7 +45,9 @@ def _outcome(run_dir: Path) -> Outcome:
         first, last = registry.get("v0"), registry.get("v2")
         state = registry.training_state(last.version_id)
     assert state is not None
-    return Outcome(first.manifest.weights_digest, last.manifest.weights_digest, state)
+    events = read_events(run_dir / "metrics.jsonl")
+    arrivals = [event["client_id"] for event in events if event["event"] == "client"]
+    return Outcome(first.manifest.weights_digest, last.manifest.weights_digest, state, arrivals)
 
 
 def _in_process(engine: EngineConfig, run_dir: Path) -> None:
@@ -58,7 +59,7 @@ def _in_process(engine: EngineConfig, run_dir: Path) -> None:
 
 def _by_command(engine: EngineConfig, run_dir: Path) -> None:
     """In a process group of its own: whatever Ray leaves is ended with it."""
-    command = [Path(sys.executable).parent / "fedpeft", "simulate", "--app", ROOT, *OVERRIDES]
+    command = [str(Path(sys.executable).parent / "fedpeft"), "simulate", "--app", str(ROOT), *OVERRIDES]
     command += [f"engine={engine.name}", f"engine.workers={engine.workers}", f"run_dir={run_dir}"]
     with (run_dir.parent / "ray.log").open("w") as log:
         process = subprocess.Popen(
@@ -86,13 +87,27 @@ def sequential(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return _outcome(run_dir)
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The same experiment on another engine."""
-    run_dir = tmp_path_factory.mktemp("other") / "run"
-    engine = ENGINES[request.param]
-    (_by_command if engine.name == "ray" else _in_process)(engine, run_dir)
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The same on two forked workers, whose replies are handed out in a random order."""
+    run_dir = tmp_path_factory.mktemp("shuffled") / "run"
+    _in_process(EngineConfig("inprocess", workers=2, shuffle_arrivals=SHUFFLE), run_dir)
     return _outcome(run_dir)
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The same on Flower's Ray engine."""
+    run_dir = tmp_path_factory.mktemp("ray") / "run"
+    _by_command(EngineConfig("ray", workers=2), run_dir)
+    return _outcome(run_dir)
+
+
+@pytest.fixture(params=["shuffled", "ray"])
+def other(request: pytest.FixtureRequest) -> Outcome:
+    """The same experiment on another engine."""
+    found: Outcome = request.getfixturevalue(request.param)
+    return found
 
 
 def test_run_moves_the_adapter(sequential: Outcome) -> None:
@@ -104,6 +119,11 @@ def test_state_holds_factors_head_and_moments(sequential: Outcome) -> None:
     names = set(state.global_state.adapter.tensors)
     assert {name.rpartition(".")[2] for name in names} == {"factor_a", "factor_b", "weight", "bias"}
     assert set(state.optimizer_state.moments) == {f"{moment}/{name}" for moment in "mv" for name in names}
+
+
+def test_replies_arrive_in_another_order(sequential: Outcome, shuffled: Outcome) -> None:
+    rounds = [slice(0, 3), slice(3, 6)]
+    assert [part for part in rounds if shuffled.arrivals[part] == sequential.arrivals[part]] == []
 
 
 def test_weights_are_the_same(sequential: Outcome, other: Outcome) -> None:

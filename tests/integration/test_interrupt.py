@@ -87,7 +87,7 @@ def _round_begun(run_dir: Path, number: int) -> bool:
 def _running(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
     """The command at work, as the leader of a process group that is gone afterwards."""
     run_dir.parent.mkdir()
-    command = [FEDPEFT, "simulate", "--app", ROOT, *OVERRIDES, f'run_dir="{run_dir}"']
+    command = [str(FEDPEFT), "simulate", "--app", str(ROOT), *OVERRIDES, f'run_dir="{run_dir}"']
     with (run_dir.parent / "stderr.txt").open("w") as stderr:
         process = subprocess.Popen(
             command,

@@ -29,7 +29,8 @@ def run_dir(tmp_path: Path) -> Path:
     tracker = JsonlTracker(tmp_path / "metrics.jsonl")
     tracker.emit({"event": "run", "run_id": "r", "name": "<script>alert(1)</script>", "method": "fedit + sgd",
                   "engine": "inprocess", "clients": 2, "rounds": 1, "base_bytes": 100, "base_params": 25,
-                  "adapter_bytes": 4, "adapter_params": 1, "seed": 0, "source": "tiny", "base_digest": "ab"})  # fmt: skip
+                  "adapter_bytes": 4, "adapter_params": 1, "seed": 0, "source": "tiny",
+                  "base_digest": "ab"})  # fmt: skip
     tracker.emit({"event": "round", "round_number": 1, "participants": 2, "cohort": 2, "published": True,
                   "version_id": "cd", "parent": "ab", "weights_digest": "ef", "train_loss": 0.5, "update_norm": 1.0,
                   "bytes_up": 10, "bytes_down": 10, "seconds": 1.0, "refused": [],

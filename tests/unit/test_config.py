@@ -162,7 +162,9 @@ def test_data_that_needs_a_path_says_so(name: str, path: str | None) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, object(), {1, 2}, b"bytes"], ids=repr)
 def test_free_arguments_must_be_plain_data(bad: Any) -> None:
-    assert refused(nested("train.scheduler_args", {"gamma": bad})).startswith("train: a value cannot be written as JSON")
+    assert refused(nested("train.scheduler_args", {"gamma": bad})).startswith(
+        "train: a value cannot be written as JSON"
+    )
 
 
 def test_text_that_is_no_unicode_is_refused() -> None:

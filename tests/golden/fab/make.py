@@ -30,7 +30,7 @@ def copy_app(folder: Path) -> None:
 def build(folder: Path, *, home: Path) -> Path:
     """Build the bundle of an app folder, in that folder."""
     environment = {**os.environ, "FLWR_HOME": str(home), "FLWR_DISABLE_UPDATE_CHECK": "1"}
-    command = [Path(sys.executable).parent / "flwr", "build"]
+    command = [str(Path(sys.executable).parent / "flwr"), "build"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     if done.returncode != 0:
         raise RuntimeError(done.stdout + done.stderr)

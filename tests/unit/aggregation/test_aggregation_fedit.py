@@ -81,9 +81,7 @@ def applied(state: GlobalState, delta: dict[str, torch.Tensor]) -> dict[str, tor
 
 def test_the_mean_of_deltas_is_the_mean_of_weights() -> None:
     state, locals_ = world(), [drawn(seed) for seed in (1, 2, 3)]
-    result = finished(
-        state, [update(str(i), subtract(one, state.adapter.tensors)) for i, one in enumerate(locals_)]
-    )
+    result = finished(state, [update(str(i), subtract(one, state.adapter.tensors)) for i, one in enumerate(locals_)])
     mean = {name: sum(one[name].double() for one in locals_) / 3 for name in SHAPES}
     assert_near(stepped(state, result), mean)
 
@@ -124,9 +122,7 @@ def test_the_gap_is_the_cross_terms() -> None:
     deltas = [subtract(one, state.adapter.tensors) for one in (first, second)]
     found = product(stepped(state, finished(state, [update("a", deltas[0]), update("b", deltas[1])])))
     truth = (product(first) + product(second)) / 2
-    apart = product(
-        {name: (first[name].double() - second[name].double()) / 2 for name in ("q.factor_a", "q.factor_b")}
-    )
+    apart = product({name: (first[name].double() - second[name].double()) / 2 for name in ("q.factor_a", "q.factor_b")})
     torch.testing.assert_close(truth - found, apart, rtol=1e-4, atol=1e-4)
 
 

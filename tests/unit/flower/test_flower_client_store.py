@@ -66,7 +66,19 @@ def test_the_counter_grows_across_restarts_and_is_each_run_s_own(tmp_path: Path)
     assert make(tmp_path, client_id="other").next_counter() == 1
 
 
-ODD_NAMES = ["../x", "/etc/passwd", "..", "", ".", "a/b", "a\\b", "x" * 5000, "Klinik Nürnberg 病院 🙂", "nul\0byte", "a\nb"]
+ODD_NAMES = [
+    "../x",
+    "/etc/passwd",
+    "..",
+    "",
+    ".",
+    "a/b",
+    "a\\b",
+    "x" * 5000,
+    "Klinik Nürnberg 病院 🙂",
+    "nul\0byte",
+    "a\nb",
+]
 
 
 @pytest.mark.parametrize("name", ODD_NAMES, ids=lambda name: repr(name[:12]))

@@ -214,7 +214,5 @@ class TestDirectory:
 
 def naming(grid: Grid, names: dict[int, str]) -> Any:
     """The grid, with nodes that answer with these names."""
-    grid._answer = lambda message: Message(
-        reply_content(names[message.metadata.dst_node_id], "", {}), reply_to=message
-    )
+    grid._answer = lambda message: Message(reply_content(names[message.metadata.dst_node_id], "", {}), reply_to=message)
     return grid

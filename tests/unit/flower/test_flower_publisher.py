@@ -27,8 +27,12 @@ ODD = torch.tensor([math.nan, -0.0, math.inf, 1e-45], dtype=torch.float32)
 def training() -> TrainingState:
     """Values that only bit-for-bit copies keep, and names that hold the separator."""
     adapter = AdapterState(SPEC, {"q.factor_a": torch.full((2, 3), 1 / 3), "a:b": ODD})
-    rule = RuleState({"round": 3, "note": "Ä", "deep": [1.5, None]}, {"control:x": ODD.double(), "seen": torch.arange(3)})
-    moments = OptimizerState(7, {"m/q.factor_a": torch.full((2, 3), 1e-300, dtype=torch.float64), "v/a:b": ODD.double()})
+    rule = RuleState(
+        {"round": 3, "note": "Ä", "deep": [1.5, None]}, {"control:x": ODD.double(), "seen": torch.arange(3)}
+    )
+    moments = OptimizerState(
+        7, {"m/q.factor_a": torch.full((2, 3), 1e-300, dtype=torch.float64), "v/a:b": ODD.double()}
+    )
     return TrainingState(4, GlobalState(adapter, rule_state=rule), moments, {"clinic": 9, "other: one": 2})
 
 
@@ -73,7 +77,13 @@ def test_damaged_bytes_are_a_registry_error(data: bytes) -> None:
         TrainingState.from_bytes(data)
 
 
-HEADER: dict[str, Any] = {"round_number": 1, "steps": 0, "counters": {}, "rule": {}, "spec": vars(SPEC) | {"modules": []}}
+HEADER: dict[str, Any] = {
+    "round_number": 1,
+    "steps": 0,
+    "counters": {},
+    "rule": {},
+    "spec": vars(SPEC) | {"modules": []},
+}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -93,7 +93,7 @@ class TestAssignment:
 
 
 class TestToken:
-    TOKEN: dict[str, Any] = {"run_id": "run", "round_number": 1, "plan": TrainPlan(), "client_id": "clinic"}
+    TOKEN: ClassVar[dict[str, Any]] = {"run_id": "run", "round_number": 1, "plan": TrainPlan(), "client_id": "clinic"}
 
     def test_is_the_same_for_the_same_task(self):
         token = task_token(b"key", **self.TOKEN)
@@ -195,7 +195,8 @@ class TestTask:
         assert config_of(message(content)) == config().for_clients()
 
     @pytest.mark.parametrize(
-        "content", [{}, {"task": ConfigRecord({})}, {"task": ConfigRecord({"experiment": 5})}, {"task": MetricRecord({})}]
+        "content",
+        [{}, {"task": ConfigRecord({})}, {"task": ConfigRecord({"experiment": 5})}, {"task": MetricRecord({})}],
     )
     def test_a_message_without_an_experiment(self, content: dict[str, Any]):
         with pytest.raises(WireError, match="the message holds no experiment"):
@@ -203,7 +204,7 @@ class TestTask:
 
     def test_an_experiment_is_checked_again_on_arrival(self):
         content = RecordDict({"task": ConfigRecord({"experiment": '{"_target_": "os.system"}'})})
-        with pytest.raises(ConfigError, match="_target_ = 'os.system': unknown key"):
+        with pytest.raises(ConfigError, match=r"_target_ = 'os\.system': unknown key"):
             config_of(message(content))
 
 
@@ -247,7 +248,7 @@ class TestMetricRecord:
         assert all(type(value) is float for value in record.values())
 
 
-SECRET = "patient Jane Doe has diabetes"
+QUOTED = "patient Jane Doe has diabetes"
 
 
 class TestRefusal:
@@ -259,11 +260,11 @@ class TestRefusal:
     @pytest.mark.parametrize(
         "error",
         [
-            ValueError(SECRET),
-            KeyError(SECRET),
-            UnicodeDecodeError("utf-8", SECRET.encode(), 0, 1, SECRET),
-            RuntimeError(SECRET, {"row": SECRET}),
-            type("Odd", (Exception,), {"__str__": lambda self: SECRET})(),
+            ValueError(QUOTED),
+            KeyError(QUOTED),
+            UnicodeDecodeError("utf-8", QUOTED.encode(), 0, 1, QUOTED),
+            RuntimeError(QUOTED, {"row": QUOTED}),
+            type("Odd", (Exception,), {"__str__": lambda self: QUOTED})(),
         ],
         ids=lambda error: type(error).__name__,
     )
@@ -275,7 +276,7 @@ class TestRefusal:
     def test_a_foreign_cause_stays_here_too(self):
         try:
             try:
-                raise ValueError(SECRET)
+                raise ValueError(QUOTED)
             except ValueError as cause:
                 raise DataError("row 3 is malformed") from cause
         except DataError as error:

@@ -148,7 +148,7 @@ def test_an_evaluation_needs_the_task_s_token(opened: Make, honest: Make) -> Non
     sent, book = opened("evaluate")
     first, second = sent["client-000"], sent["client-001"]
     assert book.receive(honest(first, assignment_of(first))) is None
-    book.receive(honest(second, replace(assignment_of(second), task_token="f" * 64)))  # noqa: S106
+    book.receive(honest(second, replace(assignment_of(second), task_token="f" * 64)))
     assert status(book)["client-000"] == ("ok", None)
     assert status(book)["client-001"] == ("refused", "bad_token")
 

@@ -120,6 +120,17 @@ def test_a_rule_s_memory_is_kept_unless_there_is_a_new_one(server: Make) -> None
     assert state.global_state.rule_state.scalars == {"step": 1}
 
 
+@pytest.mark.parametrize(("dtype", "value"), [("F32", 1e39), ("F16", 1e5), ("F32", float("nan"))])
+def test_a_move_beyond_what_a_device_holds_is_refused_and_changes_nothing(
+    server: Make, adapter: Make, dtype: str, value: float
+) -> None:
+    state = server(adapter(0.25, dtype), name="momentum")
+    before = state.training_state(0).to_bytes()
+    with pytest.raises(AggregationError, match=rf"beyond {dtype}: bound what one client may send with round\.max_norm"):
+        state.apply(Result(mean_delta=mean_delta(value)))
+    assert state.training_state(0).to_bytes() == before
+
+
 def test_a_second_phase_is_refused(server: Make) -> None:
     state = server()
     with pytest.raises(AggregationError, match="second phase"):

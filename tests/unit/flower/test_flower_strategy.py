@@ -163,15 +163,15 @@ class TestQuorum:
         first, second, third = made.events("round")
         assert [event["published"] for event in (first, second, third)] == [True, False, True]
         assert second["version_id"] == second["parent"] == first["version_id"] == third["parent"]
-        assert second["message"] == (
-            "1 good updates of 3, the quorum is 2: the global adapter stays as it was"
-        )
+        assert second["message"] == ("1 good updates of 3, the quorum is 2: the global adapter stays as it was")
         assert first["message"] is None
         assert (second["weights_digest"], second["participants"], second["update_norm"]) == (None, 1, 0.0)
         assert list(result.train_metrics_clientapp) == [1, 3]
         assert near(made, "q.factor_a", 0.25 + 2 / 3)
 
-    @pytest.mark.parametrize(("quorum", "bad", "published"), [(1.0, 0, True), (1.0, 1, False), (0.5, 2, True), (0.51, 2, False)])
+    @pytest.mark.parametrize(
+        ("quorum", "bad", "published"), [(1.0, 0, True), (1.0, 1, False), (0.5, 2, True), (0.51, 2, False)]
+    )
     def test_the_quorum_is_a_share_of_the_cohort_rounded_up(
         self, federation: Make, quorum: float, bad: int, published: bool
     ):
@@ -246,7 +246,8 @@ class TestFlower:
         assert digests(handed) == digests(plain)
 
     @pytest.mark.parametrize(
-        "change", [{"stranger": torch.zeros(1)}, {"q.factor_a": torch.zeros(3)}, {"q.factor_a": torch.full((2, 3), torch.nan)}]
+        "change",
+        [{"stranger": torch.zeros(1)}, {"q.factor_a": torch.zeros(3)}, {"q.factor_a": torch.full((2, 3), torch.nan)}],
     )
     def test_arrays_that_do_not_fit_end_it_before_anybody_is_asked(self, federation: Make, change: dict[str, Any]):
         made = federation(rounds=1)
@@ -353,7 +354,10 @@ class TestStopping:
 
     @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
     def test_a_resumed_run_is_the_run_that_was_never_stopped(self, federation: Make, tmp_path: Path, optimizer: str):
-        changes: dict[str, Any] = {"strategy": {"server_optimizer": {"name": optimizer}}, "selection": {"fraction": 0.5}}
+        changes: dict[str, Any] = {
+            "strategy": {"server_optimizer": {"name": optimizer}},
+            "selection": {"fraction": 0.5},
+        }
         whole = federation(rounds=4, **changes)
         whole.run(clients=4)
         with Registry.open(tmp_path / "registry") as registry:

@@ -48,7 +48,9 @@ def test_show_says_what_privacy_was_spent(invoke, registry, publish, location):
 
 
 def test_lineage_of_a_version(invoke, filled):
-    rows = [line.split()[1] for line in invoke("lineage", "v1", "--registry", filled).stdout.splitlines() if "│ v" in line]
+    rows = [
+        line.split()[1] for line in invoke("lineage", "v1", "--registry", filled).stdout.splitlines() if "│ v" in line
+    ]
     assert rows == ["v1", "v0"]
 
 

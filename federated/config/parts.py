@@ -1,29 +1,17 @@
-"""The one schema: frozen dataclasses, validated when built.
-
-Hydra composes YAML where a run starts; `experiment_from` turns the result into these records, which cross the
-network as plain JSON scalars (`ExperimentConfig.to_json`). Nothing here names a class or an import path, and
-nothing here imports Hydra: `federated.cli` composes.
-"""
+"""The parts of an experiment, one frozen dataclass each, checked when built; import them from `federated.config`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
-
-from federated.errors import ConfigError
-from federated.manifest import digest_of
 
 __all__ = [
     "AdapterConfig",
     "DataConfig",
     "EngineConfig",
-    "ExperimentConfig",
     "ModelConfig",
     "PartitionConfig",
     "RoundConfig",
@@ -33,10 +21,11 @@ __all__ = [
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
-    "experiment_from",
+    "STRICT",
 ]
 
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Unknown keys, NaN and infinity are refused everywhere."""
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -44,7 +33,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """The frozen base model.
 
@@ -63,7 +52,7 @@ class ModelConfig:
     revision: str | None = None
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class AdapterConfig:
     """The trainable adapter.
 
@@ -88,7 +77,7 @@ class AdapterConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TaskConfig:
     """What is learnt.
 
@@ -107,7 +96,7 @@ class TaskConfig:
     chat: bool = False
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class PartitionConfig:
     """How examples are divided among simulated clients.
 
@@ -124,7 +113,7 @@ class PartitionConfig:
     classes_per_client: Count = 2
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """Where examples come from.
 
@@ -163,7 +152,7 @@ class DataConfig:
         return {"kind": value} if isinstance(value, str) else value
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """One client's local training.
 
@@ -206,7 +195,7 @@ class TrainConfig:
     threads: Annotated[int, Field(ge=0)] = 1
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ServerOptimizerConfig:
     """How the global adapter moves along the pseudo-gradient ``-mean_delta`` (Reddi et al. 2021).
 
@@ -227,7 +216,7 @@ class ServerOptimizerConfig:
     tau: Positive = 1e-3
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class StrategyConfig:
     """What the server does with updates.
 
@@ -242,7 +231,7 @@ class StrategyConfig:
     server_optimizer: ServerOptimizerConfig = Field(default_factory=ServerOptimizerConfig)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class SelectionConfig:
     """Who takes part in a round.
 
@@ -257,7 +246,7 @@ class SelectionConfig:
     wait: Positive = 60.0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RoundConfig:
     """When a round is over.
 
@@ -276,7 +265,7 @@ class RoundConfig:
     max_examples: Count = 1_000_000
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class EngineConfig:
     """Where simulated clients run.
 
@@ -291,7 +280,7 @@ class EngineConfig:
     shuffle_arrivals: Annotated[int, Field(ge=-1)] = -1
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TrackingConfig:
     """Where metrics go besides the run folder's JSON lines.
 
@@ -302,110 +291,3 @@ class TrackingConfig:
 
     tensorboard: bool = False
     progress: bool = True
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ExperimentConfig:
-    """One whole experiment: the root of the schema.
-
-    Args:
-        name: of the experiment; part of the run folder's name and of the default channel.
-        rounds: federated rounds.
-        seed: seeds the adapter's first weights, cohorts and data order.
-        run_dir: the run's folder; relative to the working directory.
-        registry: SQLAlchemy URL or folder of the registry; empty means ``registry`` inside ``run_dir``.
-        resume: go on with the run in ``run_dir`` from its last published round.
-    """
-
-    name: str = "experiment"
-    rounds: Count = 3
-    seed: Annotated[int, Field(ge=0)] = 0
-    run_dir: str = "runs/latest"
-    registry: str = ""
-    resume: bool = False
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
-    task: TaskConfig = Field(default_factory=TaskConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    strategy: StrategyConfig = Field(default_factory=StrategyConfig)
-    selection: SelectionConfig = Field(default_factory=SelectionConfig)
-    round: RoundConfig = Field(default_factory=RoundConfig)
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
-
-    @model_validator(mode="after")
-    def _crosses_the_network(self) -> Self:
-        for key, part in asdict(self).items():
-            try:
-                digest_of(part)
-            except (TypeError, ValueError) as error:  # in free text and in `train.scheduler_args`
-                raise ValueError(f"{key}: a value cannot be written as JSON: {error}") from None
-        return self
-
-    @model_validator(mode="after")
-    def _labels_fit_the_task(self) -> Self:
-        if self.task.name != "causal_lm" and len(self.task.labels) < 2:
-            raise ValueError(f"task.labels: {self.task.name} needs at least two labels, found {list(self.task.labels)}")
-        if self.data.name in ("files", "table", "hub") and not self.data.path:
-            raise ValueError(f"data.path: data={self.data.name} needs a path, found none")
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data: dicts, lists and scalars."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    def for_clients(self) -> Self:
-        """The experiment as it crosses the network: without the server's own places (registry, run folder)."""
-        return replace(self, run_dir="", registry="", resume=False)
-
-    @cached_property
-    def client_json(self) -> str:
-        """`for_clients` as JSON, made once: every message carries it."""
-        return self.for_clients().to_json()
-
-    @property
-    def digest(self) -> str:
-        """Digest of the whole configuration."""
-        return digest_of(self.to_dict())
-
-
-_ADAPTER: TypeAdapter[ExperimentConfig] = TypeAdapter(ExperimentConfig)
-
-
-def experiment_from(value: Mapping[str, Any] | str) -> ExperimentConfig:
-    """Build and validate an experiment from plain data or its JSON.
-
-    Raises:
-        ConfigError: one line for the first fault: the key, the value found and what is allowed.
-    """
-    try:
-        return _ADAPTER.validate_json(value) if isinstance(value, str) else _ADAPTER.validate_python(dict(value))
-    except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
-
-
-def _one_line(error: ValidationError) -> str:
-    """Say the first fault of a validation error in one line."""
-    faults = error.errors(include_url=False)
-    first = faults[0]
-    parts = (str(part) for part in first["loc"] if not str(part).startswith(("literal[", "tuple[")))
-    key = _short(".".join(parts)) or "config"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "unexpected_keyword_argument":
-        message = "unknown key"
-    found = "" if first["type"] == "value_error" else f" = {_short(repr(first['input']))}"
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    prefix = "" if first["type"] == "value_error" and key == "config" else f"{key}{found}: "
-    return f"{prefix}{message}{more}"
-
-
-def _short(text: str, limit: int = 200) -> str:
-    """In one line of bounded length, whatever somebody wrote as a key or value."""
-    flat = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."

@@ -1,0 +1,39 @@
+"""The one schema: frozen dataclasses, validated when built.
+
+Hydra composes YAML where a run starts; `experiment_from` turns the result into these records, which cross the
+network as plain JSON scalars (`ExperimentConfig.to_json`). Nothing here names a class or an import path, and
+nothing here imports Hydra: `federated.cli` composes.
+"""
+
+from federated.config.experiment import ExperimentConfig, experiment_from
+from federated.config.parts import (
+    AdapterConfig,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    PartitionConfig,
+    RoundConfig,
+    SelectionConfig,
+    ServerOptimizerConfig,
+    StrategyConfig,
+    TaskConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "DataConfig",
+    "EngineConfig",
+    "ExperimentConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "RoundConfig",
+    "SelectionConfig",
+    "ServerOptimizerConfig",
+    "StrategyConfig",
+    "TaskConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "experiment_from",
+]

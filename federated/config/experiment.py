@@ -1,0 +1,138 @@
+"""The root of the schema, and how plain data becomes it. `federated.config` is where to import from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
+from typing import Annotated, Any, Self
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from federated.config.parts import (
+    STRICT,
+    AdapterConfig,
+    Count,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    RoundConfig,
+    SelectionConfig,
+    StrategyConfig,
+    TaskConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from federated.errors import ConfigError
+from federated.manifest import digest_of
+
+__all__ = ["ExperimentConfig", "experiment_from"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ExperimentConfig:
+    """One whole experiment: the root of the schema.
+
+    Args:
+        name: of the experiment; part of the run folder's name and of the default channel.
+        rounds: federated rounds.
+        seed: seeds the adapter's first weights, cohorts and data order.
+        run_dir: the run's folder; relative to the working directory.
+        registry: SQLAlchemy URL or folder of the registry; empty means ``registry`` inside ``run_dir``.
+        resume: go on with the run in ``run_dir`` from its last published round.
+    """
+
+    name: str = "experiment"
+    rounds: Count = 3
+    seed: Annotated[int, Field(ge=0)] = 0
+    run_dir: str = "runs/latest"
+    registry: str = ""
+    resume: bool = False
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    strategy: StrategyConfig = Field(default_factory=StrategyConfig)
+    selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    round: RoundConfig = Field(default_factory=RoundConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _crosses_the_network(self) -> Self:
+        for key, part in asdict(self).items():
+            try:
+                digest_of(part)
+            except (TypeError, ValueError) as error:  # in free text and in `train.scheduler_args`
+                raise ValueError(f"{key}: a value cannot be written as JSON: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _labels_fit_the_task(self) -> Self:
+        if self.task.name != "causal_lm" and len(self.task.labels) < 2:
+            raise ValueError(f"task.labels: {self.task.name} needs at least two labels, found {list(self.task.labels)}")
+        if self.data.name in ("files", "table", "hub") and not self.data.path:
+            raise ValueError(f"data.path: data={self.data.name} needs a path, found none")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: dicts, lists and scalars."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def for_clients(self) -> Self:
+        """The experiment as it crosses the network: without the server's own places (registry, run folder)."""
+        return replace(self, run_dir="", registry="", resume=False)
+
+    @cached_property
+    def client_json(self) -> str:
+        """`for_clients` as JSON, made once: every message carries it."""
+        return self.for_clients().to_json()
+
+    @property
+    def digest(self) -> str:
+        """Digest of the whole configuration."""
+        return digest_of(self.to_dict())
+
+
+_ADAPTER: TypeAdapter[ExperimentConfig] = TypeAdapter(ExperimentConfig)
+
+
+def experiment_from(value: Mapping[str, Any] | str) -> ExperimentConfig:
+    """Build and validate an experiment from plain data or its JSON.
+
+    Raises:
+        ConfigError: one line for the first fault: the key, the value found and what is allowed.
+    """
+    try:
+        return _ADAPTER.validate_json(value) if isinstance(value, str) else _ADAPTER.validate_python(dict(value))
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    """Say the first fault of a validation error in one line."""
+    faults = error.errors(include_url=False)
+    first = faults[0]
+    parts = (str(part) for part in first["loc"] if not str(part).startswith(("literal[", "tuple[")))
+    key = _short(".".join(parts)) or "config"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "unexpected_keyword_argument":
+        message = "unknown key"
+    found = "" if first["type"] == "value_error" else f" = {_short(repr(first['input']))}"
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    prefix = "" if first["type"] == "value_error" and key == "config" else f"{key}{found}: "
+    return f"{prefix}{message}{more}"
+
+
+def _short(text: str, limit: int = 200) -> str:
+    """In one line of bounded length, whatever somebody wrote as a key or value."""
+    flat = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."

@@ -1,0 +1,262 @@
+"""The client's half with a tiny real model: who it is, what it trains, what it sends twice, and what never leaves."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from federated.config import ExperimentConfig
+from federated.delta import norm, subtract
+from federated.flower import Session, handle_query, handle_train
+from federated.flower.records import Assignment, Reply, adapter_packet, query_content, task_content
+from federated.manifest import TrainPlan, canonical_json
+from federated.state import AdapterState, from_raw
+from federated.training import client_seed
+from federated.wire import Expectation, admit
+
+CLIENT = "client-001"
+PLAN = TrainPlan(rank=2)
+Reply_ = Callable[..., Reply]
+
+
+def context(**node_config: Any) -> Context:
+    config = node_config or {"partition-id": 1, "num-partitions": 3}
+    return Context(run_id=1, node_id=2, node_config=config, state=RecordDict(), run_config={})
+
+
+@pytest.fixture
+def task(real_session: Session) -> Assignment:
+    return Assignment("run", CLIENT, 1, "f" * 64, "p" * 64, real_session.adapter.base.base_digest, PLAN)
+
+
+@pytest.fixture
+def ask(real_config: ExperimentConfig, real_session: Session, task: Assignment) -> Reply_:
+    """Send a task and read the reply; any part can be replaced."""
+
+    def send(
+        assignment: Assignment = task,
+        *,
+        config: ExperimentConfig = real_config,
+        packet: bytes | None = None,
+        **node: Any,
+    ) -> Reply:
+        down = adapter_packet(real_session.initial) if packet is None else packet
+        content = task_content(assignment, config, down)
+        return Reply.from_message(handle_train(Message(content, 2, "train"), context(**node)))
+
+    return send
+
+
+def admitted(reply: Reply, task: Assignment, session: Session) -> Any:
+    expected = Expectation(
+        run_id=task.run_id,
+        round_number=task.round_number,
+        phase=task.plan.phase,
+        client_id=task.client_id,
+        task_token=task.task_token,
+        parent_version=task.parent_version,
+        base_digest=task.base_digest,
+        spec=session.initial.spec,
+        plan_digest=task.plan.digest,
+    )
+    assert reply.packet is not None, reply.message
+    return admit(reply.packet, expected, layout=session.initial.layout())
+
+
+class TestQuery:
+    def test_a_client_says_its_name(self, real_config: ExperimentConfig):
+        reply = Reply.from_message(handle_query(Message(query_content(real_config), 2, "query"), context()))
+        assert (reply.client_id, reply.reason, reply.packet) == (CLIENT, None, None)
+
+    def test_a_client_that_has_none_says_why(self, real_config: ExperimentConfig):
+        reply = Reply.from_message(handle_query(Message(query_content(real_config), 2, "query"), context(other=1)))
+        assert (reply.client_id, reply.reason) == ("", "ConfigError")
+        assert "client-config" in (reply.message or "")
+
+    def test_a_message_without_an_experiment_is_refused(self):
+        reply = Reply.from_message(handle_query(Message(RecordDict(), 2, "query"), context()))
+        assert reply.reason == "WireError"
+
+
+class TestTraining:
+    def test_the_update_is_admitted_and_is_what_local_training_gives(
+        self, ask: Reply_, task: Assignment, real_session: Session, real_config: ExperimentConfig
+    ):
+        reply = ask()
+        found = admitted(reply, task, real_session)
+        expected = real_session.trainer.run(
+            real_session.initial,
+            PLAN,
+            real_session.local_data(CLIENT),
+            seed=client_seed(real_config.seed, 1, CLIENT),
+        )
+        delta = from_raw(found.tensors)
+        assert all(torch.equal(delta[name], tensor) for name, tensor in expected.delta.items())
+        assert norm(delta) > 0
+        assert (found.envelope.num_examples, found.envelope.counter) == (8, 1)
+        assert (reply.client_id, reply.task_token) == (CLIENT, task.task_token)
+        assert reply.metrics["train_loss"] == expected.metrics["train_loss"]
+        assert reply.metrics["eval_before_num_examples"] == 4.0
+
+    def test_what_trained_before_leaves_no_trace(self, ask: Reply_, task: Assignment, real_session: Session):
+        """One model serves all clients of a process."""
+        first = admitted(ask(), task, real_session)
+        other = replace(task, client_id="client-002", run_id="other run")
+        ask(other, **{"partition-id": 2})
+        again = replace(task, run_id="a third run")
+        second = admitted(ask(again), again, real_session)
+        assert first.envelope.payload_digest == second.envelope.payload_digest
+
+    def test_clients_and_rounds_differ(self, ask: Reply_, task: Assignment, real_session: Session):
+        other, later = replace(task, client_id="client-002"), replace(task, round_number=2)
+        digests = {
+            admitted(ask(), task, real_session).envelope.payload_digest,
+            admitted(ask(other, **{"partition-id": 2}), other, real_session).envelope.payload_digest,
+            admitted(ask(later), later, real_session).envelope.payload_digest,
+        }
+        assert len(digests) == 3
+
+    def test_it_starts_from_the_adapter_in_the_message(self, ask: Reply_, task: Assignment, real_session: Session):
+        moved = {name: tensor + 0.05 for name, tensor in real_session.initial.tensors.items()}
+        reply = ask(packet=adapter_packet(AdapterState(real_session.initial.spec, moved)))
+        delta = from_raw(admitted(reply, task, real_session).tensors)
+        plain = from_raw(admitted(ask(replace(task, run_id="x")), replace(task, run_id="x"), real_session).tensors)
+        assert norm(subtract(delta, plain)) > 0
+        assert norm(delta) < norm(moved) / 2
+
+    def test_an_evaluation_trains_nothing_and_sends_no_packet(self, ask: Reply_, task: Assignment, tmp_path: Path):
+        reply = ask(replace(task, plan=replace(PLAN, mode="evaluate")))
+        assert reply.packet is None
+        assert {"eval_before_loss", "eval_before_accuracy", "eval_before_num_examples"} <= set(reply.metrics)
+        assert "train_loss" not in reply.metrics
+        assert not (tmp_path / "clients").exists()
+
+
+class TestSentAgain:
+    def test_the_same_task_twice_gives_the_same_bytes(self, ask: Reply_):
+        first, second = ask(), ask()
+        assert first.packet is not None
+        assert first == second
+
+    def test_it_is_not_computed_twice(self, ask: Reply_, monkeypatch: pytest.MonkeyPatch):
+        ask()
+        monkeypatch.setattr("federated.training.LocalTrainer.run", None)
+        assert ask().packet is not None
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"task_token": "e" * 64}, {"round_number": 2}, {"run_id": "other"}, {"plan": replace(PLAN, phase=2)}],
+        ids=str,
+    )
+    def test_another_task_is_another_answer(self, ask: Reply_, task: Assignment, change: dict[str, Any]):
+        first, second = ask(), ask(replace(task, **change))
+        assert second.packet is not None
+        assert first.packet != second.packet
+
+    def test_counters_grow_over_rounds(self, ask: Reply_, task: Assignment, real_session: Session):
+        tasks = [replace(task, round_number=number) for number in (1, 2, 3)]
+        assert [admitted(ask(one), one, real_session).envelope.counter for one in tasks] == [1, 2, 3]
+
+    def test_two_rounds_are_kept(self, ask: Reply_, task: Assignment, tmp_path: Path):
+        for number in (1, 2, 3):
+            ask(replace(task, round_number=number))
+        (folder,) = (tmp_path / "clients").iterdir()
+        assert {path.name for path in folder.iterdir() if path.is_dir()} == {"2", "3"}
+
+    def test_a_half_kept_answer_is_made_anew(self, ask: Reply_, tmp_path: Path):
+        ask()
+        (packet,) = (tmp_path / "clients").rglob("*.packet")
+        packet.unlink()
+        assert ask().packet is not None
+
+
+class TestRefusals:
+    def test_a_task_of_another_client(self, ask: Reply_, task: Assignment):
+        reply = ask(replace(task, client_id="client-002"))
+        assert (reply.reason, reply.packet) == ("ConfigError", None)
+        assert reply.message == "a task for client 'client-002' reached client 'client-001'"
+
+    def test_another_base_model(self, ask: Reply_, task: Assignment):
+        reply = ask(replace(task, base_digest="c" * 64))
+        assert reply.reason == "BaseMismatch"
+        assert "cccccccccccc" in (reply.message or "")
+
+    def test_a_base_model_that_the_owner_does_not_allow(self, ask: Reply_, task: Assignment, tmp_path: Path):
+        site = {"client_id": CLIENT, "store": str(tmp_path / "own"), "allowed_base_digests": ["d" * 64]}
+        (tmp_path / "client.yaml").write_text(json.dumps(site))
+        reply = ask(**{"client-config": str(tmp_path / "client.yaml")})
+        assert reply.reason == "BaseMismatch"
+        assert "not among those that this client allows" in (reply.message or "")
+
+    def test_a_base_model_that_the_owner_allows(self, ask: Reply_, task: Assignment, tmp_path: Path):
+        site = {"client_id": CLIENT, "store": str(tmp_path / "own"), "allowed_base_digests": [task.base_digest]}
+        (tmp_path / "client.yaml").write_text(json.dumps(site))
+        assert ask(**{"client-config": str(tmp_path / "client.yaml")}).packet is not None
+        assert (tmp_path / "own").is_dir()
+
+    def test_more_rank_than_the_owner_allows(self, ask: Reply_, tmp_path: Path):
+        (tmp_path / "client.yaml").write_text(json.dumps({"client_id": CLIENT, "store": "x", "max_rank": 1}))
+        assert ask(**{"client-config": str(tmp_path / "client.yaml")}).reason == "ConfigError"
+
+    def test_an_adapter_of_another_algebra(self, ask: Reply_, real_session: Session):
+        spec = replace(real_session.initial.spec, alpha=99.0)
+        reply = ask(packet=adapter_packet(replace(real_session.initial, spec=spec)))
+        assert (reply.reason, reply.packet) == ("ModelError", None)
+
+    def test_an_adapter_that_is_garbage(self, ask: Reply_):
+        assert ask(packet=b"garbage").reason == "WireError"
+
+    def test_a_task_that_would_write_outside_of_the_store(
+        self, real_config: ExperimentConfig, real_session: Session, task: Assignment, tmp_path: Path
+    ):
+        """Round and phase become parts of a path on the client's disk."""
+        for change in ({"round_number": "../../evil"}, {"plan": {**asdict(task.plan), "phase": "/../../../evil"}}):
+            content = task_content(task, real_config, adapter_packet(real_session.initial))
+            content["task"]["assignment"] = canonical_json({**asdict(task), **change}).decode()
+            reply = Reply.from_message(handle_train(Message(content, 2, "train"), context()))
+            assert reply.reason == "WireError"
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_store_that_cannot_be_written(self, ask: Reply_, tmp_path: Path):
+        (tmp_path / "clients").write_text("a file where the folder should be")
+        reply = ask()
+        assert (reply.reason, reply.packet) == ("DataError", None)
+        assert "cannot write the client's store" in (reply.message or "")
+
+    @pytest.mark.parametrize("record", [{}, {"task": ConfigRecord({"experiment": "{}"})}], ids=["nothing", "invalid"])
+    def test_a_message_that_is_no_task(self, record: dict[str, Any]):
+        reply = Reply.from_message(handle_train(Message(RecordDict(record), 2, "train"), context()))
+        assert reply.reason in ("WireError", "ConfigError")
+
+
+QUOTED = "patient Jane Doe has diabetes"
+
+
+class TestPrivacy:
+    @pytest.mark.parametrize("where", ["run", "load"])
+    def test_a_foreign_exception_s_text_never_leaves(
+        self, ask: Reply_, real_session: Session, monkeypatch: pytest.MonkeyPatch, where: str
+    ):
+        def fails(*_: Any, **__: Any) -> None:
+            raise ValueError(f"could not convert string to float: '{QUOTED}'")
+
+        name = {"run": "federated.training.LocalTrainer.run", "load": "federated.data.source.PooledSource.load"}[where]
+        monkeypatch.setattr(name, fails)
+        reply = ask()
+        assert (reply.reason, reply.packet) == ("ValueError", None)
+        assert "Jane" not in str(reply)
+        assert reply.message == "unexpected error on the client; its own log has the details"
+
+    def test_a_reply_holds_the_delta_and_numbers_and_no_rows(self, ask: Reply_, real_session: Session):
+        reply = ask()
+        data = real_session.source.load(CLIENT)
+        rows = [row["text"].encode() for row in (*data.train, *data.test)]
+        assert len(rows) == 12
+        assert reply.packet is not None
+        assert not [row for row in rows if row in reply.packet]
+        assert all(type(value) is float for value in reply.metrics.values())

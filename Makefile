@@ -42,7 +42,7 @@ demo: setup assets ## the main job: six airlines fine-tune one adapter, a device
 	$(OFFLINE) $(PY) -m simulations.demo
 
 test: setup assets ## all tests with coverage
-	$(OFFLINE) $(PY) -m pytest -m "not interop" --cov --cov-report=term --cov-fail-under=90
+	$(OFFLINE) $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile -m "not interop" --cov --cov-report=term --cov-fail-under=90
 	$(PY) -m coverage report --include='$(FULLY_COVERED)' --fail-under=100
 
 test-interop: setup ## tests against programs from Debian or npm; names those that it could not run

@@ -140,12 +140,16 @@ class LocalTrainer:
         parameters = list(self.adapter.trainable(plan.trainable).values())
         groups = step_groups([self.task.length(one) for one in train], self.config, seed)
         steps = _Steps(parameters, self.config, plan.proximal_mu or self.config.proximal_mu, total=len(groups))
-        self.adapter.set_dropout(True)
         losses, clipped = [], 0
-        for number, group in enumerate(groups, start=1):
-            losses.append(self._backward(steps, [[train[index] for index in batch] for batch in group], number))
-            clipped += steps.step(losses[-1])
-        self.adapter.set_dropout(False)
+        self.adapter.set_dropout(True)
+        try:
+            for number, group in enumerate(groups, start=1):
+                losses.append(self._backward(steps, [[train[index] for index in batch] for batch in group], number))
+                clipped += steps.step(losses[-1])
+        finally:  # the next client trains the same parameters: nothing of this one may stay, whatever happened
+            self.adapter.set_dropout(False)
+            for parameter in parameters:
+                parameter.grad = None
         return {
             "train_loss": math.fsum(losses) / len(losses),
             "steps": float(len(losses)),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from federated.cli.apps import enter_app, load_client_app
 from federated.cli.compose import compose
+from federated.cli.main import exit_code
 from federated.config import ExperimentConfig
 from federated.device import NULL, Activation, Slot, open_runtime
 from federated.flower import RunSummary, simulate
@@ -112,7 +114,7 @@ def rounds_table(history: History) -> Table:
         table.add_row(
             str(number),
             f"{event['participants']}/{event['cohort']}",
-            f"{event['train_loss']:.4f}",
+            "-" if event["train_loss"] is None else f"{event['train_loss']:.4f}",
             *_held_out(history.held_out.get(number)),
             f"{event['bytes_up'] / count / 1000:,.1f} kB",
             f"{event['bytes_down'] / max(1, int(event['cohort'])) / 1000:,.1f} kB",
@@ -155,7 +157,8 @@ def serve(summary: RunSummary, console: Console) -> None:
     """Act as a device: answer the same inputs with null, version 1 and the last version, then roll back one."""
     tracker = JsonlTracker(summary.run_dir / "metrics.jsonl")
     with Registry.open(summary.registry) as registry:
-        versions = [registry.get(f"{summary.run_id}:v1"), registry.get(summary.version_id)]
+        published = registry.versions(summary.run_id)
+        versions = [published[min(1, len(published) - 1)], registry.get(summary.version_id)]
         runtime = open_runtime(versions[0].manifest, app_dir=APP)
         for record in versions:
             label = f"v{record.number}"
@@ -220,4 +223,4 @@ def finish(summary: RunSummary) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

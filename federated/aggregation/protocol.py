@@ -27,6 +27,7 @@ class RuleProperties:
         linear: a sum of messages, which client-level DP and secure aggregation need.
         mixed_ranks: clients may hold different ranks.
         needs_individual_updates: must see updates one beside the other (robust rules).
+        own_payloads: clients of one rank may be sent different adapters.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
         paper: where it was published.
     """
@@ -36,6 +37,7 @@ class RuleProperties:
     linear: bool
     mixed_ranks: bool = False
     needs_individual_updates: bool = False
+    own_payloads: bool = False
     fixed_space: bool = True
     paper: str = ""
 

@@ -48,7 +48,7 @@ def compose(app_dir: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             return from_hydra(hydra_compose("config", overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ConfigError(one_line(error, folder)) from None
 
 
@@ -71,6 +71,8 @@ def one_line(error: Exception, folder: Path | None = None) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, YAMLError):
         return f"not valid YAML: {text}"
+    if not isinstance(error, HydraException | OmegaConfBaseException):  # what Hydra stumbles over
+        return f"a group of conf/ takes the name of one of its files, such as experiment=tiny ({text})"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not an override; expected KEY=VALUE, in quotes where it holds brackets or spaces"
     if found := re.search(r"Could not find '([^']+)'", text):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from rich.console import Console
 from federated.cli import assets, device, registry
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 
-__all__ = ["app", "main"]
+__all__ = ["app", "exit_code", "main"]
 
 app = typer.Typer(
     help="Federated fine-tuning of PEFT adapters: train, publish, serve, undo.",
@@ -101,9 +102,14 @@ def main() -> None:
 
 
 def _run() -> int:
+    return exit_code(lambda: app(standalone_mode=False))
+
+
+def exit_code(call: Callable[[], object]) -> int:
+    """Run something; an error becomes one line on stderr and an exit code."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app(standalone_mode=False)
+        call()
     except Exit as error:
         return int(error.exit_code)
     except ClickException as error:

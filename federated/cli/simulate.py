@@ -142,7 +142,7 @@ def _show_sweep(summaries: Sequence[RunSummary], console: Console) -> None:
 def _with_hydra(job: Callable[[DictConfig], str], folder: Path, overrides: list[str]) -> None:
     conf = conf_folder(folder)
     arguments, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["fedpeft", "--multirun", *overrides]
+    sys.argv = ["fedpeft", "--multirun", "hydra/job_logging=none", "hydra/hydra_logging=none", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the error can be said in one line
     try:
         hydra_main(version_base="1.3", config_path=str(conf), config_name="config")(job)()

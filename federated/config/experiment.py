@@ -36,7 +36,7 @@ class ExperimentConfig:
     """One whole experiment: the root of the schema.
 
     Args:
-        name: of the experiment; part of the run folder's name and of the default channel.
+        name: of the experiment; part of the run folder's name and of the run's id.
         rounds: federated rounds.
         seed: seeds the adapter's first weights, cohorts and data order.
         run_dir: the run's folder; relative to the working directory.

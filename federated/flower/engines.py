@@ -9,6 +9,7 @@ import gc
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,10 +24,14 @@ from federated.errors import ConfigError, FederatedError, RunInterrupted
 from federated.flower.inprocess import InProcessGrid, default_workers
 from federated.flower.run import Run, RunSummary
 from federated.flower.session import open_session, use_client_store
+from federated.flower.stoppable import StoppableGrid
 
 __all__ = ["run_inprocess", "run_ray", "simulate"]
 
 T = TypeVar("T")
+
+_GRACE = 30.0
+"""Seconds that a stopped run may take to write its report."""
 
 _OFF_SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -93,14 +98,17 @@ def run_ray(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int
 
     outcome: list[T] = []
     failure: list[BaseException] = []
+    stop, over = threading.Event(), threading.Event()
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, _: Context) -> None:
         try:
-            outcome.append(serve(grid))
+            outcome.append(serve(StoppableGrid(grid, stop)))
         except FederatedError as error:  # Flower would wrap it; the caller wants it as it is
             failure.append(error)
+        finally:
+            over.set()
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     workers = min(config.workers or default_workers(), num_nodes)
@@ -115,7 +123,10 @@ def run_ray(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int
             },
         )
     except KeyboardInterrupt:
-        raise RunInterrupted("stopped; finished rounds are published") from None
+        stop.set()  # the ServerApp is in a thread of its own, and hears of Ctrl-C only so
+        over.wait(_GRACE)
     if failure:
         raise failure[0]
+    if not outcome:
+        raise RunInterrupted("stopped; finished rounds are published")
     return outcome[0]

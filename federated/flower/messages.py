@@ -48,16 +48,17 @@ class TaskWriter:
             round_number: 1-based.
             mode: ``"train"`` or ``"evaluate"``.
         """
-        packets: dict[int, bytes] = {}
+        packets: dict[tuple[int, str], bytes] = {}
         messages, expected, sizes = [], {}, {}
         for client_id, node in nodes.items():
             plan, payload = self._plan(server, client_id, mode)
-            if plan.rank not in packets:
-                packets[plan.rank] = adapter_packet(payload)
+            key = (plan.rank, client_id if self._rule.properties.own_payloads else "")
+            if key not in packets:
+                packets[key] = adapter_packet(payload)
             assignment = self._assign(plan, client_id, server.version_id or "", round_number=round_number)
             expected[client_id] = self._expect(assignment, payload, server.counters.get(client_id, 0))
-            sizes[client_id] = len(packets[plan.rank])
-            content = task_content(assignment, self._config, packets[plan.rank])
+            sizes[client_id] = len(packets[key])
+            content = task_content(assignment, self._config, packets[key])
             messages.append(Message(content, node, "train", group_id=str(round_number)))
         book = RoundBook(
             round_number,

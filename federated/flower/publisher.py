@@ -119,7 +119,7 @@ class RegistryPublisher:
         run_id: the run.
         base_digest: the base model.
         method: rule and server optimizer, in words.
-        channel: channel to move; None moves none.
+        channel: channel to move from round 1 on; None moves none.
     """
 
     def __init__(
@@ -170,5 +170,6 @@ class RegistryPublisher:
             task=recipe_record(self._config),
         )
         if self._registry is not None:
-            self._registry.publish(manifest, weights, training_state=training.to_bytes(), channel=self._channel)
+            channel = self._channel if training.round_number > 0 else None  # nobody should serve an untrained one
+            self._registry.publish(manifest, weights, training_state=training.to_bytes(), channel=channel)
         return manifest

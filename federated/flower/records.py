@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -119,15 +120,24 @@ class Reply:
         if not isinstance(head, ConfigRecord):
             raise WireError("the reply has no 'reply' record")
         values = dict(metrics) if isinstance(metrics, MetricRecord) else {}
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        few = list(values.items())[:_MOST_METRICS]
+        numbers = {_shown(key, 64): value for key, value in few if isinstance(value, int | float)}
         return cls(
             client_id=str(head.get("client_id", "")),
             task_token=str(head.get("task_token", "")),
             metrics={key: float(value) for key, value in numbers.items() if abs(value) < _LARGEST_METRIC},
             packet=packet_of(content) if "packet" in content else None,
-            reason=str(head["reason"]) if "reason" in head else None,
-            message=str(head["message"])[:500] if "message" in head else None,
+            reason=_shown(head["reason"], 64) if "reason" in head else None,
+            message=_shown(head["message"], 500) if "message" in head else None,
         )
+
+
+_MOST_METRICS = 64
+
+
+def _shown(text: object, limit: int) -> str:
+    """A client's own words, fit for a record and a terminal: bounded, and without control characters."""
+    return "".join(character for character in str(text)[:limit] if character.isprintable())
 
 
 def task_token(secret: bytes, *, run_id: str, round_number: int, plan: TrainPlan, client_id: str) -> str:
@@ -236,12 +246,17 @@ def metric_record(metrics: Mapping[str, float]) -> MetricRecord:
     return MetricRecord(finite)
 
 
+_PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/:;,'\"]+/)+([^\s/:;,'\"]+)")
+"""An absolute path; only its last part leaves the client."""
+
+
 def refusal_content(client_id: str, error: Exception) -> RecordDict:
     """Why a client does not answer: our own messages as they are, a foreign exception by its type alone.
 
-    Privacy: a foreign exception's text may quote training data, so it never leaves the client.
+    Privacy: a foreign exception's text may quote training data, so it never leaves the client; nor do the folders of
+    a path in our own messages.
     """
     known = isinstance(error, FederatedError)
-    text = str(error) if known else "unexpected error on the client; its own log has the details"
+    text = _PATH.sub(r"\1", str(error)) if known else "unexpected error on the client; its own log has the details"
     reason = type(error).__name__
     return RecordDict({"reply": ConfigRecord({"client_id": client_id, "reason": reason, "message": text})})

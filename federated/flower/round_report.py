@@ -27,7 +27,7 @@ def round_event(
     version_id: str | None,
     manifest: VersionManifest | None = None,
     moved: float = 0.0,
-    quorum: int = 1,
+    missed: str = "",
 ) -> dict[str, Any]:
     """The ``round`` event.
 
@@ -36,13 +36,12 @@ def round_event(
         version_id: of the global adapter now.
         manifest: of the version that the round made; None when it made none.
         moved: L2 norm of the global adapter's move.
-        quorum: good updates that were needed.
+        missed: why there is no version.
     """
     outcomes = book.close()
     good = [outcome for outcome in outcomes if outcome.status == "ok"]
     started_from = manifest.parent if manifest else version_id
     evaluation = pooled_evaluation(outcomes)
-    missed = f"{len(good)} good updates of {len(outcomes)}, the quorum is {quorum}: the global adapter stays as it was"
     return {
         "event": "round",
         "round_number": book.round_number,
@@ -59,5 +58,5 @@ def round_event(
         "seconds": round(book.seconds, 3),
         "refused": [outcome.as_refusal() for outcome in outcomes if outcome.status != "ok"],
         "evaluation": {**evaluation, "version_id": started_from} if evaluation else None,
-        "message": None if manifest else missed,
+        "message": None if manifest else f"{missed}: the global adapter stays as it was",
     }

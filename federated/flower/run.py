@@ -7,6 +7,7 @@ names another, ``versions.json`` and ``report.html``. Engines hand `Run.serve` a
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import shlex
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ from federated.report import write_report
 from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker
 
 __all__ = ["Run", "RunSummary", "run_trackers", "write_versions"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,12 @@ class Run:
         folder = Path(config.run_dir).resolve()
         try:
             if config.resume:
-                return folder, str(json.loads((folder / "run.json").read_text())["run_id"])
+                run_id = str(json.loads((folder / "run.json").read_text())["run_id"])
+                _write_config(folder, config)  # the number of rounds may be new
+                return folder, run_id
             folder = _fresh(folder)
             run_id = f"{config.name}-{secrets.token_hex(4)}"
-            (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+            _write_config(folder, config)
             record = {"run_id": run_id, "name": config.name, "code_version": __version__}
             (folder / "run.json").write_text(json.dumps(record))
         except OSError as error:
@@ -130,9 +135,18 @@ class Run:
                     message = str(error)
                     raise
                 finally:
-                    tracker.emit({"event": "end", "status": status, "message": message})
-                    self.leave(registry)
+                    self._close(registry, tracker, status, message=message)
             return self.summary(registry, strategy.version_id or "")
+
+    def _close(self, registry: Registry, tracker: Tracker, status: str, *, message: str) -> None:
+        """Note the end and write the report; never hides why a run ended."""
+        try:
+            tracker.emit({"event": "end", "status": status, "message": message})
+            self.leave(registry)
+        except FederatedError as error:
+            if status == "completed":
+                raise
+            _LOG.warning("the run's last records are missing: %s", error)
 
     def how_to_go_on(self, stopped: str) -> str:
         """What happened, and the command that goes on with this run."""
@@ -193,7 +207,11 @@ class Run:
         }
 
     def leave(self, registry: Registry) -> None:
-        """Write what a reader of the folder needs; never hides why the run ended."""
+        """Write what a reader of the folder needs.
+
+        Raises:
+            StorageFull: if the folder cannot be written.
+        """
         try:
             write_versions(self.folder, registry.versions(self.run_id))
             write_report(self.folder)
@@ -227,6 +245,13 @@ def version_row(record: VersionRecord) -> dict[str, Any]:
         "channels": list(record.channels),
         "created_at": record.created_at.isoformat(),
     }
+
+
+def _write_config(folder: Path, config: ExperimentConfig) -> None:
+    """The resolved configuration, whole or as it was before."""
+    temporary = folder / ".config.yaml"
+    temporary.write_text(yaml.safe_dump(replace(config, resume=False).to_dict(), sort_keys=False))
+    temporary.replace(folder / "config.yaml")
 
 
 def _fresh(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from federated import server_optimizers
 from federated.aggregation import NextPhase, Result, Rule
 from federated.config import ServerOptimizerConfig
 from federated.delta import is_finite, norm, subtract
-from federated.errors import AggregationError
+from federated.errors import AggregationError, ConfigError
 from federated.flower.publisher import TrainingState
 from federated.manifest import TensorEntry, TensorLayout
 from federated.state import AdapterState, GlobalState
@@ -76,11 +76,12 @@ class ServerState:
         """Move by a rule's result; returns the L2 norm of the move.
 
         Raises:
-            AggregationError: for a second phase, a result that does not fit, or one that would not be finite on a
+            ConfigError: for a second phase.
+            AggregationError: for a result that does not fit, or one that would not be finite on a
                 device; the state is then unchanged.
         """
         if isinstance(result, NextPhase):
-            raise AggregationError("the rule asks for a second phase in one round, which this strategy does not run")
+            raise ConfigError("the rule asks for a second phase in one round, which this strategy does not run")
         before = self.adapter
         state, moments = result.state or self.global_state, self._moments
         if result.mean_delta is not None:

@@ -92,7 +92,9 @@ def _open(config_json: str, folder: Path | None) -> Session:
 def open_session(config: ExperimentConfig) -> Session:
     """The session of an experiment: from the cache when model, adapter, task, data, training and seed agree."""
     parts = {name: asdict(getattr(config, name)) for name in ("model", "adapter", "task", "data", "train")}
-    return _open(json.dumps({"seed": config.seed, **parts}, sort_keys=True), app_folder())
+    session = _open(json.dumps({"seed": config.seed, **parts}, sort_keys=True), app_folder())
+    source = open_source(config.data, config.task, app_dir=app_folder())
+    return session if source is session.source else replace(session, source=source)  # the data may have changed since
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,10 @@ class ClientSite:
         client_id: the participant's stable name.
         store: folder for the client's store.
         data: where its examples are; None only in a simulation.
-        model: where its base model is; None takes the experiment's.
+        model: where its base model is; None only in a simulation.
         max_rank: largest LoRA rank that it trains.
+        max_epochs: most passes over its data in one round.
+        max_steps: most optimizer steps in one round.
         allowed_base_digests: base models that it trains; empty means any that it can load.
     """
 
@@ -115,6 +119,8 @@ class ClientSite:
     data: DataConfig | None = None
     model: ModelConfig | None = None
     max_rank: int = 1024
+    max_epochs: float = 100.0
+    max_steps: int = 100_000
     allowed_base_digests: tuple[str, ...] = ()
 
     def applied_to(self, config: ExperimentConfig) -> ExperimentConfig:
@@ -123,8 +129,14 @@ class ClientSite:
         Raises:
             ConfigError: if it asks for more than the site allows.
         """
-        if config.adapter.rank > self.max_rank:
-            raise ConfigError(f"adapter.rank = {config.adapter.rank}: this client allows at most {self.max_rank}")
+        asked = {
+            "adapter.rank": (config.adapter.rank, self.max_rank),
+            "train.epochs": (config.train.epochs, self.max_epochs),
+            "train.steps": (config.train.steps, self.max_steps),
+        }
+        for key, (found, allowed) in asked.items():
+            if found > allowed:
+                raise ConfigError(f"{key} = {found}: this client allows at most {allowed}")
         if self.data is None and self.model is None:
             return config
         return replace(config, data=self.data or config.data, model=self.model or config.model)
@@ -153,7 +165,7 @@ def site_of(node_config: Mapping[str, Any], config: ExperimentConfig) -> ClientS
 def _read_site(path: Path) -> ClientSite:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return TypeAdapter(ClientSite).validate_python(value)
+        site = TypeAdapter(ClientSite).validate_python(value)
     except OSError as error:
         raise ConfigError(f"client-config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -162,3 +174,7 @@ def _read_site(path: Path) -> ClientSite:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
         raise ConfigError(f"client-config {path}: {key}: {fault['msg']}") from None
+    if site.data is None or site.model is None:
+        missing = "data" if site.data is None else "model"
+        raise ConfigError(f"client-config {path}: {missing} must be given: a server never chooses a client's files")
+    return site

@@ -24,8 +24,9 @@ from flwr.serverapp.strategy import Strategy
 from federated.aggregation import Rule, make_rule
 from federated.config import ExperimentConfig
 from federated.delta import Update
-from federated.errors import AggregationError, RunInterrupted
-from federated.flower.exchange import Directory, exchange
+from federated.errors import AggregationError, NotEnoughUpdates, RunInterrupted
+from federated.flower.directory import Directory
+from federated.flower.exchange import exchange
 from federated.flower.messages import TaskWriter
 from federated.flower.publisher import Publisher, RegistryPublisher, TrainingState
 from federated.flower.records import metric_record
@@ -162,9 +163,8 @@ class DeltaStrategy(Strategy):
         try:
             self._all_rounds(grid, rounds, result=result, evaluate_fn=evaluate_fn)
         except KeyboardInterrupt:
-            done = self.server.finished
-            text = f"stopped in round {min(done + 1, rounds)} of {rounds}; rounds up to {done} are published"
-            raise RunInterrupted(text) from None
+            number = min(self.server.finished + 1, rounds)
+            raise RunInterrupted(f"stopped in round {number} of {rounds}; finished rounds are published") from None
         result.arrays = self.server.arrays()
         return result
 
@@ -200,7 +200,7 @@ class DeltaStrategy(Strategy):
         """Sample the cohort and write one message per client."""
         del config
         self.server.adopt(arrays)
-        self._directory.refresh(grid)
+        self._directory.wait(grid)
         self._report_problems()
         known, fraction = list(self._directory.nodes), self.config.selection.fraction
         cohort = select_cohort(known, fraction=fraction, seed=self.config.seed, round_number=server_round)
@@ -240,14 +240,19 @@ class DeltaStrategy(Strategy):
             for outcome in book.outcomes[known:]:
                 self._tracker.emit(outcome.as_event(server_round))
         good = self._close(book)
-        self.server.finished = server_round
         quorum = max(1, math.ceil(self.config.round.quorum * len(book.cohort) - 1e-9))
-        if len(good) < quorum:
-            self._tracker.emit(round_event(book, version_id=self.version_id, quorum=quorum))
+        try:
+            if len(good) < quorum:
+                raise NotEnoughUpdates(f"{len(good)} good updates of {len(book.cohort)}, the quorum is {quorum}")
+            result = accumulator.finish()
+            moved = self.server.apply(result)
+        except AggregationError as error:
+            self.server.finished = server_round
+            _LOG.warning("round %d: %s: the global adapter stays as it was", server_round, error)
+            self._tracker.emit(round_event(book, version_id=self.version_id, missed=str(error)))
             return None, None
-        result = accumulator.finish()
-        moved = self.server.apply(result)
         manifest = self._publish(good, server_round, servable=getattr(result, "servable", True))
+        self.server.finished = server_round
         self._tracker.emit(round_event(book, version_id=self.version_id, manifest=manifest, moved=moved))
         return self.server.arrays(), metric_record(train_metrics(good))
 

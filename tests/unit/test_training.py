@@ -306,6 +306,24 @@ class TestRepeatability:
         first = fresh.run(state, QUIET, series_data(fresh), seed=3).delta
         assert same_bits(first, used.run(state, QUIET, series_data(used), seed=3).delta)
 
+    def test_a_client_that_fails_leaves_nothing_to_the_next(self, monkeypatch):
+        trainer = series_trainer(gradient_accumulation=2, batch_size=2)
+        data = series_data(trainer)
+        state = start(trainer)
+        before = trainer.run(state, TrainPlan(), data, seed=1).delta
+        backward = trainer._backward
+
+        def fails_after(*arguments):
+            backward(*arguments)
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(trainer, "_backward", fails_after)
+        with pytest.raises(RuntimeError):
+            trainer.run(state, TrainPlan(), data, seed=2)
+        monkeypatch.undo()
+        assert all(parameter.grad is None for parameter in trainer.adapter.trainable().values())
+        same_bits(trainer.run(state, TrainPlan(), data, seed=1).delta, before)
+
     def test_client_seeds_differ_in_every_part(self):
         seeds = {client_seed(*key) for key in [(0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b"), (1, 0, "a")]}
         assert len(seeds) == 5

@@ -175,6 +175,12 @@ class TestSentAgain:
         assert ask().packet is not None
 
 
+def _own(config: ExperimentConfig, folder: Path) -> dict[str, Any]:
+    """A client's own file, which says everything that a server must not choose."""
+    parts = {"data": asdict(config.data), "model": asdict(config.model)}
+    return {"client_id": CLIENT, "store": str(folder / "own"), **parts}
+
+
 class TestRefusals:
     def test_a_task_of_another_client(self, ask: Reply_, task: Assignment):
         reply = ask(replace(task, client_id="client-002"))
@@ -186,15 +192,19 @@ class TestRefusals:
         assert reply.reason == "BaseMismatch"
         assert "cccccccccccc" in (reply.message or "")
 
-    def test_a_base_model_that_the_owner_does_not_allow(self, ask: Reply_, task: Assignment, tmp_path: Path):
-        site = {"client_id": CLIENT, "store": str(tmp_path / "own"), "allowed_base_digests": ["d" * 64]}
+    def test_a_base_model_that_the_owner_does_not_allow(
+        self, ask: Reply_, task: Assignment, real_config: ExperimentConfig, tmp_path: Path
+    ):
+        site = {**_own(real_config, tmp_path), "allowed_base_digests": ["d" * 64]}
         (tmp_path / "client.yaml").write_text(json.dumps(site))
         reply = ask(**{"client-config": str(tmp_path / "client.yaml")})
         assert reply.reason == "BaseMismatch"
         assert "not among those that this client allows" in (reply.message or "")
 
-    def test_a_base_model_that_the_owner_allows(self, ask: Reply_, task: Assignment, tmp_path: Path):
-        site = {"client_id": CLIENT, "store": str(tmp_path / "own"), "allowed_base_digests": [task.base_digest]}
+    def test_a_base_model_that_the_owner_allows(
+        self, ask: Reply_, task: Assignment, real_config: ExperimentConfig, tmp_path: Path
+    ):
+        site = {**_own(real_config, tmp_path), "allowed_base_digests": [task.base_digest]}
         (tmp_path / "client.yaml").write_text(json.dumps(site))
         assert ask(**{"client-config": str(tmp_path / "client.yaml")}).packet is not None
         assert (tmp_path / "own").is_dir()

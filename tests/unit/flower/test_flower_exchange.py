@@ -9,7 +9,8 @@ from flwr.clientapp import ClientApp
 
 from federated.errors import DataError, NotEnoughUpdates
 from federated.flower import InProcessGrid
-from federated.flower.exchange import Directory, exchange
+from federated.flower.directory import Directory
+from federated.flower.exchange import exchange
 from federated.flower.records import refusal_content, reply_content
 
 Make = Callable[..., Any]
@@ -202,6 +203,33 @@ class TestDirectory:
         directory = Directory(config(selection={"min_clients": 1, "wait": 0.01}))
         with pytest.raises(NotEnoughUpdates, match=r"0 clients answered within 0\.01 s, expected 1$"):
             directory.wait(Grid([]))  # type: ignore[arg-type]
+
+    def test_a_silent_newcomer_does_not_hold_up_those_who_are_there(
+        self, config: Make, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("federated.flower.directory._PATIENCE", 0.02)
+        grid = naming(Grid([[1]]), {1: "a"})
+        grid.nodes = [1]
+        directory = Directory(config(selection={"wait": 600}))
+        directory.refresh(grid)
+        grid.nodes = [1, 2]
+        for _ in range(3):  # asked at once, then again after ever more looks
+            directory.refresh(grid)
+        assert directory.nodes == {"a": 1}
+        assert grid.asked == [1, 2, 2]
+
+    def test_a_restarted_client_is_let_in_once_its_old_node_is_gone(self, config: Make):
+        grid = naming(Grid([[1], [2], [2]]), {1: "a", 2: "a"})
+        directory = Directory(config(selection={"wait": 600}))
+        grid.nodes = [1]
+        directory.refresh(grid)
+        grid.nodes = [1, 2]
+        directory.refresh(grid)
+        assert directory.nodes == {"a": 1}
+        grid.nodes = [2]
+        for _ in range(3):
+            directory.refresh(grid)
+        assert directory.nodes == {"a": 2}
 
     def test_clients_that_come_later_are_waited_for(self, config: Make, monkeypatch: pytest.MonkeyPatch):
         grid = naming(Grid([[1], [2]]), {1: "a", 2: "b"})

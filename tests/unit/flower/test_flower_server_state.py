@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord
 
 from federated.aggregation import FedIT, NextPhase, Result
 from federated.config import ServerOptimizerConfig
-from federated.errors import AggregationError
+from federated.errors import AggregationError, ConfigError
 from federated.flower.server_state import ServerState
 from federated.manifest import TensorEntry
 from federated.state import AdapterState, GlobalState, RuleState
@@ -133,7 +133,7 @@ def test_a_move_beyond_what_a_device_holds_is_refused_and_changes_nothing(
 
 def test_a_second_phase_is_refused(server: Make) -> None:
     state = server()
-    with pytest.raises(AggregationError, match="second phase"):
+    with pytest.raises(ConfigError, match="second phase"):
         state.apply(NextPhase(state.global_state, 2))
 
 

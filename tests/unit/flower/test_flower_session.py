@@ -104,7 +104,10 @@ class TestSite:
         )
 
     def test_the_file_wins_over_a_place(self, real_config: ExperimentConfig, tmp_path: Path):
-        node = written(tmp_path / "client.yaml", "{client_id: own, store: /tmp/x}") | {"partition-id": "1"}
+        node = written(
+            tmp_path / "client.yaml",
+            "{client_id: own, store: /tmp/x, data: {name: synthetic}, model: {source: 'tiny:bert'}}",
+        ) | {"partition-id": "1"}
         assert site_of(node, real_config).client_id == "own"
 
     @pytest.mark.parametrize(
@@ -118,6 +121,8 @@ class TestSite:
             ("{client_id: a, store: x, data: {name: secret}}", "data.name: Input should be"),
             ("{client_id: a, store: x, max_rnk: 4}", "max_rnk: Unexpected keyword argument"),
             ("{client_id: a, store: x, model: {sauce: y}}", "model.sauce: Unexpected keyword argument"),
+            ("{client_id: a, store: x, model: {source: y}}", "data must be given: a server never chooses"),
+            ("{client_id: a, store: x, data: {name: synthetic}}", "model must be given"),
             ("{client_id: [", "not valid YAML"),
             ("!!python/object/apply:os.system [echo]", "not valid YAML"),
         ],

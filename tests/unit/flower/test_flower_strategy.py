@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp.strategy import Result
 
 from federated.aggregation import FedIT, NextPhase
-from federated.errors import AggregationError, NotEnoughUpdates, RegistryError, RunInterrupted
+from federated.errors import AggregationError, ConfigError, NotEnoughUpdates, RegistryError, RunInterrupted
 from federated.flower import InProcessGrid
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.registry import Registry
@@ -220,7 +220,7 @@ class TestQuorum:
                 inner.finish = lambda: NextPhase(state, 2)  # type: ignore[method-assign,assignment]
                 return inner
 
-        with pytest.raises(AggregationError, match="second phase"):
+        with pytest.raises(ConfigError, match="second phase"):
             federation({"rule": TwoPhases()}, rounds=1).run()
 
 
@@ -339,7 +339,7 @@ class TestStopping:
             return honest(message, task)
 
         made = federation(rounds=3)
-        with pytest.raises(RunInterrupted, match="stopped in round 2 of 3; rounds up to 1 are published"):
+        with pytest.raises(RunInterrupted, match="stopped in round 2 of 3; finished rounds are published"):
             made.run(script={"client-001": interrupts})
         assert len(made.events("round")) == 1
         assert near(made, "q.factor_a", 0.25 + 1 / 3)

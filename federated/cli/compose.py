@@ -22,7 +22,7 @@ from yaml import YAMLError
 from federated.config import ExperimentConfig, experiment_from
 from federated.errors import ConfigError
 
-__all__ = ["compose", "conf_folder", "from_hydra", "one_line"]
+__all__ = ["compose", "conf_folder", "from_hydra", "one_line", "spelt_out"]
 
 
 def conf_folder(app_dir: Path) -> Path:
@@ -47,9 +47,18 @@ def compose(app_dir: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            return from_hydra(hydra_compose("config", overrides=list(overrides)))
+            return from_hydra(hydra_compose("config", overrides=spelt_out(overrides)))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ConfigError(one_line(error, folder)) from None
+
+
+def spelt_out(overrides: Sequence[str]) -> list[str]:
+    """Overrides as Hydra takes them: ``data.partition=iid`` sets the kind, and leaves the rest of the partition alone.
+
+    >>> spelt_out(["data.partition=dirichlet", "data.partition.alpha=0.1"])
+    ['data.partition.kind=dirichlet', 'data.partition.alpha=0.1']
+    """
+    return [re.sub(r"^data\.partition=(?=[\w,]+$)", "data.partition.kind=", override) for override in overrides]
 
 
 def from_hydra(config: DictConfig) -> ExperimentConfig:

@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    return exit_code(lambda: app(standalone_mode=False))
+    return exit_code(lambda: app(prog_name="fedpeft", standalone_mode=False))
 
 
 def exit_code(call: Callable[[], object]) -> int:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from federated.cli.apps import enter_app, load_client_app
-from federated.cli.compose import compose, conf_folder, from_hydra, one_line
+from federated.cli.compose import compose, conf_folder, from_hydra, one_line, spelt_out
 from federated.config import ExperimentConfig, experiment_from
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 from federated.flower import RunSummary
@@ -142,7 +142,8 @@ def _show_sweep(summaries: Sequence[RunSummary], console: Console) -> None:
 def _with_hydra(job: Callable[[DictConfig], str], folder: Path, overrides: list[str]) -> None:
     conf = conf_folder(folder)
     arguments, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["fedpeft", "--multirun", "hydra/job_logging=none", "hydra/hydra_logging=none", *overrides]
+    sys.argv = ["fedpeft", "--multirun", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sys.argv += spelt_out(overrides)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the error can be said in one line
     try:
         hydra_main(version_base="1.3", config_path=str(conf), config_name="config")(job)()

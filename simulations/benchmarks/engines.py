@@ -257,10 +257,10 @@ def results(found: dict[str, list[Figures]], repeats: int) -> dict[str, Any]:
 
     def ratio(above: str, below: str, figure: str) -> float:
         pairs = zip(found[above][:repeats], found[below][:repeats], strict=True)
-        return round(statistics.median(getattr(one, figure) / getattr(other, figure) for one, other in pairs), 3)
+        return float(round(statistics.median(getattr(one, figure) / getattr(other, figure) for one, other in pairs), 3))
 
     def peak(engine: str) -> float:
-        return max(figures.memory for figures in found[engine])
+        return float(max(figures.memory for figures in found[engine]))
 
     return {
         "ray_over_inprocess_wall": ratio("ray", "inprocess", "wall"),

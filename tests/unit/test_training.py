@@ -322,7 +322,7 @@ class TestRepeatability:
             trainer.run(state, TrainPlan(), data, seed=2)
         monkeypatch.undo()
         assert all(parameter.grad is None for parameter in trainer.adapter.trainable().values())
-        same_bits(trainer.run(state, TrainPlan(), data, seed=1).delta, before)
+        assert same_bits(trainer.run(state, TrainPlan(), data, seed=1).delta, before)
 
     def test_client_seeds_differ_in_every_part(self):
         seeds = {client_seed(*key) for key in [(0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b"), (1, 0, "a")]}

@@ -1,0 +1,100 @@
+"""What ``train`` publishes, and what ``registry`` and ``device`` make of a run."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from federated.registry import Registry
+
+Command = Callable[..., Any]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a table's rows; what is folded below a row is left out."""
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[:1] == "│"]
+    return [row for row in cells if row[0]]
+
+
+def test_train_publishes_before_and_after(trained: Path) -> None:
+    with Registry.open(trained / "registry", create=False) as registry:
+        found = [(record.number, record.manifest.method) for record in registry.versions()]
+        lineage = [record.number for record in registry.lineage("v1")]
+    assert found == [(0, "central"), (1, "central")]
+    assert lineage == [1, 0]
+
+
+def test_train_leaves_a_report(trained: Path) -> None:
+    assert "central" in (trained / "report.html").read_text()
+
+
+def test_train_starts_from_the_federation_s_adapter(trained: Path, finished: Path) -> None:
+    digests = []
+    for folder in (trained, finished):
+        with Registry.open(folder / "registry", create=False) as registry:
+            digests.append(registry.get("v0").manifest.weights_digest)
+    assert digests[0] == digests[1]
+
+
+def test_train_goes_into_the_federation_s_registry(fedpeft: Command, finished: Path, here: Path) -> None:
+    registry = here / "both"
+    root = Path(__file__).resolve().parents[3]
+    quick = ("experiment=tiny", "rounds=1", "train.steps=1", "engine.workers=1", "data.partition.num_clients=2")
+    for command in ("simulate", "train"):
+        fedpeft(command, f"--app={root}", *quick, "tracking.progress=false", f"registry={registry}")
+    runs = {row[2].rpartition("-")[0] for row in rows(fedpeft("registry", "list", "--registry", registry).out)}
+    assert runs == {"tiny", "tiny-central"}
+
+
+def test_list_is_newest_first(fedpeft: Command, finished: Path) -> None:
+    listed = rows(fedpeft("registry", "list", "--registry", finished / "registry").out)
+    assert [row[0] for row in listed] == ["v2", "v1", "v0"]
+    assert [row[3] for row in listed] == ["fedit + sgd"] * 3
+    assert [row[-1] for row in listed] == ["dev", "", ""]
+
+
+def test_lineage_ends_at_the_first(fedpeft: Command, finished: Path) -> None:
+    shown = rows(fedpeft("registry", "lineage", "v1", "--registry", finished / "registry").out)
+    assert [row[0] for row in shown] == ["v1", "v0"]
+
+
+def test_show_names_parent_and_base(fedpeft: Command, finished: Path) -> None:
+    with Registry.open(finished / "registry", create=False) as registry:
+        record = registry.get("v2")
+    shown = fedpeft("registry", "show", "v2", "--registry", finished / "registry").out
+    assert str(record.manifest.parent) in shown
+    assert record.manifest.base_digest in shown
+
+
+def test_newest_run_is_found(fedpeft: Command, finished: Path, here: Path) -> None:
+    (here / "runs").mkdir()
+    (here / "runs" / "a").symlink_to(finished)
+    done = fedpeft("registry", "list")
+    assert "runs/a/registry (the newest one in runs/)" in done.err
+    assert len(rows(done.out)) == 3
+
+
+@pytest.mark.parametrize("version", ["null", "v1", "latest", "dev"])
+def test_device_answers(fedpeft: Command, finished: Path, version: str) -> None:
+    texts = ("lost my bag", "thank you")
+    asked = [part for text in texts for part in ("--text", text)]
+    done = fedpeft("device", "try", *asked, "--version", version, "--registry", finished / "registry")
+    answers = rows(done.out)
+    assert [row[0] for row in answers] == list(texts)
+    assert {row[1] for row in answers} <= {"negative", "neutral", "positive"}
+    assert re.search(r"activated in \d+\.\d{3} ms", done.out)
+
+
+def test_device_with_the_null_adapter_differs_from_a_trained_one(fedpeft: Command, finished: Path) -> None:
+    answers = [
+        rows(fedpeft("device", "try", "--text=hi", f"--version={version}", "--registry", finished / "registry").out)
+        for version in ("null", "v2")
+    ]
+    assert answers[0][0][2] != answers[1][0][2]
+
+
+def test_device_runs_the_registry_of_central_training(fedpeft: Command, trained: Path) -> None:
+    done = fedpeft("device", "try", "--text=hi", "--version=v1", "--registry", trained / "registry")
+    assert "Answers of v1" in done.out

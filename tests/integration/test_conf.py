@@ -1,5 +1,8 @@
 """Every file of the Hydra tree composes and builds, names the command that runs it, and names no class."""
 
+import itertools
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +13,8 @@ from federated import server_optimizers
 from federated.adapters import attach, load_base
 from federated.aggregation import make_rule
 from federated.cli.compose import compose
-from federated.config import ExperimentConfig, ModelConfig
-from federated.data import ASSETS, is_fetched
+from federated.config import ExperimentConfig, ModelConfig, TaskConfig, experiment_from
+from federated.data import ASSETS, is_fetched, open_source
 from federated.tasks import make_task
 from federated.training import LocalTrainer
 
@@ -55,13 +58,74 @@ def test_the_root_composes_and_builds() -> None:
     _build(compose(ROOT))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_file_says_how_to_run_it(path: Path) -> None:
-    head = "\n".join(path.read_text().splitlines()[:4])
-    assert "fedpeft " in head or path.stem.startswith("_")
+def _choices_of(group: str) -> list[str]:
+    return [choice for name, choice in _choices() if name == group]
+
+
+def _need(asset: str) -> None:
+    if not is_fetched(ASSETS[asset]):
+        pytest.skip(f"asset {asset} is not in the cache: fedpeft assets fetch {asset}")
+
+
+@pytest.mark.parametrize("choice", _choices_of("model"))
+def test_base_model_loads(choice: str) -> None:
+    config = _compose("model", choice).model
+    if config.source.startswith("asset:"):
+        _need(config.source.removeprefix("asset:"))
+    assert load_base(config, app_dir=ROOT).num_parameters > 0
+
+
+@pytest.mark.parametrize("choice", sorted({*_choices_of("data")} - {"files", "table", "hub"}))
+def test_data_opens(choice: str) -> None:
+    config = _compose("data", choice)
+    if choice in ASSETS:
+        _need(choice)
+    task = _task_for(choice, config)
+    source = open_source(config.data, task)
+    data = source.load(source.client_ids[0])
+    assert min(len(data.train), len(data.test)) >= 1
+
+
+def _task_for(choice: str, config: ExperimentConfig) -> TaskConfig:
+    """The task of the experiment that goes with a data set."""
+    return _compose("experiment", choice).task if choice in _choices_of("experiment") else config.task
+
+
+@pytest.mark.parametrize("choice", ["files", "table"])
+def test_own_data_opens(choice: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("client,text,label\na,fine,positive\na,awful,negative\n")
+    place = tmp_path if choice == "files" else tmp_path / "a.csv"
+    config = compose(ROOT, [f"data={choice}", f"data.path={place}"])
+    assert open_source(config.data, config.task).client_ids == ("a",)
+
+
+def _commands(path: Path) -> list[list[str]]:
+    """Overrides of every ``fedpeft simulate`` that the comments at the top of a file show."""
+    comments = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    shown = [part for line in comments for part in re.split(r"; |  +", line.removeprefix("# "))]
+    return [shlex.split(part)[2:] for part in shown if part.startswith("fedpeft simulate")]
+
+
+@pytest.mark.parametrize(("group", "choice"), list(_choices()))
+def test_first_lines_show_a_command_that_runs_the_file(group: str, choice: str) -> None:
+    commands = _commands(ROOT / "conf" / group / f"{choice}.yaml")
+    assert commands, "no command"
+    assert all(f"{group}={choice}" in command for command in commands)
+    for command in commands:
+        compose(ROOT, command)
+
+
+def test_first_lines_of_the_root_show_commands() -> None:
+    assert [] in _commands(ROOT / "conf" / "config.yaml")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_file_names_no_class(path: Path) -> None:
     assert "_target_" not in path.read_text()
-    yaml.safe_load(path.read_text())
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+@pytest.mark.parametrize(("group", "choice"), list(_choices()))
+def test_every_choice_can_be_shown_and_read_again(group: str, choice: str) -> None:
+    config = _compose(group, choice)
+    assert experiment_from(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config

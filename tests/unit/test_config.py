@@ -160,7 +160,7 @@ def test_data_that_needs_a_path_says_so(name: str, path: str | None) -> None:
     assert text == f"data.path: data={name} needs a path, found none"
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, object(), {1, 2}, b"bytes"], ids=repr)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, object(), {1, 2}, b"bytes"], ids=lambda bad: type(bad).__name__)
 def test_free_arguments_must_be_plain_data(bad: Any) -> None:
     assert refused(nested("train.scheduler_args", {"gamma": bad})).startswith(
         "train: a value cannot be written as JSON"

@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import Result
 
 from federated.aggregation import FedIT, NextPhase
 from federated.errors import AggregationError, ConfigError, NotEnoughUpdates, RegistryError, RunInterrupted
-from federated.flower import InProcessGrid
+from federated.flower import DeltaStrategy, InProcessGrid
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.registry import Registry
 
@@ -147,6 +147,12 @@ class TestRounds:
         names = {federation({"run_id": None}, name="story").strategy.run_id for _ in range(3)}
         assert len(names) == 3
         assert all(name.startswith("story-") for name in names)
+
+    def test_from_a_config_it_starts_at_that_model_s_first_adapter(self, real_config: Any, real_session: Any):
+        made = DeltaStrategy.from_config(real_config)
+        first = real_session.initial.tensors
+        assert all(torch.equal(made.server.adapter.tensors[name], tensor) for name, tensor in first.items())
+        assert made.version_id is None
 
     def test_the_method_is_said_in_words(self, federation: Make, caplog: pytest.LogCaptureFixture):
         made = federation(strategy={"server_optimizer": {"name": "adam"}})

@@ -99,7 +99,7 @@ def test_refused_channel_publishes_nothing(registry, publish):
         {"spec": None},
         {"spec": AdapterSpec("lora", 2, 4.0, False, (), head={})},
     ],
-    ids=str,
+    ids=lambda fields: str(list(fields)),
 )
 def test_unstorable_manifest_is_refused(registry, manifest_for, fields):
     with pytest.raises(RegistryError, match="manifest"):

@@ -124,6 +124,7 @@ class TestReachable:
     @pytest.fixture(autouse=True)
     def no_proxy(self, monkeypatch):
         monkeypatch.setattr(locate, "getproxies", dict)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
     def test_a_closed_port_is_not(self, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")

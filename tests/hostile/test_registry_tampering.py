@@ -19,7 +19,7 @@ def manifest_of(weights, **fields):
 def folder(tmp_path):
     with Registry.open(tmp_path / "registry") as registry:
         first = registry.publish(manifest_of(b"one"), b"one", training_state=b"state", channel="dev")
-        registry.publish(manifest_of(b"two", round_number=1, parent=first), b"two")
+        registry.publish(manifest_of(b"two", round_number=1, parent=first), b"two", channel="dev")
     return tmp_path / "registry"
 
 

@@ -235,6 +235,7 @@ def clinic(deployment: Deployment) -> Path:
         "client_id": "north",
         "store": str(folder / "store"),
         "data": {"name": "files", "path": str(folder / "data")},
+        "model": {"source": "tiny:bert"},
     }
     (folder / "client.yaml").write_text(yaml.safe_dump(settings))
     return folder

@@ -193,7 +193,7 @@ def test_ctrl_c_exits_with_130(interrupted: Stopped) -> None:
 
 
 def test_ctrl_c_comes_in_mid_round(interrupted: Stopped) -> None:
-    assert "stopped in round 2 of 4; rounds up to 1 are published" in interrupted.stderr
+    assert "stopped in round 2 of 4; finished rounds are published" in interrupted.stderr
 
 
 def test_ctrl_c_leaves_one_line_without_traceback(interrupted: Stopped) -> None:

@@ -98,7 +98,9 @@ def main() -> None:
     # Loading torch and transformers makes half a million objects that stay. Looking for garbage among them as often
     # as Python does by default takes a sixth of the whole start-up.
     gc.set_threshold(50_000, 20, 20)
-    sys.exit(_run())
+    code = _run()
+    gc.freeze()  # the process ends: a last search for garbage would take another second
+    sys.exit(code)
 
 
 def _run() -> int:

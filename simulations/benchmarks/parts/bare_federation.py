@@ -60,16 +60,20 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
 
 
-def measured(samples: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over each sample's own tokens, and which tokens were guessed right."""
+def token_losses(samples: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, targets (-100 where there is none) and cross-entropy of every token."""
     longest = max(map(len, samples))
     tokens = torch.tensor([[*one, *[PAD] * (longest - len(one))] for one in samples])
     mask = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in samples])
     logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]
     targets = tokens[:, 1:].masked_fill(mask[:, 1:] == 0, IGNORE)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE)
-    hits = logits.detach().argmax(-1)[mask[:, 1:] == 1] == targets[mask[:, 1:] == 1]
-    return losses.view(targets.shape).sum(1) / mask[:, 1:].sum(1), hits
+    return logits, targets, losses.view(targets.shape)
+
+
+def mean_loss(targets: Tensor, losses: Tensor) -> Tensor:
+    """Mean over the samples of each one's mean over its own tokens."""
+    return (losses.sum(1) / (targets != IGNORE).sum(1)).sum() / len(targets)
 
 
 def train(client: str, number: int, received: Arrays) -> tuple[tuple[float, float], float, Arrays]:
@@ -79,7 +83,7 @@ def train(client: str, number: int, received: Arrays) -> tuple[tuple[float, floa
     optimizer = torch.optim.AdamW(parameters, lr=job["learning_rate"], weight_decay=0.0)
     total = 0.0
     for indices in job["clients"][client]["batches"][number]:
-        loss = measured([samples[index] for index in indices])[0].sum() / len(indices)
+        loss = mean_loss(*token_losses([samples[index] for index in indices])[1:])
         total += loss.item()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -93,8 +97,9 @@ def evaluate(client: str, received: Arrays) -> tuple[float, float]:
     """Held-out loss and token accuracy of an adapter, which stays in the model."""
     for name, tensor in factors.items():
         tensor.copy_(torch.from_numpy(received[name]))
-    losses, hits = measured(examples[client]["test"])
-    return float(losses.mean()), float(hits.float().mean())
+    logits, targets, losses = token_losses(examples[client]["test"])
+    hits = (logits.argmax(-1) == targets).sum() / (targets != IGNORE).sum()
+    return float(mean_loss(targets, losses)), float(hits)
 
 
 def federate(pool: Pool, adapter: Arrays) -> Arrays:

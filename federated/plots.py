@@ -1,34 +1,24 @@
-"""Line and bar charts as inline SVG: the only importer of matplotlib.
+"""Line and bar charts as inline SVG: the only importer of pygal.
 
-Figures are made without pyplot, so there is no display, no global state and no thread. They are small (about a
-phone's width) so that their text stays readable when a page shows them at full width there.
+A chart is one element without scripts, links or fonts of its own, about a phone's width, so that its text stays
+readable when a page shows it at full width there. The same data give the same text.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["Series", "bar_chart", "line_chart"]
 
-_SIZE = (4.6, 3.1)  # inches at 72 points
-_INK = "#1f2933"
-_GRID = "#e4e7eb"
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["system-ui", "Helvetica", "Arial", "DejaVu Sans"],
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.edgecolor": "#9aa5b1",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+_WIDTH, _HEIGHT = 460, 310
+_INK, _GRID = "#3e4c59", "#e4e7eb"
+_LEGEND_FONT, _LEGEND_COLUMNS = 11, 2
+_FONT = "system-ui, Helvetica, Arial, sans-serif"
+_DASHES = ("6, 4", "9, 3, 2, 3", "2, 3")
 
 
 @dataclass(frozen=True)
@@ -58,18 +48,18 @@ def line_chart(series: Sequence[Series], *, ylabel: str, levels: Sequence[Series
     Returns:
         An ``<svg>`` element without prolog, scalable by CSS.
     """
-    from matplotlib.ticker import PercentFormatter
-
-    figure, axes = _axes(ylabel)
-    for line in series:
-        if line.points:
-            x, y = zip(*sorted(line.points.items()), strict=True)
-            axes.plot(x, y, color=line.color, label=line.label, marker="o", markersize=4, linewidth=2)
-    for level, style in zip(levels, _DASHES * len(levels), strict=False):
-        axes.axhline(next(iter(level.points.values())), color=level.color, label=level.label, linestyle=style)
-    if percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    return _finish(figure, axes, salt=ylabel)
+    lines = [line for line in series if line.points]
+    rounds = sorted({x for line in lines for x in line.points})
+    chart = _pygal().XY(**_look([*lines, *levels], ylabel, percent=percent))
+    chart.x_labels = _ticks(rounds)
+    for line in lines:
+        chart.add(line.label, sorted(line.points.items()), stroke_style={"width": 2})
+    ends = (rounds[0], rounds[-1]) if rounds else (0, 1)
+    for index, level in enumerate(levels):
+        y = next(iter(level.points.values()))
+        style = {"width": 1.5, "dasharray": _DASHES[index % len(_DASHES)]}
+        chart.add(level.label, [(x, y) for x in ends], show_dots=False, stroke_style=style)
+    return _svg(chart)
 
 
 def bar_chart(series: Sequence[Series], *, ylabel: str) -> str:
@@ -78,43 +68,89 @@ def bar_chart(series: Sequence[Series], *, ylabel: str) -> str:
     Returns:
         An ``<svg>`` element without prolog.
     """
-    figure, axes = _axes(ylabel)
-    width = 0.8 / max(1, len(series))
-    for index, bars in enumerate(series):
-        x = [number + (index - (len(series) - 1) / 2) * width for number in bars.points]
-        axes.bar(x, list(bars.points.values()), width=width * 0.92, color=bars.color, label=bars.label)
-    axes.set_ylim(bottom=0)
-    return _finish(figure, axes, salt=ylabel)
+    rounds = sorted({x for bars in series for x in bars.points})
+    chart = _pygal().Bar(**_look(series, ylabel, percent=False), zero=0, include_x_axis=True)
+    chart.x_labels = [str(x) for x in rounds]
+    chart.x_labels_major = [str(x) for x in _ticks(rounds)]
+    chart.show_minor_x_labels = False
+    for bars in series:
+        chart.add(bars.label, [bars.points.get(x) for x in rounds])
+    return _svg(chart)
 
 
-_DASHES = ("--", "-.", ":")
+def _pygal() -> Any:
+    """The library, loaded at the first chart, without the old-style import hook that it leaves (Python warns of it)."""
+    import pygal
+
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "pygal"]
+    return pygal
 
 
-def _axes(ylabel: str) -> tuple[Any, Any]:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+def _look(series: Sequence[Series], ylabel: str, *, percent: bool) -> dict[str, Any]:
+    from pygal.style import Style
 
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        axes = figure.subplots()
-    axes.set_xlabel("round")
-    axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(axis="y", color=_GRID)
-    axes.set_axisbelow(True)
-    return figure, axes
+    style = Style(
+        background="transparent",
+        plot_background="transparent",
+        foreground=_INK,
+        foreground_strong=_INK,
+        foreground_subtle=_GRID,
+        guide_stroke_color=_GRID,
+        major_guide_stroke_color=_GRID,
+        guide_stroke_dasharray="none",
+        major_guide_stroke_dasharray="none",
+        opacity=1,
+        colors=tuple(line.color for line in series) or (_INK,),
+        font_family=_FONT,
+        label_font_size=11,
+        major_label_font_size=11,
+        legend_font_size=_LEGEND_FONT,
+        title_font_size=12,
+        no_data_font_size=14,
+    )
+    return {
+        "style": style,
+        "js": [],
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "margin": 6,
+        "margin_left": 14,
+        "margin_bottom": 10 + 2 * _LEGEND_FONT * (len(series) % _LEGEND_COLUMNS),  # pygal forgets a last, short row
+        "spacing": 8,
+        "x_title": "round",
+        "y_title": ylabel,
+        "legend_at_bottom": True,
+        "legend_at_bottom_columns": _LEGEND_COLUMNS,
+        "legend_box_size": 9,
+        "truncate_legend": -1,
+        "dots_size": 3,
+        "max_scale": 6,
+        "show_x_guides": False,
+        "x_value_formatter": lambda value: f"{value:g}",
+        "value_formatter": (lambda value: f"{value:.0%}") if percent else _plain,
+    }
 
 
-def _finish(figure: Any, axes: Any, *, salt: str) -> str:
-    import matplotlib as mpl
+def _plain(value: float) -> str:
+    return f"{value:.4g}"
 
-    handles, _ = axes.get_legend_handles_labels()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
-        if handles:
-            figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.8, columnspacing=1.2)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+
+def _ticks(rounds: Sequence[int], most: int = 8) -> list[int]:
+    """At most ``most`` of them, evenly spaced and with the first."""
+    step = -(-len(rounds) // most) or 1
+    return list(rounds[::step])
+
+
+def _svg(chart: Any) -> str:
+    chart.uuid = hashlib.sha256(repr(chart.raw_series).encode()).hexdigest()[:12]  # pygal's own is random
+    chart.add_xml_filter(_still)
+    return str(chart.render(is_unicode=True, disable_xml_declaration=True))
+
+
+def _still(root: Any) -> Any:
+    """The picture without pygal's scripts and comments (they hold today's date)."""
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if not isinstance(child.tag, str) or child.tag == "script":
+                parent.remove(child)
+    return root

@@ -76,7 +76,7 @@ def _render(history: History, *, versions: Sequence[Mapping[str, Any]], config: 
         metrics=metrics,
         headline=_headline(history, metrics),
         comparison=_comparison(history, metrics),
-        plots=[(title, Markup(svg)) for title, svg in _plots(history, metrics)],  # noqa: S704 - matplotlib escapes labels
+        plots=[(title, Markup(svg)) for title, svg in _plots(history, metrics)],  # noqa: S704 - pygal escapes labels
         versions=_lineage(versions),
         answers=_answers(history.answers),
         asked=list(dict.fromkeys(str(event.get("version")) for event in history.answers)),

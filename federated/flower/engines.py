@@ -5,7 +5,6 @@ Deployment needs no engine here: `strategies/app.py` gives `Run.serve` the Grid 
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import logging
 import os
@@ -21,6 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from federated.config import EngineConfig, ExperimentConfig
 from federated.data import check_source
 from federated.errors import ConfigError, FederatedError, RunInterrupted
+from federated.flower.forking import cheap_forks
 from federated.flower.inprocess import InProcessGrid, default_workers
 from federated.flower.run import Run, RunSummary
 from federated.flower.session import open_session, use_client_store
@@ -75,12 +75,8 @@ def run_inprocess(serve: Callable[[Grid], T], client_app: ClientApp, *, num_node
     """Serve on an in-process Grid whose workers are forked from this process as it is now."""
     workers = min(config.workers or default_workers(), num_nodes)
     shuffle = None if config.shuffle_arrivals < 0 else config.shuffle_arrivals
-    gc.freeze()  # what is loaded stays: no collection, here or in a worker, need search it (and so copy its pages)
-    try:
-        with InProcessGrid(client_app, num_nodes, workers=workers, shuffle=shuffle) as grid:
-            return serve(grid)
-    finally:
-        gc.unfreeze()
+    with cheap_forks(), InProcessGrid(client_app, num_nodes, workers=workers, shuffle=shuffle) as grid:
+        return serve(grid)
 
 
 def run_ray(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int, config: EngineConfig) -> T:

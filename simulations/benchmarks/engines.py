@@ -3,9 +3,9 @@
     python simulations/benchmarks/engines.py [--quick] [--seed N] [--repeats N] [--clients N] [--rounds N]
 
 One federation of small clients, three times: each engine in a fresh process of its own, start-up included, with the
-same two workers. The client's work is 4 AdamW steps of 8 x 16 tokens on a 2-layer Llama (hidden size 128, LoRA r=8)
-and an evaluation of what it received. The engines publish every round and write the report; the bare loop
-(`parts/bare_federation.py`) does nothing but train and average.
+same two workers. The client's work is 4 AdamW steps of 8 x 16 tokens on a 2-layer Llama (hidden size 128, a token per
+byte, LoRA r=8) and an evaluation of what it received. The engines publish every round and write the report; the bare
+loop (`parts/bare_federation.py`) does nothing but train and average.
 
 Runs take turns; each ratio is the median over the repeats. Memory is the peak of the proportional set sizes (PSS) of
 all processes together: it is sampled in a run of its own, which is not timed, except with ``--quick``. CPU seconds
@@ -127,9 +127,11 @@ def _batches(config: ExperimentConfig, client: str, number: int) -> list[list[in
 
 def _make_model(folder: Path, seed: int) -> None:
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "simulations" / "models" / "tiny-llama-sotu")
+    from federated.adapters.tiny import byte_tokenizer
+
+    tokenizer = byte_tokenizer(chat=False)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=336, num_hidden_layers=2, num_attention_heads=4,
@@ -142,16 +144,13 @@ def _make_model(folder: Path, seed: int) -> None:
 def _make_table(folder: Path, seed: int, clients: int) -> None:
     """One file with a client column; every text is ``LENGTH`` tokens with its end."""
     import random
+    import string
 
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    words = sorted(word[1:] for word in tokenizer.get_vocab() if word[0] == "\u0120" and word[1:].isalpha())
     chance = random.Random(seed)  # noqa: S311 - made-up examples
     with (folder / "table.jsonl").open("w") as file:
         for client in range(clients):
             for _ in range(STEPS * BATCH + HELD_OUT):
-                text = " " + " ".join(chance.choices(words, k=LENGTH - 1))
+                text = "".join(chance.choices(string.ascii_lowercase, k=LENGTH - 1))
                 file.write(json.dumps({"client": f"client-{client:04d}", "text": text}) + "\n")
 
 

@@ -20,7 +20,7 @@ import sys
 from federated.cli.main import _run
 sys.argv = ["fedpeft", *sys.argv[1:]]
 code = _run()
-print("heavy:", *sorted({"torch", "transformers", "peft", "flwr", "ray", "hydra", "matplotlib"} & set(sys.modules)))
+print("heavy:", *sorted({"torch", "transformers", "peft", "flwr", "ray", "hydra", "pygal"} & set(sys.modules)))
 sys.exit(code)
 """
 

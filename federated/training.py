@@ -184,7 +184,9 @@ class LocalTrainer:
         threads = torch.get_num_threads()
         devices = [self.device.index or 0] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` notes a stack trace for every other device
+            if devices:
+                torch.cuda.manual_seed(seed)
             if self.config.threads:
                 torch.set_num_threads(self.config.threads)
             try:

@@ -78,7 +78,8 @@ class AdapterModel:
 
     def set_dropout(self, active: bool) -> None:
         """Switch the adapter's own dropout; everything else, the base's dropout included, stays in eval mode."""
-        self.model.eval()
+        if active:
+            self.model.eval()  # whatever else somebody switched on
         for layer in self._dropouts:
             layer.train(active)
 

@@ -113,8 +113,8 @@ def _train(
         num_examples=result.num_examples,
     )
     metrics = dict(result.metrics)
-    store.put(task.round_number, f"{_answer_key(task)}.metrics", canonical_json(_finite(metrics)))
-    store.put(task.round_number, f"{_answer_key(task)}.packet", packet)
+    answer = canonical_json(_finite(metrics)) + b"\n" + packet  # canonical JSON holds no line break
+    store.put(task.round_number, _answer_key(task), answer)
     return metrics, packet
 
 
@@ -128,9 +128,9 @@ def _answer_key(task: Assignment) -> str:
 
 def _answered(store: ClientStore, task: Assignment) -> tuple[dict[str, float], bytes] | None:
     """The answer given to this very task before: sent again as it was, not computed a second time."""
-    packet = store.get(task.round_number, f"{_answer_key(task)}.packet")
-    metrics = store.get(task.round_number, f"{_answer_key(task)}.metrics")
-    return None if packet is None or metrics is None else (json.loads(metrics), packet)
+    answer = store.get(task.round_number, _answer_key(task))
+    metrics, _, packet = (answer or b"").partition(b"\n")
+    return (json.loads(metrics), packet) if packet else None
 
 
 def _check_base(task: Assignment, session: Session, site: ClientSite) -> None:

@@ -169,10 +169,14 @@ class TestSentAgain:
         assert {path.name for path in folder.iterdir() if path.is_dir()} == {"2", "3"}
 
     def test_a_half_kept_answer_is_made_anew(self, ask: Reply_, tmp_path: Path):
-        ask()
-        (packet,) = (tmp_path / "clients").rglob("*.packet")
-        packet.unlink()
-        assert ask().packet is not None
+        before = ask()
+        (kept,) = (tmp_path / "clients").rglob("answer-*")
+        whole = kept.read_bytes()
+        kept.write_bytes(whole[:20])
+        after = ask()
+        assert after.packet is not None
+        assert before.packet is not None
+        assert kept.read_bytes() != whole[:20]
 
 
 def _own(config: ExperimentConfig, folder: Path) -> dict[str, Any]:

@@ -61,8 +61,8 @@ def main() -> None:
     console.rule("1. The federation")
     summary = simulate(config, load_client_app(folder))
     console.rule("2. What it is compared with")
-    baselines = compare_arms(config, summary, console)
     history = history_of(read_events(summary.run_dir / "metrics.jsonl"))
+    baselines = compare_arms(config, summary, null=metrics_of(history.held_out[0]), console=console)
     console.print(rounds_table(history))
     console.print(arms_table(history, baselines))
     console.print(sizes_table(history))
@@ -81,13 +81,18 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compare_arms(config: ExperimentConfig, summary: RunSummary, console: Console) -> list[Baseline]:
+def compare_arms(
+    config: ExperimentConfig, summary: RunSummary, *, null: Mapping[str, float], console: Console
+) -> list[Baseline]:
     """Measure the baselines with progress shown, publish the central one, and note all in the run's metrics."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         line = progress.add_task("training centrally and each client alone ...")
         baselines, central = compare(
-            config, workers=default_workers(), advance=lambda name: progress.update(line, description=f"{name} done")
+            config,
+            workers=default_workers(),
+            advance=lambda name: progress.update(line, description=f"{name} done"),
+            null=null,
         )
     evaluation = next(arm.evaluation for arm in baselines if arm.name == "central")
     with Registry.open(summary.registry) as registry:
@@ -101,11 +106,16 @@ def compare_arms(config: ExperimentConfig, summary: RunSummary, console: Console
     return baselines
 
 
+def metrics_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a round's evaluation."""
+    return {name: float(value) for name, value in evaluation.items() if name != "version_id"}
+
+
 def rounds_table(history: History) -> Table:
     """One row per round: who took part, losses, the global adapter's held-out result, bytes per client."""
     table = Table(
-        "round", "clients", "train\nloss", "held-out\nloss", "accuracy", "up per\nclient", "down per\nclient",
-        "refused",
+        "round", "clients", "train\nloss", "held-out\nloss", "accu-\nracy", "up per\nclient", "down per\nclient",
+        "re-\nfused",
         title="The global adapter after each round, on all clients' held-out tweets",
     )  # fmt: skip
     table.add_row("0", "-", "-", *_held_out(history.held_out.get(0)), "-", "-", "-")

@@ -126,7 +126,11 @@ _inherited: dict[str, Session] = {}
 
 
 def compare(
-    config: ExperimentConfig, *, workers: int, advance: Callable[[str], None] = lambda _: None
+    config: ExperimentConfig,
+    *,
+    workers: int,
+    advance: Callable[[str], None] = lambda _: None,
+    null: Mapping[str, float] | None = None,
 ) -> tuple[list[Baseline], AdapterState]:
     """Measure all baselines, in forked workers.
 
@@ -134,6 +138,7 @@ def compare(
         config: the experiment that the federation ran.
         workers: processes.
         advance: told the name of each arm that is finished.
+        null: the initial adapter's evaluation on all clients, if a federation's round 0 measured it; else measured.
 
     Returns:
         ``null``, ``local_only`` and ``central``, and the centrally trained adapter.
@@ -142,13 +147,15 @@ def compare(
     session = full_session(config)
     clients = session.source.client_ids
     jobs: list[tuple[str, tuple[str, ...]]] = [("central", clients), *((name, (name,)) for name in clients)]
-    jobs.append(("null", ()))
+    if null is None:
+        jobs.append(("null", ()))
     found = dict(_run_jobs(config, jobs, workers=workers, advance=advance))
     local = {name: found[name] for name in clients}
     own = _pool(arm["detail"][name] for name, arm in local.items() if name in arm["detail"])
     central = AdapterState(session.initial.spec, from_raw(found["central"]["tensors"]))
+    untrained = found["null"] if null is None else {"pooled": null, "seconds": 0.0}
     return [
-        Baseline("null", found["null"]["pooled"], seconds=found["null"]["seconds"]),
+        Baseline("null", untrained["pooled"], seconds=untrained["seconds"]),
         Baseline(
             "local_only",
             _mean(arm["pooled"] for arm in local.values()),

@@ -66,8 +66,9 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     print(f"seed {seed}: federation", file=sys.stderr)
     run = simulate(config, load_client_app(folder))
     print(f"seed {seed}: baselines", file=sys.stderr)
-    baselines, _ = compare(replace(config, run_dir=str(run.run_dir)), workers=default_workers())
     history = history_of(read_events(run.run_dir / "metrics.jsonl"))
+    null = {name: float(value) for name, value in history.held_out[0].items() if name != "version_id"}
+    baselines, _ = compare(replace(config, run_dir=str(run.run_dir)), workers=default_workers(), null=null)
     curve = [history.held_out[number]["accuracy"] for number in sorted(history.held_out)]
     arms = {arm.name: arm.evaluation["accuracy"] for arm in baselines}
     own = next(arm.own for arm in baselines if arm.name == "local_only") or {}
@@ -110,8 +111,8 @@ def plot(results: Sequence[dict[str, Any]]) -> str:
     levels = [
         Series(label, {0: statistics.fmean(result[arm] for result in results)}, color)
         for arm, label, color in (
-            ("central", "central: everybody's tweets pooled", "#2f855a"),
-            ("local_only", "local only: mean of six lone airlines", "#b7791f"),
+            ("central", "central: all tweets pooled", "#2f855a"),
+            ("local_only", "each airline alone, mean", "#b7791f"),
         )
     ]
     chart = line_chart(

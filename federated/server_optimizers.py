@@ -38,10 +38,11 @@ _SLOTS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """Moments by name (``"m/<tensor>"``, ``"v/<tensor>"``, float64) and the number of steps taken."""
+    """Moments by name (``"m/<tensor>"``, ``"v/<tensor>"``, float64), the number of steps, and the optimizer's name."""
 
     steps: int = 0
     moments: Tensors = field(default_factory=dict)
+    name: str = "sgd"
 
 
 def init(config: ServerOptimizerConfig, adapter: AdapterState) -> OptimizerState:
@@ -52,7 +53,7 @@ def init(config: ServerOptimizerConfig, adapter: AdapterState) -> OptimizerState
         start = config.tau**2 if adaptive else 0.0
         for name, tensor in adapter.tensors.items():
             moments[f"{slot}/{name}"] = torch.full(tensor.shape, start, dtype=torch.float64)
-    return OptimizerState(0, moments)
+    return OptimizerState(0, moments, config.name)
 
 
 def step(
@@ -80,7 +81,7 @@ def step(
         direction, new = _direction(config, pseudo_gradient[name].double(), old)
         tensors[name] = (tensor.double() - config.learning_rate * direction).float()
         moments |= {f"{slot}/{name}": moment for slot, moment in new.items()}
-    return AdapterState(adapter.spec, tensors), OptimizerState(state.steps + 1, moments)
+    return AdapterState(adapter.spec, tensors), OptimizerState(state.steps + 1, moments, config.name)
 
 
 def _check(config: ServerOptimizerConfig, state: OptimizerState, adapter: AdapterState, gradient: Tensors) -> None:
@@ -88,8 +89,9 @@ def _check(config: ServerOptimizerConfig, state: OptimizerState, adapter: Adapte
     if {name: tensor.shape for name, tensor in gradient.items()} != shapes:
         raise AggregationError("the pseudo-gradient does not have the adapter's names and shapes")
     expected = {f"{slot}/{name}": shape for slot in _SLOTS[config.name] for name, shape in shapes.items()}
-    if {name: tensor.shape for name, tensor in state.moments.items()} != expected:
-        raise AggregationError(f"the optimizer state was not made by {config.name} for this adapter; start a new run")
+    if state.name != config.name or {name: tensor.shape for name, tensor in state.moments.items()} != expected:
+        found = f"the optimizer state was made by {state.name}, not by {config.name} for this adapter"
+        raise AggregationError(f"{found}; start a new run")
 
 
 def _direction(

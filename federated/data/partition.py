@@ -11,7 +11,7 @@ from typing import Any
 
 from federated.config import DataConfig, PartitionConfig
 from federated.data.chance import draw_order
-from federated.data.source import Pool, Row
+from federated.data.source import Pool, Row, few
 from federated.errors import DataError
 
 __all__ = ["partition_rows"]
@@ -47,7 +47,7 @@ def partition_rows(rows: Sequence[Row], config: DataConfig, *, notes: tuple[str,
     width = max(3, len(str(partition.num_clients - 1)))
     made = {f"client-{number:0{width}d}": [rows[index] for index in share] for number, share in enumerate(shares)}
     empty = [client_id for client_id, got in made.items() if not got]
-    said = (f"left out {len(empty)} clients that got no rows: {', '.join(empty)}",) if empty else ()
+    said = (f"left out {len(empty)} clients that got no rows: {few(empty)}",) if empty else ()
     kept = {client_id: got for client_id, got in made.items() if got}
     return Pool(
         tuple(kept), kept.__getitem__, {name: len(got) for name, got in kept.items()}, notes=notes + warned + said

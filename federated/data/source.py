@@ -14,12 +14,22 @@ from federated.config import DataConfig
 from federated.data.chance import draw_order
 from federated.errors import DataError
 
-__all__ = ["ClientData", "Pool", "PooledSource", "Row", "Source", "check_source", "split_rows"]
+__all__ = ["few", "ClientData", "Pool", "PooledSource", "Row", "Source", "check_source", "split_rows"]
 
 Row = Mapping[str, Any]
 """One example: ``{"text", "label"}``, ``{"text"}``, ``{"messages"}`` or ``{"values", "label"}``."""
 
 RowsOf = Callable[[str], Sequence[Row]]
+
+
+def few(names: Sequence[str], most: int = 8) -> str:
+    """Names for a note, the first ones when there are many.
+
+    >>> few(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from federated.data.hub import hub_records
 from federated.data.partition import partition_rows
 from federated.data.readers import SUFFIXES, Record, read_records, short_path
 from federated.data.rows import RowReader, check_client_id
-from federated.data.source import Pool, PooledSource, Row, Source, too_small
+from federated.data.source import Pool, PooledSource, Row, Source, few, too_small
 from federated.data.synthetic import synthetic_pool
 from federated.errors import DataError
 
@@ -162,7 +162,7 @@ def _large_enough(pool: Pool, config: DataConfig) -> Pool:
         return replace(pool, counts=counts)
     if pool.own and not explicit:
         raise DataError(too_small(small[0], counts[small[0]]))
-    named = ", ".join(f"{client_id} ({counts[client_id]})" for client_id in small)
+    named = few([f"{client_id} ({counts[client_id]})" for client_id in small])
     note = f"left out {len(small)} clients with fewer than {least} rows: {named}"
     kept = tuple(client_id for client_id in pool.client_ids if counts[client_id] >= least)
     return replace(pool, client_ids=kept, counts=counts, notes=(*pool.notes, note))

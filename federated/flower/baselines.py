@@ -153,7 +153,7 @@ def compare(
     local = {name: found[name] for name in clients}
     own = _pool(arm["detail"][name] for name, arm in local.items() if name in arm["detail"])
     central = AdapterState(session.initial.spec, from_raw(found["central"]["tensors"]))
-    untrained = found["null"] if null is None else {"pooled": null, "seconds": 0.0}
+    untrained = found.get("null", {"pooled": null, "seconds": 0.0})
     return [
         Baseline("null", untrained["pooled"], seconds=untrained["seconds"]),
         Baseline(

@@ -55,6 +55,7 @@ class TrainingState:
         header = {
             "kind": "training_state",
             "round_number": self.round_number,
+            "optimizer": self.optimizer_state.name,
             "steps": self.optimizer_state.steps,
             "counters": dict(self.counters),
             "rule": dict(rule.scalars),
@@ -83,7 +84,7 @@ class TrainingState:
                 groups[group][rest] = tensor
             adapter = AdapterState(AdapterSpec.from_dict(header["spec"]), groups["global"])
             state = GlobalState(adapter, rule_state=RuleState(header["rule"], groups["rule"]))
-            moments = OptimizerState(int(header["steps"]), groups["optimizer"])
+            moments = OptimizerState(int(header["steps"]), groups["optimizer"], str(header["optimizer"]))
             counters = {str(client_id): int(last) for client_id, last in header["counters"].items()}
             return cls(int(header["round_number"]), state, moments, counters)
         except (WireError, KeyError, TypeError, ValueError, AttributeError) as error:

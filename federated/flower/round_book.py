@@ -70,7 +70,7 @@ class Outcome:
 def evaluation_of(metrics: Mapping[str, float]) -> dict[str, float] | None:
     """The evaluation that a client made before training, or None."""
     found = {key.removeprefix(_EVALUATION): value for key, value in metrics.items() if key.startswith(_EVALUATION)}
-    return found if found.get("num_examples", 0) > 0 else None
+    return found if found.get("num_examples", 0) > 0 and "loss" in found else None
 
 
 def pooled_evaluation(outcomes: list[Outcome]) -> dict[str, float] | None:

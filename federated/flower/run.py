@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from federated import __version__
 from federated.config import ExperimentConfig
 from federated.display import LiveDisplay
-from federated.errors import ConfigError, FederatedError, RunInterrupted, StorageFull, VersionNotFound
+from federated.errors import ConfigError, FederatedError, NotEnoughUpdates, RunInterrupted, StorageFull, VersionNotFound
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.flower.session import Session, app_folder, open_session
 from federated.flower.strategy import DeltaStrategy
@@ -117,6 +117,7 @@ class Run:
 
         Raises:
             RunInterrupted: on Ctrl-C.
+            NotEnoughUpdates: if no round moved the global adapter.
             FederatedError: what ended the run; the report covers what was finished.
         """
         with Registry.open(self.registry_location) as registry:
@@ -126,7 +127,7 @@ class Run:
                 try:
                     strategy = self._strategy(registry, tracker)
                     tracker.emit(self.description(strategy.method, resumed_after=strategy.server.finished))
-                    strategy.start(grid)
+                    self._all_rounds(strategy, grid)
                     status = "completed"
                 except RunInterrupted as error:
                     status, message = "interrupted", self.how_to_go_on(str(error))
@@ -137,6 +138,15 @@ class Run:
                 finally:
                     self._close(registry, tracker, status, message=message)
             return self.summary(registry, strategy.version_id or "")
+
+    def _all_rounds(self, strategy: DeltaStrategy, grid: Grid) -> None:
+        finished = strategy.server.finished
+        result = strategy.start(grid)
+        if self.config.rounds > finished and not result.train_metrics_clientapp:
+            raise NotEnoughUpdates(
+                f"no round from {finished + 1} to {self.config.rounds} moved the global adapter, for want of good "
+                f"updates; {self.folder / 'report.html'} gives the reason of each client"
+            )
 
     def _close(self, registry: Registry, tracker: Tracker, status: str, *, message: str) -> None:
         """Note the end and write the report; never hides why a run ended."""

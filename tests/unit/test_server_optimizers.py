@@ -11,7 +11,7 @@ from federated.config import ServerOptimizerConfig
 from federated.delta import apply
 from federated.errors import AggregationError
 from federated.manifest import AdapterSpec
-from federated.server_optimizers import OptimizerState, init, step
+from federated.server_optimizers import init, step
 from federated.state import AdapterState
 
 SPEC = AdapterSpec("lora", 1, 1.0, use_rslora=False, modules=())
@@ -150,7 +150,7 @@ def test_going_on_from_a_state_is_never_having_stopped(name: str) -> None:
     config, moves = replace(CONFIG, name=name), deltas(4)
     whole, end = walk(config, adapter(), moves)
     half, state = walk(config, adapter(), moves[:2])
-    kept = OptimizerState(state.steps, {key: tensor.clone() for key, tensor in state.moments.items()})
+    kept = replace(state, moments={key: tensor.clone() for key, tensor in state.moments.items()})
     for move in moves[2:]:
         half, kept = step(config, kept, half, pseudo_gradient={key: -tensor for key, tensor in move.items()})
     assert kept.steps == end.steps == 4
@@ -183,11 +183,11 @@ def test_a_gradient_that_does_not_fit_is_refused(name: str, gradient: dict[str, 
         step(config, init(config, start), start, pseudo_gradient=gradient)
 
 
-@pytest.mark.parametrize(("made_by", "used_by"), [("sgd", "adam"), ("adam", "sgd"), ("momentum", "yogi")])
+@pytest.mark.parametrize(("made_by", "used_by"), [("sgd", "adam"), ("adam", "sgd"), ("adam", "yogi")])
 def test_a_state_of_another_optimizer_is_refused(made_by: str, used_by: str) -> None:
     start = adapter()
     state = init(replace(CONFIG, name=made_by), start)
-    with pytest.raises(AggregationError, match=f"not made by {used_by} for this adapter"):
+    with pytest.raises(AggregationError, match=f"was made by {made_by}, not by {used_by} for this adapter"):
         step(replace(CONFIG, name=used_by), state, start, pseudo_gradient=start.tensors)
 
 

@@ -31,7 +31,7 @@ def training() -> TrainingState:
         {"round": 3, "note": "Ä", "deep": [1.5, None]}, {"control:x": ODD.double(), "seen": torch.arange(3)}
     )
     moments = OptimizerState(
-        7, {"m/q.factor_a": torch.full((2, 3), 1e-300, dtype=torch.float64), "v/a:b": ODD.double()}
+        7, {"m/q.factor_a": torch.full((2, 3), 1e-300, dtype=torch.float64), "v/a:b": ODD.double()}, "adam"
     )
     return TrainingState(4, GlobalState(adapter, rule_state=rule), moments, {"clinic": 9, "other: one": 2})
 
@@ -42,7 +42,7 @@ def test_bytes_and_back_bit_for_bit() -> None:
     assert (after.round_number, after.counters) == (4, {"clinic": 9, "other: one": 2})
     assert after.global_state.adapter.spec == SPEC
     assert after.global_state.rule_state.scalars == before.global_state.rule_state.scalars
-    assert after.optimizer_state.steps == 7
+    assert (after.optimizer_state.steps, after.optimizer_state.name) == (7, "adam")
     for read in (
         lambda state: state.global_state.adapter.tensors,
         lambda state: state.global_state.rule_state.tensors,
@@ -79,6 +79,7 @@ def test_damaged_bytes_are_a_registry_error(data: bytes) -> None:
 
 HEADER: dict[str, Any] = {
     "round_number": 1,
+    "optimizer": "sgd",
     "steps": 0,
     "counters": {},
     "rule": {},

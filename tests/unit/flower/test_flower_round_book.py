@@ -177,7 +177,9 @@ class TestEvaluation:
         metrics = {"eval_before_loss": 0.5, "eval_before_num_examples": 4.0, "train_loss": 9.0, "eval_after_loss": 7.0}
         assert evaluation_of(metrics) == {"loss": 0.5, "num_examples": 4.0}
 
-    @pytest.mark.parametrize("metrics", [{}, {"eval_before_loss": 0.5}, {"eval_before_num_examples": 0.0}])
+    @pytest.mark.parametrize(
+        "metrics", [{}, {"eval_before_loss": 0.5}, {"eval_before_num_examples": 0.0}, {"eval_before_num_examples": 9.0}]
+    )
     def test_of_nothing_is_none(self, metrics: dict[str, float]):
         assert evaluation_of(metrics) is None
 

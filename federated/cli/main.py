@@ -9,9 +9,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from click.exceptions import Abort, ClickException, Exit
@@ -100,7 +101,20 @@ def main() -> None:
     gc.set_threshold(50_000, 20, 20)
     code = _run()
     gc.freeze()  # the process ends: a last search for garbage would take another second
+    if code == 130 and any(_holds_up(thread) for thread in threading.enumerate()):
+        _leave_threads(code)
     sys.exit(code)
+
+
+def _holds_up(thread: threading.Thread) -> bool:
+    return thread is not threading.main_thread() and not thread.daemon
+
+
+def _leave_threads(code: int) -> NoReturn:
+    """End the process now: after Ctrl-C, threads of Flower's Ray engine wait for replies that never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run() -> int:

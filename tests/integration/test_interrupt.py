@@ -84,10 +84,10 @@ def _round_begun(run_dir: Path, number: int) -> bool:
 
 
 @contextmanager
-def _running(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+def _running(run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
     """The command at work, as the leader of a process group that is gone afterwards."""
     run_dir.parent.mkdir()
-    command = [str(FEDPEFT), "simulate", "--app", str(ROOT), *OVERRIDES, f'run_dir="{run_dir}"']
+    command = [str(FEDPEFT), "simulate", "--app", str(ROOT), *OVERRIDES, *overrides, f'run_dir="{run_dir}"']
     with (run_dir.parent / "stderr.txt").open("w") as stderr:
         process = subprocess.Popen(
             command,
@@ -186,6 +186,20 @@ def stopped(request: pytest.FixtureRequest) -> Stopped:
     """A run stopped one way or the other."""
     found: Stopped = request.getfixturevalue(request.param)
     return found
+
+
+def test_ctrl_c_on_ray_ends_at_once_with_one_line(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "ray"
+    with _running(run_dir, "engine=ray") as process:
+        _wait(lambda: _round_begun(run_dir, 2) or process.poll() is not None, "round 2")
+        os.killpg(process.pid, signal.SIGINT)
+        code = process.wait(PATIENCE)
+    stderr = (run_dir.parent / "stderr.txt").read_text()
+    assert code == 130, stderr
+    assert re.fullmatch(r"interrupted: stopped in round 2 of 4; .+; to go on: fedpeft simulate --resume .+\n", stderr)
+    versions, faults = _versions(run_dir)
+    assert [record.manifest.round_number for record in versions] == [0, 1]
+    assert faults == []
 
 
 def test_ctrl_c_exits_with_130(interrupted: Stopped) -> None:

@@ -79,13 +79,6 @@ def run_inprocess(serve: Callable[[Grid], T], client_app: ClientApp, *, num_node
         return serve(grid)
 
 
-def _abandon_ray() -> None:
-    """End Ray's processes. Threads of Flower may go on waiting for their replies: see `federated.cli.main`."""
-    import ray
-
-    ray.shutdown()
-
-
 def run_ray(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int, config: EngineConfig) -> T:
     """Serve on Flower's Ray engine: one actor per worker, one CPU each.
 
@@ -128,7 +121,6 @@ def run_ray(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int
     except KeyboardInterrupt:
         stop.set()  # the ServerApp is in a thread of its own, and hears of Ctrl-C only so
         over.wait(_GRACE)
-        _abandon_ray()
     if failure:
         raise failure[0]
     if not outcome:

@@ -65,7 +65,8 @@ def step(
         config: which optimizer and its numbers.
         state: moments from `init` or the step before; untouched.
         adapter: float32 tensors; untouched.
-        pseudo_gradient: ``-mean_delta``, float64, exactly the adapter's names and shapes.
+        pseudo_gradient: ``-mean_delta``, float64, with the adapter's names and shapes; a tensor that is not in it was
+            not trained in this round, and neither it nor its moments move.
 
     Returns:
         The new adapter (float32, new tensors) and the new state.
@@ -74,9 +75,9 @@ def step(
         AggregationError: if names or shapes differ, or the state belongs to another optimizer or adapter.
     """
     _check(config, state, adapter, pseudo_gradient)
-    tensors: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    for name, tensor in adapter.tensors.items():
+    tensors, moments = dict(adapter.tensors), dict(state.moments)
+    for name in pseudo_gradient:
+        tensor = adapter.tensors[name]
         old = {slot: state.moments[f"{slot}/{name}"] for slot in _SLOTS[config.name]}
         direction, new = _direction(config, pseudo_gradient[name].double(), old)
         tensors[name] = (tensor.double() - config.learning_rate * direction).float()
@@ -86,7 +87,8 @@ def step(
 
 def _check(config: ServerOptimizerConfig, state: OptimizerState, adapter: AdapterState, gradient: Tensors) -> None:
     shapes = {name: tensor.shape for name, tensor in adapter.tensors.items()}
-    if {name: tensor.shape for name, tensor in gradient.items()} != shapes:
+    given = {name: tensor.shape for name, tensor in gradient.items()}
+    if not given or not given.items() <= shapes.items():
         raise AggregationError("the pseudo-gradient does not have the adapter's names and shapes")
     expected = {f"{slot}/{name}": shape for slot in _SLOTS[config.name] for name, shape in shapes.items()}
     if state.name != config.name or {name: tensor.shape for name, tensor in state.moments.items()} != expected:

@@ -7,7 +7,7 @@ Knows no peft, no files and no network: `federated.adapters` reads and writes mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from federated.errors import AggregationError
-from federated.manifest import AdapterSpec, ModuleSpec, RawTensor, TensorLayout, layout_of
+from federated.manifest import AdapterSpec, ModuleSpec, RawTensor, TensorEntry, TensorLayout, layout_of
 
 __all__ = [
     "AdapterState",
@@ -113,6 +113,11 @@ class AdapterState:
     def layout(self) -> TensorLayout:
         """Names, shapes and dtypes, sorted by name."""
         return layout_of(to_raw(self.tensors))
+
+    def update_layout(self, groups: Sequence[str]) -> TensorLayout:
+        """What an update that trains these groups must hold: their tensors in float32, sorted by name."""
+        moving = sorted((name, tensor) for name, tensor in self.tensors.items() if group_of(name) in groups)
+        return tuple(TensorEntry(name, tuple(tensor.shape), "F32") for name, tensor in moving)
 
     def cast(self, dtype: str) -> AdapterState:
         """The same adapter with tensors of safetensors dtype ``dtype`` (new tensors where it differs)."""

@@ -25,9 +25,9 @@ from torch.optim import lr_scheduler
 from federated.adapters import AdapterModel
 from federated.config import TrainConfig
 from federated.delta import subtract
-from federated.errors import ConfigError, DataError, FederatedError
+from federated.errors import ConfigError, DataError, FederatedError, ModelError
 from federated.manifest import TrainPlan, digest_of
-from federated.state import AdapterState
+from federated.state import AdapterState, group_of
 from federated.tasks import Evaluation, Features, Task
 from federated.tasks.batching import step_groups
 
@@ -55,7 +55,7 @@ class LocalResult:
     """What local training gives.
 
     Args:
-        delta: canonical name to float32 tensor, ``after - before``; empty after a plan to evaluate.
+        delta: canonical name to float32 tensor of the trained groups, ``after - before``; empty when only evaluated.
         num_examples: training examples behind it.
         metrics: ``train_loss`` (mean over the steps), ``steps``, ``seconds``, ``grad_clipped_share``, and
             ``eval_before_*`` and ``eval_after_*`` where asked for.
@@ -113,7 +113,16 @@ class LocalTrainer:
             if (plan.evaluate_after or self.config.evaluate_after) and data.test:
                 metrics |= self._measured("eval_after", data.test)
         metrics["seconds"] = time.perf_counter() - began
-        return LocalResult(subtract(self.adapter.masters(), state.tensors), len(data.train), metrics)
+        return LocalResult(self._moved(plan, state), len(data.train), metrics)
+
+    def _moved(self, plan: TrainPlan, state: AdapterState) -> dict[str, Tensor]:
+        """The delta of the groups that the plan trains; the others must be as they came."""
+        whole = subtract(self.adapter.masters(), state.tensors)
+        delta = {name: tensor for name, tensor in whole.items() if group_of(name) in plan.trainable}
+        stray = [name for name in whole.keys() - delta.keys() if whole[name].any()]
+        if stray:
+            raise ModelError(f"tensor {min(stray)} moved, though the plan trains only {', '.join(plan.trainable)}")
+        return delta
 
     def evaluate(self, state: AdapterState, features: Sequence[Features]) -> Evaluation:
         """Measure an adapter.

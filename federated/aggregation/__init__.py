@@ -6,8 +6,13 @@ no clock and no global random numbers.
 
 from collections.abc import Callable, Mapping
 
+from federated.aggregation.combine import check_combination
+from federated.aggregation.factor_mean import FactorMean
 from federated.aggregation.fedit import FedIT
+from federated.aggregation.ffa import FFALoRA
+from federated.aggregation.flexlora import FlexLoRA
 from federated.aggregation.protocol import Accumulator, ClientView, NextPhase, Result, Rule, RuleProperties
+from federated.aggregation.rolora import RoLoRA
 from federated.aggregation.sums import WeightedSum
 from federated.errors import ConfigError
 
@@ -15,16 +20,21 @@ __all__ = [
     "RULES",
     "Accumulator",
     "ClientView",
+    "FFALoRA",
+    "FactorMean",
     "FedIT",
+    "FlexLoRA",
     "NextPhase",
     "Result",
+    "RoLoRA",
     "Rule",
     "RuleProperties",
     "WeightedSum",
+    "check_combination",
     "make_rule",
 ]
 
-RULES: Mapping[str, Callable[[], Rule]] = {"fedit": FedIT}
+RULES: Mapping[str, Callable[[], Rule]] = {"fedit": FedIT, "ffa": FFALoRA, "flexlora": FlexLoRA, "rolora": RoLoRA}
 """Rule names that a config may use."""
 
 

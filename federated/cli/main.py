@@ -76,6 +76,14 @@ def train(
 
 
 @app.command()
+def strategies() -> None:
+    """List the aggregation rules: what each claims, sends and goes with."""
+    from federated.cli import strategies as command
+
+    command.show(Console())
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")]) -> None:
     """Write report.html of a run again."""
     from federated.report import write_report

@@ -49,7 +49,7 @@ class TaskWriter:
             mode: ``"train"`` or ``"evaluate"``.
         """
         packets: dict[tuple[int, str], bytes] = {}
-        messages, expected, sizes = [], {}, {}
+        messages, expected, sizes, layouts = [], {}, {}, {}
         for client_id, node in nodes.items():
             plan, payload = self._plan(server, client_id, mode)
             key = (plan.rank, client_id if self._rule.properties.own_payloads else "")
@@ -57,6 +57,7 @@ class TaskWriter:
                 packets[key] = adapter_packet(payload)
             assignment = self._assign(plan, client_id, server.version_id or "", round_number=round_number)
             expected[client_id] = self._expect(assignment, payload, server.counters.get(client_id, 0))
+            layouts[client_id] = payload.update_layout(plan.trainable)
             sizes[client_id] = len(packets[key])
             content = task_content(assignment, self._config, packets[key])
             messages.append(Message(content, node, "train", group_id=str(round_number)))
@@ -64,7 +65,7 @@ class TaskWriter:
             round_number,
             expected=expected,
             nodes=nodes,
-            layout=server.layout(),
+            layouts=layouts,
             limits=Limits(max_norm=self._config.round.max_norm),
             bytes_down=sizes,
             evaluate_only=mode == "evaluate",

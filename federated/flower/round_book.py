@@ -91,7 +91,7 @@ class RoundBook:
         round_number: 1-based.
         expected: what each client's envelope must say; its keys are the cohort.
         nodes: node id of each client.
-        layout: the exact tensors of an update.
+        layouts: the exact tensors of each client's update.
         limits: of size and norm.
         bytes_down: size of the packet that each client was sent.
         evaluate_only: no update is expected, only metrics.
@@ -103,7 +103,7 @@ class RoundBook:
         *,
         expected: Mapping[str, Expectation],
         nodes: Mapping[str, int],
-        layout: TensorLayout,
+        layouts: Mapping[str, TensorLayout],
         limits: Limits,
         bytes_down: Mapping[str, int],
         evaluate_only: bool = False,
@@ -112,7 +112,7 @@ class RoundBook:
         self.outcomes: list[Outcome] = []
         self._expected = expected
         self._clients = {node: client for client, node in nodes.items()}
-        self._layout = layout
+        self._layouts = layouts
         self._limits = limits
         self._bytes_down = bytes_down
         self._evaluate_only = evaluate_only
@@ -168,7 +168,8 @@ class RoundBook:
             return None
         if reply.packet is None:
             raise UpdateRejected("bad_encoding", "the reply holds no packet", client_id=client_id)
-        admitted = admit(reply.packet, self._expected[client_id], layout=self._layout, limits=self._limits)
+        expected, layout = self._expected[client_id], self._layouts[client_id]
+        admitted = admit(reply.packet, expected, layout=layout, limits=self._limits)
         envelope = admitted.envelope
         zero = "zero_update" if admitted.norm == 0 else None
         self._note(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation
@@ -27,6 +27,7 @@ def round_event(
     version_id: str | None,
     manifest: VersionManifest | None = None,
     moved: float = 0.0,
+    metrics: Mapping[str, float] | None = None,
     missed: str = "",
 ) -> dict[str, Any]:
     """The ``round`` event.
@@ -36,6 +37,7 @@ def round_event(
         version_id: of the global adapter now.
         manifest: of the version that the round made; None when it made none.
         moved: L2 norm of the global adapter's move.
+        metrics: what the rule reports of itself.
         missed: why there is no version.
     """
     outcomes = book.close()
@@ -53,6 +55,7 @@ def round_event(
         "weights_digest": manifest.weights_digest if manifest else None,
         "train_loss": train_metrics(good).get("train_loss"),
         "update_norm": moved,
+        "rule": dict(metrics or {}),
         "bytes_up": sum(outcome.bytes_up for outcome in outcomes),
         "bytes_down": sum(outcome.bytes_down for outcome in outcomes),
         "seconds": round(book.seconds, 3),

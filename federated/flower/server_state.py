@@ -16,7 +16,6 @@ from federated.config import ServerOptimizerConfig
 from federated.delta import is_finite, norm, subtract
 from federated.errors import AggregationError, ConfigError
 from federated.flower.publisher import TrainingState
-from federated.manifest import TensorEntry, TensorLayout
 from federated.state import AdapterState, GlobalState
 
 __all__ = ["ServerState"]
@@ -49,11 +48,6 @@ class ServerState:
     def adapter(self) -> AdapterState:
         """The float32 master copy of the global adapter."""
         return self.global_state.adapter
-
-    def layout(self) -> TensorLayout:
-        """The tensors that an update must have: the adapter's, in float32."""
-        named = sorted(self.adapter.tensors.items())
-        return tuple(TensorEntry(name, tuple(tensor.shape), "F32") for name, tensor in named)
 
     def arrays(self) -> ArrayRecord:
         """The global adapter as named float32 arrays (copies)."""

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy import Strategy
 
-from federated.aggregation import Rule, make_rule
+from federated.aggregation import Rule, check_combination, make_rule
 from federated.config import ExperimentConfig
 from federated.delta import Update
 from federated.errors import AggregationError, NotEnoughUpdates, RunInterrupted
@@ -78,6 +78,7 @@ class DeltaStrategy(Strategy):
     ) -> None:
         self.config = config
         self.rule = rule or make_rule(config.strategy.rule)
+        check_combination(self.rule, config.strategy)
         self.run_id = run_id or f"{config.name}-{secrets.token_hex(4)}"
         self.server = ServerState(initial, rule=self.rule, optimizer=config.strategy.server_optimizer)
         if resume is not None:
@@ -253,7 +254,10 @@ class DeltaStrategy(Strategy):
             return None, None
         manifest = self._publish(good, server_round, servable=getattr(result, "servable", True))
         self.server.finished = server_round
-        self._tracker.emit(round_event(book, version_id=self.version_id, manifest=manifest, moved=moved))
+        metrics = getattr(result, "metrics", {})
+        self._tracker.emit(
+            round_event(book, version_id=self.version_id, manifest=manifest, moved=moved, metrics=metrics)
+        )
         return self.server.arrays(), metric_record(train_metrics(good))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

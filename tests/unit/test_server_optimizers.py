@@ -169,18 +169,29 @@ def test_the_adapter_comes_back_in_float32_with_its_spec(name: str) -> None:
     "gradient",
     [
         {},
-        {"a": torch.zeros(3)},
         {"a": torch.zeros(3), "b": torch.zeros(2, 2), "c": torch.zeros(1)},
         {"a": torch.zeros(1), "b": torch.zeros(2, 2)},
         {"a": torch.zeros(3, 1), "b": torch.zeros(2, 2)},
     ],
-    ids=["nothing", "missing", "extra", "broadcast", "other shape"],
+    ids=["nothing", "extra", "broadcast", "other shape"],
 )
 @every
 def test_a_gradient_that_does_not_fit_is_refused(name: str, gradient: dict[str, torch.Tensor]) -> None:
     config, start = replace(CONFIG, name=name), adapter()
     with pytest.raises(AggregationError, match="does not have the adapter's names and shapes"):
         step(config, init(config, start), start, pseudo_gradient=gradient)
+
+
+@every
+def test_what_was_not_trained_stays_with_its_moments(name: str) -> None:
+    config, (first, second) = replace(CONFIG, name=name), deltas(2)
+    start, state = walk(config, adapter(), [first])
+    moved, after = step(config, state, start, pseudo_gradient={"a": -second["a"]})
+    assert torch.equal(moved.tensors["b"], start.tensors["b"])
+    assert not torch.equal(moved.tensors["a"], start.tensors["a"])
+    kept = {key: tensor for key, tensor in state.moments.items() if key.endswith("/b")}
+    assert all(torch.equal(after.moments[key], tensor) for key, tensor in kept.items())
+    assert after.moments.keys() == state.moments.keys()
 
 
 @pytest.mark.parametrize(("made_by", "used_by"), [("sgd", "adam"), ("adam", "sgd"), ("adam", "yogi")])

@@ -106,6 +106,14 @@ def test_the_layout_is_sorted_and_exact() -> None:
     assert {(entry.name, entry.shape, entry.dtype) for entry in layout} >= {("layer.k.factor_b", (2, 2), "F32")}
 
 
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_an_update_of_some_groups_holds_their_tensors_in_float32(dtype: str) -> None:
+    layout = state().cast(dtype).update_layout(("factor_b", "dense"))
+    assert [entry.name for entry in layout] == ["head.weight", "layer.k.factor_b", "layer.q.factor_b"]
+    assert {entry.dtype for entry in layout} == {"F32"}
+    assert state().update_layout(()) == ()
+
+
 def test_cast_changes_the_dtype_and_leaves_the_original() -> None:
     adapter = state()
     half = adapter.cast("BF16")

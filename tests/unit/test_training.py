@@ -334,11 +334,26 @@ class TestRepeatability:
 
 
 class TestPlan:
-    def test_frozen_groups_have_a_zero_delta(self):
+    @pytest.mark.parametrize("groups", [("factor_b", "dense"), ("factor_a",), ("factor_a", "factor_b", "dense")])
+    def test_the_delta_holds_the_trained_groups_alone(self, groups):
         trainer = series_trainer(batch_size=4)
-        found = trainer.run(start(trainer), TrainPlan(trainable=("factor_b", "dense")), series_data(trainer), seed=3)
-        still = {name for name, tensor in found.delta.items() if not tensor.any()}
-        assert still == {name for name in found.delta if group_of(name) == "factor_a"}
+        found = trainer.run(start(trainer), TrainPlan(trainable=groups), series_data(trainer), seed=3)
+        assert found.delta.keys() == trainer.adapter.trainable(groups).keys()
+        assert {group_of(name) for name in found.delta} == set(groups)
+        assert all(tensor.any() for tensor in found.delta.values())
+
+    def test_a_frozen_tensor_that_moves_is_an_error(self, monkeypatch):
+        trainer = series_trainer(batch_size=4)
+        frozen, collate = trainer.adapter.trainable(("factor_a",)), trainer.task.collate
+
+        def careless(features):
+            with torch.no_grad():
+                next(iter(frozen.values())).add_(1.0)
+            return collate(features)
+
+        monkeypatch.setattr(trainer.task, "collate", careless)
+        with pytest.raises(ModelError, match=r"factor_a moved, though the plan trains only factor_b, dense"):
+            trainer.run(start(trainer), TrainPlan(trainable=("factor_b", "dense")), series_data(trainer), seed=3)
 
     def test_the_delta_has_exactly_the_adapter_s_tensors(self):
         trainer = series_trainer(adapter={"train_head": False})

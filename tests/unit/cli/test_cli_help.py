@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 GROUPS = {
-    (): {"simulate", "train", "report", "registry", "device", "assets"},
+    (): {"simulate", "train", "strategies", "report", "registry", "device", "assets"},
     ("registry",): {"list", "show", "lineage", "channels"},
     ("device",): {"try"},
     ("assets",): {"fetch", "list"},

@@ -12,7 +12,6 @@ from federated.aggregation import FedIT, NextPhase, Result
 from federated.config import ServerOptimizerConfig
 from federated.errors import AggregationError, ConfigError
 from federated.flower.server_state import ServerState
-from federated.manifest import TensorEntry
 from federated.state import AdapterState, GlobalState, RuleState
 
 Make = Callable[..., Any]
@@ -35,12 +34,7 @@ def arrays(**changes: torch.Tensor) -> ArrayRecord:
 def test_the_master_copy_is_float32_whatever_the_devices_use(server: Make, adapter: Make) -> None:
     state = server(adapter(0.1, "BF16"))
     assert {tensor.dtype for tensor in state.adapter.tensors.values()} == {torch.float32}
-    assert {entry.dtype for entry in state.layout()} == {"F32"}
     assert state.global_state.materialise().tensors["q.factor_a"].dtype == torch.bfloat16
-
-
-def test_the_layout_is_sorted(server: Make) -> None:
-    assert server().layout() == (TensorEntry("q.factor_a", (2, 3), "F32"), TensorEntry("q.factor_b", (2, 2), "F32"))
 
 
 def test_arrays_are_copies(server: Make) -> None:

@@ -1,0 +1,25 @@
+"""Which parts of a strategy go together: the one place that says so, before anything starts."""
+
+from __future__ import annotations
+
+from federated.aggregation.protocol import Rule
+from federated.config import StrategyConfig
+from federated.errors import ConfigError
+
+__all__ = ["check_combination"]
+
+
+def check_combination(rule: Rule, strategy: StrategyConfig) -> None:
+    """Refuse a server optimizer on a rule that yields no delta in a fixed space.
+
+    Raises:
+        ConfigError: naming both parts and the reason.
+    """
+    optimizer = strategy.server_optimizer
+    if rule.properties.fixed_space or (optimizer.name == "sgd" and optimizer.learning_rate == 1.0):
+        return
+    found = f"{optimizer.name} with learning rate {optimizer.learning_rate:g}"
+    raise ConfigError(
+        f"strategy.server_optimizer = {found}: {rule.name} makes the next adapter itself, by a factorisation whose "
+        "directions change from round to round, so there is no pseudo-gradient to follow; use sgd with learning rate 1"
+    )

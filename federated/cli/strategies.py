@@ -1,0 +1,54 @@
+"""``fedpeft strategies``: the aggregation rules, what each claims, and what it goes with."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from federated.aggregation import RULES, ClientView, Rule, make_rule
+from federated.manifest import AdapterSpec, ModuleSpec
+from federated.state import AdapterState, GlobalState, Tensors
+
+__all__ = ["show"]
+
+_RANK, _SIDE = 8, 1024
+_CLAIMS = {
+    "exact": "exact",
+    "truncation": "optimal truncation",
+    "approximate": "approximate",
+}
+
+
+def show(console: Console) -> None:
+    """Print a row per rule; bytes are of one square layer, in units of its factors together."""
+    table = Table("strategy", "sum of B A", "up", "down", "server optimizer", "mixed ranks", "a sum*", "paper")
+    for name in sorted(RULES):
+        rule = make_rule(name)
+        properties = rule.properties
+        up, down = _traffic(rule)
+        cells = (_yes(properties.fixed_space), _yes(properties.mixed_ranks), _yes(properties.linear))
+        table.add_row(name, _CLAIMS[properties.exactness], up, down, *cells, properties.paper)
+    console.print(table)
+    console.print("Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
+    console.print("* the server needs only the sum of the updates: the condition of secure aggregation.", markup=False)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _traffic(rule: Rule) -> tuple[str, str]:
+    """Tensors up and down in the first round, asked of the rule itself."""
+    module = ModuleSpec("layer", _SIDE, _SIDE, _RANK, 2.0 * _RANK)
+    spec = AdapterSpec("lora", _RANK, 2.0 * _RANK, use_rslora=False, modules=(module,))
+    factors = {"layer.factor_a": torch.zeros(_RANK, _SIDE), "layer.factor_b": torch.zeros(_SIDE, _RANK)}
+    state = GlobalState(AdapterState(spec, factors), rule_state=rule.init(spec))
+    plan, payload = rule.plan(state, ClientView("anybody"), 1)
+    layout = payload.update_layout(plan.trainable)
+    sent = sum(entry.shape[0] * entry.shape[1] for entry in layout)
+    return _share(sent, factors), _share(sum(tensor.numel() for tensor in payload.tensors.values()), factors)
+
+
+def _share(count: int, factors: Tensors) -> str:
+    return f"{count / sum(tensor.numel() for tensor in factors.values()):g}"

@@ -1,0 +1,206 @@
+"""Does a rule do what it claims? Every rule is held against the dense float64 definition of what it should compute.
+
+The truth is ``dW* = sum_k p_k scaling * B_k A_k`` of what the clients hold after training, formed densely and in
+float64, with the layer's own scaling (alpha / r, or alpha / sqrt(r) for rsLoRA). `examine` runs a rule on a case, as a
+strategy would (plan, start, add, finish, and the plain step of averaging), and measures how far the adapter that it
+makes is from the truth:
+
+    exact         within 1e-6 of the truth, relative to it
+    truncation    as close as any adapter of that rank can be (Eckart and Young), within 1e-6 of the truth's norm
+    approximate   no bound: the gap is what the rule costs, and is reported
+
+Where the truth is zero the bounds are absolute. With bfloat16 adapters, what clients receive is rounded to 8 bits, and
+the bounds are 2^-6. Run it on a rule of your own:
+
+    for case in cases():
+        finding = examine(MyRule(), case)
+        assert finding.passed, finding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from federated.aggregation import ClientView, NextPhase, Rule
+from federated.delta import Update
+from federated.errors import AggregationError
+from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec
+from federated.state import AdapterState, GlobalState, Tensors, group_of
+
+__all__ = ["Case", "Finding", "cases", "dense_mean", "effective_of", "examine"]
+
+_BOUND = {"F32": 1e-6, "BF16": 2.0**-6, "F16": 2.0**-9}
+_MEAN = "mean_pool"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One round's input.
+
+    Args:
+        name: what is special about it.
+        adapter: the global adapter before the round, float32.
+        trained: client id to what that client would move, for all groups; a rule's plan decides which of it counts.
+        weights: client id to weight.
+    """
+
+    name: str
+    adapter: AdapterState
+    trained: Mapping[str, Tensors]
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule made of a case.
+
+    Args:
+        rule: its name.
+        case: the case's name.
+        exactness: what the rule claims.
+        error: distance of the new effective update from the truth, relative to the truth's norm (absolute where
+            that is zero), over all layers.
+        optimum: the same for the best adapter of that rank.
+        dense_error: largest relative error of the dense tensors' mean.
+        bound: what ``error - optimum`` (or ``error``) may be.
+    """
+
+    rule: str
+    case: str
+    exactness: str
+    error: float
+    optimum: float
+    dense_error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the claim holds."""
+        allowed = {"exact": self.bound, "truncation": self.optimum + self.bound}.get(self.exactness, float("inf"))
+        return self.error <= allowed and self.dense_error <= self.bound
+
+
+def effective_of(adapter: AdapterState) -> dict[str, Tensor]:
+    """Each layer's dense effective update ``scaling * B @ A``, float64 [d_out, d_in]."""
+    return {
+        pair.module.name: pair.scaling * pair.factor_b.double() @ pair.factor_a.double() for pair in adapter.pairs()
+    }
+
+
+def dense_mean(adapters: Mapping[str, AdapterState], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """``sum_k p_k scaling * B_k A_k`` of each layer, dense and in float64: the truth."""
+    total = sum(weights[client_id] for client_id in adapters)
+    means: dict[str, Tensor] = {}
+    for client_id, adapter in adapters.items():
+        for name, matrix in effective_of(adapter).items():
+            means[name] = means.get(name, torch.zeros_like(matrix)) + weights[client_id] / total * matrix
+    return means
+
+
+def examine(rule: Rule, case: Case) -> Finding:
+    """Run a rule on a case and measure it.
+
+    Raises:
+        AggregationError: if the rule refuses the case, or asks for a second phase.
+    """
+    before = GlobalState(case.adapter, rule_state=rule.init(case.adapter.spec))
+    accumulator = rule.start(before, 1)
+    after: dict[str, AdapterState] = {}
+    for client_id, moves in case.trained.items():
+        plan, payload = rule.plan(before, ClientView(client_id), 1)
+        delta = {name: move for name, move in moves.items() if group_of(name) in plan.trainable}
+        moved = {name: tensor.float() + delta.get(name, 0.0) for name, tensor in payload.tensors.items()}
+        after[client_id] = AdapterState(payload.spec, moved)
+        accumulator.add(Update(client_id, delta, num_examples=1), case.weights[client_id])
+    result = accumulator.finish()
+    if isinstance(result, NextPhase):
+        raise AggregationError(f"{rule.name} asks for a second phase, which this suite does not run")
+    made = result.state.adapter if result.state else _moved(case.adapter, result.mean_delta or {})
+    return _measured(rule, case, made=made, after=after)
+
+
+def _moved(adapter: AdapterState, mean_delta: Tensors) -> AdapterState:
+    """The step of plain averaging."""
+    moved = {name: (adapter.tensors[name].double() + move.double()).float() for name, move in mean_delta.items()}
+    return replace(adapter, tensors={**adapter.tensors, **moved})
+
+
+def _measured(rule: Rule, case: Case, *, made: AdapterState, after: Mapping[str, AdapterState]) -> Finding:
+    truth, found = dense_mean(after, case.weights), effective_of(made)
+    ranks = {module.name: module.rank for module in made.spec.modules}
+    size = _norm(truth) or 1.0
+    missed = [torch.linalg.svdvals(matrix)[ranks[name] :].square().sum() for name, matrix in truth.items()]
+    total = sum(case.weights[client_id] for client_id in after)
+    dense_errors = [0.0]
+    for name, tensor in made.dense().items():
+        mean = sum(case.weights[one] / total * after[one].tensors[name].double() for one in after)
+        dense_errors.append(float((tensor.double() - mean).norm()) / max(float(torch.as_tensor(mean).norm()), 1e-30))
+    return Finding(
+        rule=rule.name,
+        case=case.name,
+        exactness=rule.properties.exactness,
+        error=_norm({name: found[name] - matrix for name, matrix in truth.items()}) / size,
+        optimum=float(torch.stack(missed).sum().sqrt()) / size,
+        dense_error=max(dense_errors),
+        bound=_BOUND[case.adapter.spec.dtype],
+    )
+
+
+def _norm(matrices: Mapping[str, Tensor]) -> float:
+    return float(torch.stack([matrix.double().square().sum() for matrix in matrices.values()]).sum().sqrt())
+
+
+def cases(seed: int = 0) -> Iterator[Case]:
+    """The grid: scalings, layouts, shapes, weights, participation, zero updates, bfloat16; two layers each."""
+    yield _case("alpha is r", seed, alpha=3.0)
+    yield _case("alpha is not r", seed)
+    yield _case("rsLoRA", seed, use_rslora=True)
+    yield _case("Conv1D", seed, fan_in_fan_out=True)
+    yield _case("wide", seed, shape=(4, 11))
+    yield _case("tall", seed, shape=(11, 4))
+    yield _case("rank is a dimension", seed, shape=(3, 9))
+    yield _case("rank one", seed, rank=1)
+    yield _case("unequal weights", seed, weights=(1.0, 10.0, 0.25))
+    yield _case("one client", seed, weights=(7.0,))
+    yield _case("many clients", seed, weights=tuple(float(number) for number in range(1, 13)))
+    yield _case("a fresh adapter", seed, fresh=True)
+    yield _case("one client learns nothing", seed, still=("client-000",))
+    yield _case("nobody learns anything", seed, fresh=True, still=("client-000", "client-001", "client-002"))
+    yield _case("bfloat16", seed, dtype="BF16")
+
+
+def _case(
+    name: str,
+    seed: int,
+    *,
+    rank: int = 3,
+    alpha: float = 8.0,
+    use_rslora: bool = False,
+    fan_in_fan_out: bool = False,
+    shape: tuple[int, int] = (7, 6),
+    weights: tuple[float, ...] = (1.0, 2.0, 3.0),
+    fresh: bool = False,
+    still: tuple[str, ...] = (),
+    dtype: str = "F32",
+) -> Case:
+    d_out, d_in = shape
+    layers = [ModuleSpec(f"layer.{letter}", d_in, d_out, rank, alpha, fan_in_fan_out) for letter in "kq"]
+    head = HeadSpec(_MEAN, 2, trained=True, seed=0)
+    spec = AdapterSpec("lora", rank, alpha, use_rslora, tuple(layers), head=head, dtype=dtype)
+    shapes = {f"{layer.name}.factor_a": (rank, d_in) for layer in layers}
+    shapes |= {f"{layer.name}.factor_b": (d_out, rank) for layer in layers} | {"head.weight": (2, d_in)}
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(scale: float) -> dict[str, Tensor]:
+        return {key: scale * torch.randn(size, generator=generator) for key, size in shapes.items()}
+
+    start = drawn(1.0)
+    if fresh:
+        start = {key: torch.zeros_like(one) if key.endswith("factor_b") else one for key, one in start.items()}
+    names = [f"client-{number:03d}" for number in range(len(weights))]
+    moves = {client: drawn(0.0 if client in still else 0.7) for client in names}
+    return Case(name, AdapterState(spec, start), moves, dict(zip(names, weights, strict=True)))

@@ -1,0 +1,199 @@
+"""What is particular to each rule: who trains what, in which turn, in which order, and what is refused."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from federated.aggregation import (
+    RULES,
+    ClientView,
+    FFALoRA,
+    FlexLoRA,
+    Result,
+    RoLoRA,
+    Rule,
+    check_combination,
+    make_rule,
+)
+from federated.config import ServerOptimizerConfig, StrategyConfig
+from federated.delta import Update
+from federated.errors import AggregationError, ConfigError, NotEnoughUpdates
+from federated.state import GlobalState, RuleState, group_of
+from federated.testing import Case, cases, dense_mean, effective_of
+
+CASES = {case.name: case for case in cases()}
+CASE = CASES["unequal weights"]
+CLIENT = ClientView("client-000")
+
+
+def begun(rule: Rule, case: Case = CASE) -> GlobalState:
+    return GlobalState(case.adapter, rule_state=rule.init(case.adapter.spec))
+
+
+def updates(rule: Rule, state: GlobalState, case: Case = CASE) -> list[Update]:
+    plan, _ = rule.plan(state, CLIENT, 1)
+    return [
+        Update(client, {name: move for name, move in moves.items() if group_of(name) in plan.trainable}, 1)
+        for client, moves in case.trained.items()
+    ]
+
+
+def combined(rule: Rule, state: GlobalState, given: list[Update], case: Case = CASE) -> Result:
+    accumulator = rule.start(state, 1)
+    for update in given:
+        accumulator.add(update, case.weights[update.client_id])
+    result = accumulator.finish()
+    assert isinstance(result, Result)
+    return result
+
+
+def test_ffa_trains_and_sends_b_and_the_dense_tensors_only() -> None:
+    rule = FFALoRA()
+    plan, payload = rule.plan(begun(rule), CLIENT, 1)
+    assert plan.trainable == ("factor_b", "dense")
+    assert payload.tensors.keys() == CASE.adapter.tensors.keys()
+    mean = combined(rule, begun(rule), updates(rule, begun(rule))).mean_delta
+    assert mean is not None
+    assert {group_of(name) for name in mean} == {"factor_b", "dense"}
+
+
+def test_rolora_s_turns_change_with_each_finished_round() -> None:
+    rule, state, turns = RoLoRA(), begun(RoLoRA()), []
+    for _ in range(4):
+        turns.append(rule.plan(state, CLIENT, 1)[0].trainable[0])
+        result = combined(rule, state, updates(rule, state))
+        assert {group_of(name) for name in result.mean_delta or {}} == {turns[-1], "dense"}
+        state = replace(state, rule_state=result.rule_state)
+    assert turns == ["factor_b", "factor_a", "factor_b", "factor_a"]
+
+
+def test_a_round_that_is_not_finished_uses_up_no_turn() -> None:
+    rule, state = RoLoRA(), begun(RoLoRA())
+    with pytest.raises(NotEnoughUpdates):
+        rule.start(state, 1).finish()
+    assert rule.plan(state, CLIENT, 1)[0].trainable == ("factor_b", "dense")
+
+
+def test_rolora_refuses_a_state_that_it_did_not_make() -> None:
+    with pytest.raises(AggregationError, match="was not made by RoLoRA: its turn is None"):
+        RoLoRA().plan(GlobalState(CASE.adapter), CLIENT, 1)
+    with pytest.raises(AggregationError, match="its turn is dense"):
+        RoLoRA().start(GlobalState(CASE.adapter, rule_state=RuleState({"turn": "dense"})), 1)
+
+
+@pytest.mark.parametrize("name", ["ffa", "rolora"])
+def test_an_update_of_a_frozen_factor_is_refused_and_not_mixed_in(name: str) -> None:
+    rule = make_rule(name)
+    state = begun(rule)
+    good = updates(rule, state)
+    accumulator = rule.start(state, 1)
+    with pytest.raises(AggregationError, match=r"update of mallory does not fit .*factor_a"):
+        accumulator.add(Update("mallory", CASE.trained["client-000"], 1), 1.0)
+    for update in good:
+        accumulator.add(update, CASE.weights[update.client_id])
+    found, expected = accumulator.finish().mean_delta, combined(rule, state, good).mean_delta
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_the_order_of_arrival_changes_no_bit(name: str) -> None:
+    rule = make_rule(name)
+    state = begun(rule)
+    given, results = updates(rule, state), []
+    for order in itertools.permutations(given):
+        result = combined(rule, state, list(order))
+        results.append(result.mean_delta or result.state.adapter.tensors)
+    assert all(torch.equal(other[key], results[0][key]) for other in results for key in results[0])
+
+
+class TestFlexLoRA:
+    def test_the_share_of_energy_in_the_adapter_is_reported(self):
+        even = CASES["many clients"]
+        rule, state = FlexLoRA(), begun(FlexLoRA(), even)
+        share = combined(rule, state, updates(rule, state, even), even).metrics["energy_kept"]
+        after = {
+            client: replace(even.adapter, tensors={name: even.adapter.tensors[name] + moves[name] for name in moves})
+            for client, moves in even.trained.items()
+        }
+        squares = [torch.linalg.svdvals(matrix).square() for matrix in dense_mean(after, even.weights).values()]
+        kept = sum(float(one[:3].sum()) for one in squares) / sum(float(one.sum()) for one in squares)
+        assert share == pytest.approx(kept)
+        assert share < 0.9999
+        alone = CASES["one client"]
+        result = combined(rule, begun(rule, alone), updates(rule, begun(rule, alone), alone), alone)
+        assert result.metrics["energy_kept"] == pytest.approx(1.0)
+
+    def test_directions_that_nobody_uses_can_still_be_trained(self):
+        case = CASES["nobody learns anything"]
+        rule, state = FlexLoRA(), begun(FlexLoRA(), case)
+        result = combined(rule, state, updates(rule, state, case), case)
+        made = result.state.adapter
+        assert result.metrics["energy_kept"] == 1.0
+        assert all(not matrix.any() for matrix in effective_of(made).values())
+        for pair in made.pairs():
+            assert torch.equal(pair.factor_a, case.adapter.tensors[f"{pair.module.name}.factor_a"])
+
+    def test_both_factors_are_of_one_size(self):
+        rule, state = FlexLoRA(), begun(FlexLoRA())
+        for pair in combined(rule, state, updates(rule, state)).state.adapter.pairs():
+            torch.testing.assert_close(pair.factor_a.norm(dim=1), pair.factor_b.norm(dim=0))
+
+    def test_another_basis_of_the_same_product_changes_nothing(self):
+        """The gauge attack: (B Q, Q^-1 A) is the same update, whatever Q."""
+        rule, state = FlexLoRA(), begun(FlexLoRA())
+        honest = updates(rule, state)
+        turned = {}
+        for pair in CASE.adapter.pairs():
+            name, mix = pair.module.name, torch.randn(3, 3, generator=torch.Generator().manual_seed(1)).double()
+            delta = honest[0].delta
+            after_b = (pair.factor_b + delta[f"{name}.factor_b"]).double() @ mix
+            after_a = torch.linalg.solve(mix, (pair.factor_a + delta[f"{name}.factor_a"]).double())
+            turned[f"{name}.factor_b"] = (after_b - pair.factor_b).float()
+            turned[f"{name}.factor_a"] = (after_a - pair.factor_a).float()
+        attack = replace(honest[0], delta={**honest[0].delta, **turned})
+        one = effective_of(combined(rule, state, honest).state.adapter)
+        other = effective_of(combined(rule, state, [attack, *honest[1:]]).state.adapter)
+        for name, matrix in one.items():
+            torch.testing.assert_close(other[name], matrix, rtol=1e-4, atol=1e-4)
+
+    def test_an_adapter_without_dense_tensors(self):
+        plain = {name: tensor for name, tensor in CASE.adapter.tensors.items() if group_of(name) != "dense"}
+        spec = replace(CASE.adapter.spec, head=None)
+        case = replace(CASE, adapter=replace(CASE.adapter, spec=spec, tensors=plain))
+        rule, state = FlexLoRA(), begun(FlexLoRA(), case)
+        given = [
+            replace(update, delta={name: move for name, move in update.delta.items() if name in plain})
+            for update in updates(rule, state)
+        ]
+        assert combined(rule, state, given).state.adapter.tensors.keys() == plain.keys()
+
+    def test_nothing_and_bad_weights_are_refused(self):
+        rule, state = FlexLoRA(), begun(FlexLoRA())
+        accumulator = rule.start(state, 1)
+        with pytest.raises(AggregationError, match="weight 0"):
+            accumulator.add(updates(rule, state)[0], 0.0)
+        with pytest.raises(AggregationError, match="tensor names differ"):
+            accumulator.add(replace(updates(rule, state)[0], delta={}), 1.0)
+        with pytest.raises(NotEnoughUpdates):
+            accumulator.finish()
+
+    def test_a_client_counts_once(self):
+        rule, state = FlexLoRA(), begun(FlexLoRA())
+        accumulator = rule.start(state, 1)
+        accumulator.add(updates(rule, state)[0], 1.0)
+        with pytest.raises(AggregationError, match="two updates of client-000"):
+            accumulator.add(updates(rule, state)[0], 1.0)
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("optimizer", [("sgd", 1.0), ("sgd", 0.5), ("adam", 1.0)])
+def test_server_optimizers_go_with_rules_that_yield_a_delta(name: str, optimizer: tuple[str, float]) -> None:
+    rule = make_rule(name)
+    config = StrategyConfig(name, server_optimizer=ServerOptimizerConfig(optimizer[0], learning_rate=optimizer[1]))
+    if rule.properties.fixed_space or optimizer == ("sgd", 1.0):
+        check_combination(rule, config)
+    else:
+        with pytest.raises(ConfigError, match=f"{name} makes the next adapter itself.*use sgd with learning rate 1"):
+            check_combination(rule, config)

@@ -1,0 +1,27 @@
+"""``fedpeft strategies``: one row per rule, with what the rule itself says of what it sends."""
+
+from collections.abc import Callable
+from typing import Any
+
+from federated.aggregation import RULES, make_rule
+
+
+def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
+    out = fedpeft("strategies").out
+    rows = {
+        cells[1]: cells for line in out.splitlines() if len(cells := [cell.strip() for cell in line.split("│")]) > 8
+    }
+    assert set(rows) == set(RULES)
+    assert {name: row[3] for name, row in rows.items()} == {
+        "fedit": "1",
+        "ffa": "0.5",
+        "rolora": "0.5",
+        "flexlora": "1",
+    }
+    assert {row[4] for row in rows.values()} == {"1"}
+    for name, row in rows.items():
+        properties = make_rule(name).properties
+        assert row[5:8] == [
+            "yes" if is_so else "no" for is_so in (properties.fixed_space, properties.mixed_ranks, properties.linear)
+        ]
+    assert rows["flexlora"][2] == "optimal truncation"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from federated.aggregation.combine import check_combination
 from federated.aggregation.factor_mean import FactorMean
 from federated.aggregation.fedit import FedIT
+from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
 from federated.aggregation.flexlora import FlexLoRA
 from federated.aggregation.protocol import Accumulator, ClientView, NextPhase, Result, Rule, RuleProperties
@@ -23,6 +24,7 @@ __all__ = [
     "FFALoRA",
     "FactorMean",
     "FedIT",
+    "FedSVD",
     "FlexLoRA",
     "NextPhase",
     "Result",
@@ -34,7 +36,13 @@ __all__ = [
     "make_rule",
 ]
 
-RULES: Mapping[str, Callable[[], Rule]] = {"fedit": FedIT, "ffa": FFALoRA, "flexlora": FlexLoRA, "rolora": RoLoRA}
+RULES: Mapping[str, Callable[[], Rule]] = {
+    "fedit": FedIT,
+    "fedsvd": FedSVD,
+    "ffa": FFALoRA,
+    "flexlora": FlexLoRA,
+    "rolora": RoLoRA,
+}
 """Rule names that a config may use."""
 
 

@@ -9,6 +9,7 @@ import torch
 from federated.aggregation import (
     RULES,
     ClientView,
+    FedSVD,
     FFALoRA,
     FlexLoRA,
     Result,
@@ -20,8 +21,8 @@ from federated.aggregation import (
 from federated.config import ServerOptimizerConfig, StrategyConfig
 from federated.delta import Update
 from federated.errors import AggregationError, ConfigError, NotEnoughUpdates
-from federated.state import GlobalState, RuleState, group_of
-from federated.testing import Case, cases, dense_mean, effective_of
+from federated.state import AdapterState, GlobalState, RuleState, Tensors, group_of
+from federated.testing import Case, cases, dense_mean, effective_of, examine
 
 CASES = {case.name: case for case in cases()}
 CASE = CASES["unequal weights"]
@@ -47,6 +48,11 @@ def combined(rule: Rule, state: GlobalState, given: list[Update], case: Case = C
     result = accumulator.finish()
     assert isinstance(result, Result)
     return result
+
+
+def made_by(result: Result) -> Tensors:
+    """Whichever of the two a rule yields."""
+    return result.mean_delta or result.state.adapter.tensors
 
 
 def test_ffa_trains_and_sends_b_and_the_dense_tensors_only() -> None:
@@ -83,7 +89,48 @@ def test_rolora_refuses_a_state_that_it_did_not_make() -> None:
         RoLoRA().start(GlobalState(CASE.adapter, rule_state=RuleState({"turn": "dense"})), 1)
 
 
-@pytest.mark.parametrize("name", ["ffa", "rolora"])
+def _shallow() -> Case:
+    """A layer of two outputs under an adapter of rank three."""
+    generator = torch.Generator().manual_seed(3)
+    spec = replace(CASE.adapter.spec, modules=tuple(replace(one, d_out=2) for one in CASE.adapter.spec.modules))
+
+    def cut(tensors: Tensors) -> dict[str, torch.Tensor]:
+        drawn = {name: torch.randn(2, 3, generator=generator) for name in tensors if name.endswith("factor_b")}
+        return {**tensors, **drawn}
+
+    moves = {client: cut(tensors) for client, tensors in CASE.trained.items()}
+    return replace(CASE, adapter=AdapterState(spec, cut(CASE.adapter.tensors)), trained=moves)
+
+
+class TestFedSVD:
+    def test_a_has_orthonormal_rows_and_the_product_is_that_of_the_mean(self):
+        rule, state = FedSVD(), begun(FedSVD())
+        made = combined(rule, state, updates(rule, state)).state.adapter
+        mean = combined(FFALoRA(), begun(FFALoRA()), updates(FFALoRA(), begun(FFALoRA()))).mean_delta
+        for pair in made.pairs():
+            name = pair.module.name
+            torch.testing.assert_close(pair.factor_a @ pair.factor_a.T, torch.eye(3), rtol=0, atol=1e-6)
+            factor_b = CASE.adapter.tensors[f"{name}.factor_b"] + mean[f"{name}.factor_b"]
+            expected = pair.scaling * factor_b.double() @ CASE.adapter.tensors[f"{name}.factor_a"].double()
+            torch.testing.assert_close(effective_of(made)[name], expected, rtol=1e-5, atol=1e-5)
+
+    def test_directions_that_nobody_uses_can_still_be_trained(self):
+        case = CASES["nobody learns anything"]
+        rule, state = FedSVD(), begun(FedSVD(), case)
+        for pair in combined(rule, state, updates(rule, state, case), case).state.adapter.pairs():
+            assert not pair.factor_b.any()
+            torch.testing.assert_close(pair.factor_a @ pair.factor_a.T, torch.eye(3), rtol=0, atol=1e-6)
+
+    def test_a_rank_beyond_the_layer_s_side_keeps_its_other_rows(self):
+        case = _shallow()
+        rule, state = FedSVD(), begun(FedSVD(), case)
+        for pair in combined(rule, state, updates(rule, state, case), case).state.adapter.pairs():
+            assert torch.equal(pair.factor_a[2:], case.adapter.tensors[f"{pair.module.name}.factor_a"][2:])
+            assert not pair.factor_b[:, 2:].any()
+        assert examine(rule, case).passed
+
+
+@pytest.mark.parametrize("name", ["fedsvd", "ffa", "rolora"])
 def test_an_update_of_a_frozen_factor_is_refused_and_not_mixed_in(name: str) -> None:
     rule = make_rule(name)
     state = begun(rule)
@@ -93,7 +140,7 @@ def test_an_update_of_a_frozen_factor_is_refused_and_not_mixed_in(name: str) -> 
         accumulator.add(Update("mallory", CASE.trained["client-000"], 1), 1.0)
     for update in good:
         accumulator.add(update, CASE.weights[update.client_id])
-    found, expected = accumulator.finish().mean_delta, combined(rule, state, good).mean_delta
+    found, expected = made_by(accumulator.finish()), made_by(combined(rule, state, good))
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
@@ -104,7 +151,7 @@ def test_the_order_of_arrival_changes_no_bit(name: str) -> None:
     given, results = updates(rule, state), []
     for order in itertools.permutations(given):
         result = combined(rule, state, list(order))
-        results.append(result.mean_delta or result.state.adapter.tensors)
+        results.append(made_by(result))
     assert all(torch.equal(other[key], results[0][key]) for other in results for key in results[0])
 
 

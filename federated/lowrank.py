@@ -38,6 +38,7 @@ __all__ = [
     "inner",
     "norm_of",
     "rank_for_energy",
+    "sketch",
     "stack",
     "sum_of",
     "truncate",
@@ -159,6 +160,35 @@ def decompose(product: LowRank) -> Spectrum:
     left, right = q_left @ u, q_right @ vh.T
     signs = _signs(left)
     return Spectrum(left * signs, s, right * signs)
+
+
+def sketch(product: LowRank, rank: int, *, generator: torch.Generator, oversample: int = 8, power: int = 1) -> Spectrum:
+    """The leading part of a decomposition from a random sample of the range (Halko, Martinsson and Tropp 2011, 5.1).
+
+    Y = (M M^T)^power M Omega with a Gaussian Omega of ``rank + oversample`` columns, Q = qr(Y), and the decomposition
+    of Q Q^T M. Cheaper than `decompose` where ``rank`` is much smaller than the stacked rank, and not the optimum: the
+    error it adds is small where the singular values fall quickly.
+
+    Args:
+        product: what to decompose.
+        rank: directions that are wanted; as many are given, or fewer if there are no more.
+        generator: draws Omega.
+        oversample: further columns of Omega.
+        power: passes that sharpen the falling of the singular values.
+
+    Raises:
+        AggregationError: for a rank below 1.
+    """
+    if rank < 1:
+        raise AggregationError(f"rank {rank} of a sketch: expected at least 1")
+    columns = min(rank + oversample, *product.shape)
+    omega = torch.randn(product.shape[1], columns, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(product.left @ (product.right @ omega)).Q
+    for _ in range(power):
+        other = torch.linalg.qr(product.right.T @ (product.left.T @ basis)).Q
+        basis = torch.linalg.qr(product.left @ (product.right @ other)).Q
+    found = decompose(LowRank(basis, (basis.T @ product.left) @ product.right))
+    return Spectrum(found.u[:, :rank], found.s[:rank], found.v[:, :rank])
 
 
 def _signs(columns: Tensor) -> Tensor:

@@ -83,6 +83,11 @@ def _round_begun(run_dir: Path, number: int) -> bool:
     return any(event["event"] == "round_start" and event["round_number"] == number for event in _events(run_dir))
 
 
+def _hear_ctrl_c() -> None:
+    """As at a terminal: what a shell starts in the background ignores Ctrl-C, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def _running(run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
     """The command at work, as the leader of a process group that is gone afterwards."""
@@ -97,6 +102,7 @@ def _running(run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
             stderr=stderr,
             text=True,
             start_new_session=True,
+            preexec_fn=_hear_ctrl_c,
         )
     try:
         yield process

@@ -17,6 +17,7 @@ from federated.lowrank import (
     inner,
     norm_of,
     rank_for_energy,
+    sketch,
     stack,
     sum_of,
     truncate,
@@ -122,6 +123,42 @@ def test_a_truncation_to_the_full_rank_loses_nothing() -> None:
     assert close(truncate(matrix, 5).dense(), matrix.dense())
 
 
+def fallen(rank: int, *, fall: float) -> LowRank:
+    """A 40 x 30 matrix whose singular values fall by a factor each."""
+    found = decompose(product(40, 30, rank))
+    return LowRank(found.u * fall ** torch.arange(rank, dtype=torch.float64), found.v.T.contiguous())
+
+
+def test_a_sketch_of_all_directions_is_the_decomposition() -> None:
+    matrix = product(40, 30, 6)
+    found = sketch(matrix, 6, generator=torch.Generator().manual_seed(1))
+    assert close(rebuilt(found), matrix.dense())
+    assert close(found.s, decompose(matrix).s)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sketch_is_nearly_optimal_where_singular_values_fall(seed: int) -> None:
+    matrix = fallen(20, fall=0.5)
+    found = sketch(matrix, 4, generator=torch.Generator().manual_seed(seed))
+    best = float((truncate(matrix, 4).dense() - matrix.dense()).norm())
+    assert found.s.shape == (4,)
+    assert best <= float((rebuilt(found) - matrix.dense()).norm()) + 1e-12 <= 1.01 * best
+
+
+def test_a_sketch_repeats_with_its_generator() -> None:
+    matrix = fallen(20, fall=0.9)
+    one, other = (sketch(matrix, 3, generator=torch.Generator().manual_seed(2), power=0) for _ in range(2))
+    assert torch.equal(one.u, other.u)
+    assert not torch.equal(one.u, sketch(matrix, 3, generator=torch.Generator().manual_seed(3), power=0).u)
+
+
+def test_a_sketch_wider_than_the_matrix_gives_what_there_is() -> None:
+    matrix = product(4, 9, 2)
+    found = sketch(matrix, 7, generator=torch.Generator().manual_seed(1))
+    assert found.s.shape == (4,)
+    assert close(rebuilt(found), matrix.dense())
+
+
 @pytest.mark.parametrize("scaling", [2.0, 0.125])
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_balanced_factors_give_back_the_truncation_at_the_scaling(scaling: float, rank: int) -> None:
@@ -193,3 +230,5 @@ class TestRefusals:
     def test_rank_zero(self):
         with pytest.raises(AggregationError, match="expected at least 1"):
             truncate(product(3, 4, 2), 0)
+        with pytest.raises(AggregationError, match="expected at least 1"):
+            sketch(product(3, 4, 2), 0, generator=torch.Generator())

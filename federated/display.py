@@ -219,6 +219,7 @@ def _plain_client(event: Event) -> str:
 def _plain_round(event: Event) -> str:
     of = f"/{event['rounds']}" if event.get("rounds") else ""
     parts = [f"round {event['round_number']}{of}: {event.get('participants')} of {event.get('cohort')} clients"]
+    parts = parts if event.get("cohort") else ["trained centrally"]
     parts += [f"train loss {_number(event['train_loss'], '.4f')}"] if event.get("train_loss") is not None else []
     parts += [f"before it held-out {_words(event['evaluation'])}"] if event.get("evaluation") else []
     parts += [f"{_number(event['seconds'], '.1f')} s"] if event.get("seconds") is not None else []
@@ -235,8 +236,7 @@ def _plain_baseline(event: Event) -> str:
 
 
 def _plain_end(event: Event) -> str:
-    message = event.get("message")
-    return f"{event.get('status')}: {message}" if message else str(event.get("status"))
+    return str(event.get("status"))  # why is said by whoever started the run
 
 
 def _words(evaluation: Event) -> str:

@@ -8,14 +8,22 @@ from federated.errors import ConfigError
 
 __all__ = ["check_combination"]
 
+_ADAPTIVE = ("adam", "yogi", "adagrad")
+
 
 def check_combination(rule: Rule, strategy: StrategyConfig) -> None:
-    """Refuse a server optimizer on a rule that yields no delta in a fixed space.
+    """Refuse a server optimizer that the rule leaves nothing to follow, or whose step is far from any update's size.
 
     Raises:
-        ConfigError: naming both parts and the reason.
+        ConfigError: naming the parts and the reason.
     """
     optimizer = strategy.server_optimizer
+    if optimizer.name in _ADAPTIVE and optimizer.learning_rate >= 1.0 > 10 * optimizer.tau:
+        raise ConfigError(
+            f"strategy.server_optimizer.learning_rate = {optimizer.learning_rate:g}: {optimizer.name} moves every "
+            "value by about that much each round, however small the updates; give one such as 0.005, or a tau of 0.1 "
+            "and more"
+        )
     if rule.properties.fixed_space or (optimizer.name == "sgd" and optimizer.learning_rate == 1.0):
         return
     found = f"{optimizer.name} with learning rate {optimizer.learning_rate:g}"

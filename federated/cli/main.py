@@ -18,6 +18,7 @@ import typer
 from click.exceptions import Abort, ClickException, Exit
 from rich.console import Console
 
+from federated import __version__
 from federated.cli import assets, device, registry
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 
@@ -43,6 +44,21 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[OVERRIDES]...", help="Hydra overrides, such as strategy=fedadam rounds=5."),
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"federated-peft {__version__}")
+        raise Exit(0)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -133,7 +149,11 @@ def exit_code(call: Callable[[], object]) -> int:
     """Run something; an error becomes one line on stderr and an exit code."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        call()
+        returned = call()
+        if isinstance(returned, int) and returned:  # typer hands back the code of an exit, Ctrl-C's too
+            if returned == 130:
+                errors.print("interrupted", style="yellow")
+            return returned
     except Exit as error:
         return int(error.exit_code)
     except ClickException as error:

@@ -26,7 +26,7 @@ __all__ = ["app", "find_registry", "open_registry"]
 
 app = typer.Typer(help="List, show and follow published adapter versions.", no_args_is_help=True)
 
-_DATABASE = "registry.db"
+_DATABASE, _BLOBS = "registry.db", "blobs"
 _WIDE = 200  # columns when stdout is no terminal, so that nothing is cut in a pipe
 
 RegistryOption = Annotated[
@@ -58,7 +58,8 @@ def find_registry(folder: Path | None = None) -> str:
     if named:
         return _say(named, "from FEDPEFT_REGISTRY")
     below = folder or Path()
-    found = [path for depth in ("*", "*/*") for path in below.glob(f"runs/{depth}/registry/{_DATABASE}")]
+    every = [path for depth in ("*", "*/*") for path in below.glob(f"runs/{depth}/registry/{_DATABASE}")]
+    found = [path for path in every if _holds_versions(path)] or every
     if not found:
         raise RegistryError(
             f"no registry was named and there is none in {below.absolute() / 'runs'}; "
@@ -122,6 +123,12 @@ def channels(registry: RegistryOption = None, blobs: BlobsOption = None) -> None
 def _say(location: str, why: str) -> str:
     Console(stderr=True, soft_wrap=True).print(_cell(f"registry: {location} ({why})"))
     return location
+
+
+def _holds_versions(database: Path) -> bool:
+    """Whether anything was ever published: a run that failed at once leaves a registry without a blob."""
+    blobs = database.with_name(_BLOBS)
+    return blobs.is_dir() and any(blobs.iterdir())
 
 
 def _touched(database: Path) -> float:

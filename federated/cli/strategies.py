@@ -15,22 +15,24 @@ __all__ = ["show"]
 _RANK, _SIDE = 8, 1024
 _CLAIMS = {
     "exact": "exact",
-    "truncation": "optimal truncation",
+    "truncation": "truncated",
     "approximate": "approximate",
 }
 
 
 def show(console: Console) -> None:
     """Print a row per rule; bytes are of one square layer, in units of its factors together."""
-    table = Table("strategy", "sum of B A", "up", "down", "server optimizer", "mixed ranks", "a sum*", "paper")
+    table = Table("strategy", "sum of B A", "up", "down", "server\noptimizer", "mixed\nranks", "a sum*")
     for name in sorted(RULES):
         rule = make_rule(name)
         properties = rule.properties
         up, down = _traffic(rule)
         cells = (_yes(properties.fixed_space), _yes(properties.mixed_ranks), _yes(properties.linear))
-        table.add_row(name, _CLAIMS[properties.exactness], up, down, *cells, properties.paper)
+        table.add_row(name, _CLAIMS[properties.exactness], up, down, *cells)
     console.print(table)
     console.print("Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
+    for name in sorted(RULES):
+        console.print(f"{name}: {make_rule(name).properties.paper}", highlight=False, soft_wrap=True)
     console.print("* the server needs only the sum of the updates: the condition of secure aggregation.", markup=False)
 
 

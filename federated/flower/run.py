@@ -20,6 +20,7 @@ import yaml
 from flwr.serverapp import Grid
 
 from federated import __version__
+from federated.aggregation import check_combination, make_rule
 from federated.config import ExperimentConfig
 from federated.display import LiveDisplay
 from federated.errors import ConfigError, FederatedError, NotEnoughUpdates, RunInterrupted, StorageFull, VersionNotFound
@@ -85,6 +86,7 @@ class Run:
     def __init__(self, config: ExperimentConfig) -> None:
         if config.resume and not (Path(config.run_dir) / "run.json").is_file():
             raise ConfigError(f"resume: {config.run_dir} holds no run (no run.json); give run_dir= the run's folder")
+        check_combination(make_rule(config.strategy.rule), config.strategy)  # before anything is left on the disk
         if config.registry and "://" not in config.registry:  # a resumed run must find it from any folder
             config = replace(config, registry=str(Path(config.registry).resolve()))
         self.session: Session = open_session(config)

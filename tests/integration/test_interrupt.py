@@ -208,6 +208,19 @@ def test_ctrl_c_on_ray_ends_at_once_with_one_line(tmp_path: Path) -> None:
     assert faults == []
 
 
+@pytest.mark.parametrize("seconds", [1.0, 2.5])
+def test_ctrl_c_while_everything_is_still_loading(tmp_path: Path, seconds: float) -> None:
+    run_dir = tmp_path / "runs" / "one"
+    with _running(run_dir) as process:
+        time.sleep(seconds)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        code = process.wait(PATIENCE)
+    stderr = (run_dir.parent / "stderr.txt").read_text()
+    assert (code, stderr) == (130, "interrupted\n") or re.fullmatch(r"interrupted: .+\n", stderr)
+    assert code == 130
+
+
 def test_ctrl_c_exits_with_130(interrupted: Stopped) -> None:
     assert interrupted.exit_code == 130, interrupted.stderr
 

@@ -57,7 +57,7 @@ def test_display_is_a_tracker(live: LiveDisplay) -> None:
         ({**RUN, "notes": ["left out: [b]tiny[/b]"]}, "left out: [b]tiny[/b]"),
         (BASELINE, "baseline null: loss 1.2500, accuracy 37.5%"),
         (END, "completed"),
-        ({**END, "status": "failed", "message": "disk full"}, "failed: disk full"),
+        ({**END, "status": "failed", "message": "disk full"}, "failed"),
     ],
 )
 def test_log_gets_one_plain_line(event: dict, line: str) -> None:

@@ -235,7 +235,7 @@ class TestFlexLoRA:
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
-@pytest.mark.parametrize("optimizer", [("sgd", 1.0), ("sgd", 0.5), ("adam", 1.0)])
+@pytest.mark.parametrize("optimizer", [("sgd", 1.0), ("sgd", 0.5), ("adam", 0.01)])
 def test_server_optimizers_go_with_rules_that_yield_a_delta(name: str, optimizer: tuple[str, float]) -> None:
     rule = make_rule(name)
     config = StrategyConfig(name, server_optimizer=ServerOptimizerConfig(optimizer[0], learning_rate=optimizer[1]))
@@ -244,3 +244,10 @@ def test_server_optimizers_go_with_rules_that_yield_a_delta(name: str, optimizer
     else:
         with pytest.raises(ConfigError, match=f"{name} makes the next adapter itself.*use sgd with learning rate 1"):
             check_combination(rule, config)
+
+
+@pytest.mark.parametrize("name", ["adam", "yogi", "adagrad"])
+def test_an_adaptive_step_of_one_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"learning_rate = 1: {name} moves every value by about that much"):
+        check_combination(FFALoRA(), StrategyConfig("ffa", server_optimizer=ServerOptimizerConfig(name)))
+    check_combination(FFALoRA(), StrategyConfig("ffa", server_optimizer=ServerOptimizerConfig(name, tau=1.0)))

@@ -25,4 +25,5 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         assert row[5:8] == [
             "yes" if is_so else "no" for is_so in (properties.fixed_space, properties.mixed_ranks, properties.linear)
         ]
-    assert rows["flexlora"][2] == "optimal truncation"
+    assert rows["flexlora"][2] == "truncated"
+    assert "arXiv:2402.11505" in out

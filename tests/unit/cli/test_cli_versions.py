@@ -1,6 +1,7 @@
 """What ``train`` publishes, and what ``registry`` and ``device`` make of a run."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from federated.registry import Registry
 
 Command = Callable[..., Any]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -40,7 +42,7 @@ def test_train_starts_from_the_federation_s_adapter(trained: Path, finished: Pat
 
 def test_train_goes_into_the_federation_s_registry(fedpeft: Command, finished: Path, here: Path) -> None:
     registry = here / "both"
-    root = Path(__file__).resolve().parents[3]
+    root = ROOT
     quick = ("experiment=tiny", "rounds=1", "train.steps=1", "engine.workers=1", "data.partition.num_clients=2")
     for command in ("simulate", "train"):
         fedpeft(command, f"--app={root}", *quick, "tracking.progress=false", f"registry={registry}")
@@ -66,6 +68,22 @@ def test_show_names_parent_and_base(fedpeft: Command, finished: Path) -> None:
     shown = fedpeft("registry", "show", "v2", "--registry", finished / "registry").out
     assert str(record.manifest.parent) in shown
     assert record.manifest.base_digest in shown
+
+
+def test_a_run_that_published_nothing_is_not_the_newest(fedpeft: Command, finished: Path, here: Path) -> None:
+    (here / "runs").mkdir(exist_ok=True)
+    shutil.copytree(finished / "registry", here / "runs" / "a" / "registry")
+    Registry.open(here / "runs" / "b" / "registry").close()
+    done = fedpeft("registry", "list")
+    assert "runs/a/registry (the newest one in runs/)" in done.err
+
+
+def test_a_refused_combination_leaves_nothing_behind(fedpeft: Command, here: Path) -> None:
+    arguments = ("strategy=flexlora", "strategy.server_optimizer.learning_rate=0.5", "run_dir=runs/refused")
+    done = fedpeft("simulate", f"--app={ROOT}", *arguments, code=2)
+    assert done.err.startswith("error: strategy.server_optimizer = sgd with learning rate 0.5: flexlora makes")
+    assert len(done.err.splitlines()) == 1
+    assert not (here / "runs").exists()
 
 
 def test_newest_run_is_found(fedpeft: Command, finished: Path, here: Path) -> None:

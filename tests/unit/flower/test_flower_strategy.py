@@ -155,7 +155,7 @@ class TestRounds:
         assert made.version_id is None
 
     def test_the_method_is_said_in_words(self, federation: Make, caplog: pytest.LogCaptureFixture):
-        made = federation(strategy={"server_optimizer": {"name": "adam"}})
+        made = federation(strategy={"server_optimizer": {"name": "adam", "learning_rate": 0.01}})
         assert made.strategy.method == "fedit + adam"
         with caplog.at_level("INFO"):
             made.strategy.summary()
@@ -361,7 +361,7 @@ class TestStopping:
     @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
     def test_a_resumed_run_is_the_run_that_was_never_stopped(self, federation: Make, tmp_path: Path, optimizer: str):
         changes: dict[str, Any] = {
-            "strategy": {"server_optimizer": {"name": optimizer}},
+            "strategy": {"server_optimizer": {"name": optimizer, "learning_rate": 0.5}},
             "selection": {"fraction": 0.5},
         }
         whole = federation(rounds=4, **changes)

@@ -22,7 +22,7 @@ def metric(value: float | None, name: str) -> str:
     """A loss or metric: percent for shares, whole counts, else three decimals; a dash for None."""
     if is_share(name):
         return percent(value, 1)
-    if name.startswith("num_"):
+    if "_num_" in f"_{name}":
         return number(value, 12)
     return f"{value:.3f}" if value is not None and 1e-3 <= abs(value) < 1e4 else number(value)
 

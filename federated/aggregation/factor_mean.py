@@ -1,4 +1,4 @@
-"""The accumulator of every rule that averages tensors: a streaming weighted mean of some groups.
+"""What rules that average tensors share: a streaming weighted mean of some groups, and the plan to train them.
 
 Because the mean is linear, averaging deltas and adding the mean delta to what all clients received is the same as
 averaging weights.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from federated.aggregation.protocol import Result
+from federated.aggregation.protocol import ClientView, Result
 from federated.aggregation.sums import WeightedSum
 from federated.delta import Update
 from federated.errors import AggregationError
-from federated.state import AdapterState, RuleState, group_of
+from federated.manifest import TrainPlan
+from federated.state import AdapterState, GlobalState, RuleState, group_of
 
-__all__ = ["FactorMean", "require_first_phase"]
+__all__ = ["FactorMean", "plan_groups", "require_first_phase"]
 
 
 def require_first_phase(rule: str, phase: int) -> None:
@@ -25,6 +26,14 @@ def require_first_phase(rule: str, phase: int) -> None:
     """
     if phase != 1:
         raise AggregationError(f"{rule} has one phase, found phase {phase}")
+
+
+def plan_groups(
+    state: GlobalState, client: ClientView, phase: int, groups: tuple[str, ...]
+) -> tuple[TrainPlan, AdapterState]:
+    """Train these groups from the global adapter, at the client's rank: what most rules ask of everybody."""
+    payload = state.materialise(client.rank)
+    return TrainPlan(phase=phase, rank=payload.spec.rank, trainable=groups), payload
 
 
 class FactorMean:

@@ -9,7 +9,7 @@ Source: Zhang et al., "Towards Building the Federated GPT: Federated Instruction
 
 from __future__ import annotations
 
-from federated.aggregation.factor_mean import FactorMean, require_first_phase
+from federated.aggregation.factor_mean import FactorMean, plan_groups, require_first_phase
 from federated.aggregation.protocol import ClientView, RuleProperties
 from federated.manifest import AdapterSpec, TrainPlan
 from federated.state import AdapterState, GlobalState, RuleState
@@ -36,8 +36,7 @@ class FedIT:
 
     def plan(self, state: GlobalState, client: ClientView, phase: int) -> tuple[TrainPlan, AdapterState]:
         """Train every group, from the global adapter, at its rank."""
-        payload = state.materialise(client.rank)
-        return TrainPlan(phase=phase, rank=payload.spec.rank, trainable=_GROUPS), payload
+        return plan_groups(state, client, phase, _GROUPS)
 
     def start(self, state: GlobalState, phase: int) -> FactorMean:
         """A fresh mean.

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from federated.aggregation.factor_mean import FactorMean, require_first_phase
+from federated.aggregation.factor_mean import FactorMean, plan_groups, require_first_phase
 from federated.aggregation.protocol import ClientView, Result, RuleProperties
 from federated.delta import Update
 from federated.lowrank import decompose, effective
@@ -46,8 +46,7 @@ class FedSVD:
 
     def plan(self, state: GlobalState, client: ClientView, phase: int) -> tuple[TrainPlan, AdapterState]:
         """Train B and the dense tensors."""
-        payload = state.materialise(client.rank)
-        return TrainPlan(phase=phase, rank=payload.spec.rank, trainable=_GROUPS), payload
+        return plan_groups(state, client, phase, _GROUPS)
 
     def start(self, state: GlobalState, phase: int) -> _Refactored:
         """A fresh mean of B.

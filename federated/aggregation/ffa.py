@@ -10,7 +10,7 @@ Source: Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", I
 
 from __future__ import annotations
 
-from federated.aggregation.factor_mean import FactorMean, require_first_phase
+from federated.aggregation.factor_mean import FactorMean, plan_groups, require_first_phase
 from federated.aggregation.protocol import ClientView, RuleProperties
 from federated.manifest import AdapterSpec, TrainPlan
 from federated.state import AdapterState, GlobalState, RuleState
@@ -37,8 +37,7 @@ class FFALoRA:
 
     def plan(self, state: GlobalState, client: ClientView, phase: int) -> tuple[TrainPlan, AdapterState]:
         """Train B and the dense tensors."""
-        payload = state.materialise(client.rank)
-        return TrainPlan(phase=phase, rank=payload.spec.rank, trainable=_GROUPS), payload
+        return plan_groups(state, client, phase, _GROUPS)
 
     def start(self, state: GlobalState, phase: int) -> FactorMean:
         """A fresh mean of B.

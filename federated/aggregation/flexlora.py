@@ -15,7 +15,7 @@ NeurIPS 2024, section 3.
 
 from __future__ import annotations
 
-from federated.aggregation.factor_mean import require_first_phase
+from federated.aggregation.factor_mean import plan_groups, require_first_phase
 from federated.aggregation.protocol import ClientView, Result, RuleProperties
 from federated.aggregation.spool import Spool
 from federated.aggregation.sums import WeightedSum
@@ -50,8 +50,7 @@ class FlexLoRA:
 
     def plan(self, state: GlobalState, client: ClientView, phase: int) -> tuple[TrainPlan, AdapterState]:
         """Train every group, from the global adapter."""
-        payload = state.materialise(client.rank)
-        return TrainPlan(phase=phase, rank=payload.spec.rank, trainable=_GROUPS), payload
+        return plan_groups(state, client, phase, _GROUPS)
 
     def start(self, state: GlobalState, phase: int) -> _Products:
         """A fresh collection.

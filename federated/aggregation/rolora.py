@@ -11,7 +11,7 @@ Source: Chen et al., "Robust Federated Finetuning of LLMs via Alternating Optimi
 
 from __future__ import annotations
 
-from federated.aggregation.factor_mean import FactorMean, require_first_phase
+from federated.aggregation.factor_mean import FactorMean, plan_groups, require_first_phase
 from federated.aggregation.protocol import ClientView, RuleProperties
 from federated.errors import AggregationError
 from federated.manifest import AdapterSpec, TrainPlan
@@ -46,8 +46,7 @@ class RoLoRA:
 
     def plan(self, state: GlobalState, client: ClientView, phase: int) -> tuple[TrainPlan, AdapterState]:
         """Train the factor whose turn it is, and the dense tensors."""
-        payload = state.materialise(client.rank)
-        return TrainPlan(phase=phase, rank=payload.spec.rank, trainable=(_turn(state), "dense")), payload
+        return plan_groups(state, client, phase, (_turn(state), "dense"))
 
     def start(self, state: GlobalState, phase: int) -> FactorMean:
         """A fresh mean of that factor.

@@ -15,6 +15,8 @@ NeurIPS 2024, section 3.
 
 from __future__ import annotations
 
+import math
+
 from federated.aggregation.factor_mean import plan_groups, require_first_phase
 from federated.aggregation.protocol import ClientView, Result, RuleProperties
 from federated.aggregation.spool import Spool
@@ -79,13 +81,13 @@ class _Products:
             AggregationError: if it does not hold exactly the adapter's tensors; nothing is taken in then.
         """
         after = apply(self._received, update.delta)
-        if not weight > 0:
-            raise AggregationError(f"weight {weight} of an update: expected a number > 0")
+        if not (math.isfinite(weight) and weight > 0):
+            raise AggregationError(f"weight {weight} of an update: expected a finite number > 0")
         self._spool.put(update.client_id, {n: t for n, t in after.tensors.items() if group_of(n) != "dense"})
         dense = {name: tensor for name, tensor in update.delta.items() if group_of(name) == "dense"}
         if dense:
             self._dense.add(dense, weight)
-        self._weights[update.client_id] = weight
+        self._weights[update.client_id] = weight  # last: what failed above is in the spool alone, and never read
 
     def finish(self) -> Result:
         """The truncated mean as the next adapter; reports ``energy_kept``, the share of dW's energy in it.
@@ -113,12 +115,13 @@ class _Products:
 
     def _mean_product(self, module: ModuleSpec) -> LowRank:
         """``sum_k p_k scaling B_k A_k`` of one layer, in the order of client ids."""
-        total, terms = sum(self._weights[client_id] for client_id in self._spool.client_ids), []
-        for client_id in self._spool.client_ids:
+        weights = sorted(self._weights.items())
+        total, terms = sum(weight for _, weight in weights), []
+        for client_id, weight in weights:
             factor_a = self._spool.get(client_id, f"{module.name}.factor_a")
             factor_b = self._spool.get(client_id, f"{module.name}.factor_b")
             pair = LoraPair(module, factor_a, factor_b, self._received.spec.scaling(module))
-            terms.append((self._weights[client_id] / total, effective(pair)))
+            terms.append((weight / total, effective(pair)))
         return sum_of(terms)
 
 

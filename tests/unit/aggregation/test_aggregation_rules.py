@@ -226,6 +226,19 @@ class TestFlexLoRA:
         with pytest.raises(NotEnoughUpdates):
             accumulator.finish()
 
+    def test_an_update_that_fails_half_way_is_not_mixed_in(self):
+        rule, state = FlexLoRA(), begun(FlexLoRA())
+        good, bad = updates(rule, state), {**CASE.trained["client-000"], "head.weight": torch.full((2, 6), torch.inf)}
+        accumulator = rule.start(state, 1)
+        with pytest.raises(AggregationError, match="not finite"):
+            accumulator.add(Update("aaa", bad, 1), 1.0)
+        with pytest.raises(AggregationError, match="weight inf"):
+            accumulator.add(good[0], torch.inf)
+        for update in good:
+            accumulator.add(update, CASE.weights[update.client_id])
+        found, expected = made_by(accumulator.finish()), made_by(combined(rule, state, good))
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
     def test_a_client_counts_once(self):
         rule, state = FlexLoRA(), begun(FlexLoRA())
         accumulator = rule.start(state, 1)

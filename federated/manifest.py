@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -185,14 +186,19 @@ class AdapterSpec:
         """``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA."""
         return module.alpha / (math.sqrt(module.rank) if self.use_rslora else module.rank)
 
-    @property
+    @cached_property
+    def plain(self) -> Mapping[str, Any]:
+        """Plain data, made once, as `from_dict` reads it: shared, so it may not be changed."""
+        return asdict(self)
+
+    @cached_property
     def digest(self) -> str:
         """Digest of the whole spec."""
-        return digest_of(asdict(self))
+        return digest_of(self.plain)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """Rebuild from `dataclasses.asdict`.
+        """Rebuild from plain data.
 
         Raises:
             TypeError: for missing or unknown keys.
@@ -245,7 +251,8 @@ class Envelope:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for canonical JSON."""
-        return asdict(self)
+        layout = [{"name": one.name, "shape": one.shape, "dtype": one.dtype} for one in self.layout]
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"spec": self.spec.plain, "layout": layout}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:

@@ -47,11 +47,12 @@ class AdapterModel:
     """
 
     def __init__(self, model: nn.Module, spec: AdapterSpec, base: BaseModel, tensors: dict[str, nn.Parameter]) -> None:
-        self.model = model.eval()
+        self.model = model.eval().requires_grad_(False)
         self.spec = spec
         self.base = base
         self._tensors = {name: tensors[name] for name in sorted(tensors)}
         self._dropouts = dropouts_of(model)
+        self._modules = list(model.modules())
         self.set_trainable(GROUPS)
 
     @property
@@ -72,14 +73,13 @@ class AdapterModel:
         unknown = [group for group in groups if group not in GROUPS]
         if unknown or not self.trainable(groups):
             raise ModelError(f"nothing to train in groups {list(groups)}; expected some of {list(GROUPS)}")
-        self.model.requires_grad_(False)
-        for tensor in self.trainable(groups).values():
-            tensor.requires_grad_(True)
+        for name, tensor in self._tensors.items():
+            tensor.requires_grad_(group_of(name) in groups)
 
     def set_dropout(self, active: bool) -> None:
         """Switch the adapter's own dropout; everything else, the base's dropout included, stays in eval mode."""
-        if active:
-            self.model.eval()  # whatever else somebody switched on
+        if active and any(module.training for module in self._modules):  # whatever else somebody switched on
+            self.model.eval()
         for layer in self._dropouts:
             layer.train(active)
 

@@ -122,7 +122,7 @@ def main() -> None:
     """Entry point: run, and turn errors into one line and an exit code."""
     # Loading torch and transformers makes half a million objects that stay. Looking for garbage among them as often
     # as Python does by default takes a sixth of the whole start-up.
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(200_000, 20, 100)
     code = _run()
     gc.freeze()  # the process ends: a last search for garbage would take another second
     if code == 130 and any(_holds_up(thread) for thread in threading.enumerate()):

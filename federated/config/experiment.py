@@ -96,6 +96,12 @@ class ExperimentConfig:
         """`for_clients` as JSON, made once: every message carries it."""
         return self.for_clients().to_json()
 
+    @cached_property
+    def parts_json(self) -> str:
+        """What the working parts of a process are made from, as JSON: model, adapter, task, data, training and seed."""
+        parts = {name: asdict(getattr(self, name)) for name in ("model", "adapter", "task", "data", "train")}
+        return json.dumps({"seed": self.seed, **parts}, sort_keys=True)
+
     @property
     def digest(self) -> str:
         """Digest of the whole configuration."""

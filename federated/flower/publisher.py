@@ -7,7 +7,7 @@ never travels to devices.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from federated import __version__
@@ -59,7 +59,7 @@ class TrainingState:
             "steps": self.optimizer_state.steps,
             "counters": dict(self.counters),
             "rule": dict(rule.scalars),
-            "spec": asdict(self.global_state.adapter.spec),
+            "spec": self.global_state.adapter.spec.plain,
         }
         groups: dict[str, Tensors] = {
             "global": self.global_state.adapter.tensors,

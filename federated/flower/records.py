@@ -148,7 +148,7 @@ def task_token(secret: bytes, *, run_id: str, round_number: int, plan: TrainPlan
 
 def adapter_packet(state: AdapterState) -> bytes:
     """Pack an adapter for the way down."""
-    return encode_packet({"kind": "adapter", "spec": asdict(state.spec)}, to_raw(state.tensors))
+    return encode_packet({"kind": "adapter", "spec": state.spec.plain}, to_raw(state.tensors))
 
 
 def parse_adapter_packet(data: bytes) -> AdapterState:
@@ -157,6 +157,12 @@ def parse_adapter_packet(data: bytes) -> AdapterState:
     Raises:
         WireError: if it is not one.
     """
+    return _adapter(data)
+
+
+@lru_cache(maxsize=1)
+def _adapter(data: bytes) -> AdapterState:
+    """All clients of a round are mostly sent the same bytes; tensors of a state are never changed in place."""
     header, tensors, _ = decode_packet(data)
     try:
         spec = AdapterSpec.from_dict(header["spec"])

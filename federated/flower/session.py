@@ -6,10 +6,9 @@ is in this module, which everybody imports by name, so that it survives however 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -91,8 +90,7 @@ def _open(config_json: str, folder: Path | None) -> Session:
 
 def open_session(config: ExperimentConfig) -> Session:
     """The session of an experiment: from the cache when model, adapter, task, data, training and seed agree."""
-    parts = {name: asdict(getattr(config, name)) for name in ("model", "adapter", "task", "data", "train")}
-    session = _open(json.dumps({"seed": config.seed, **parts}, sort_keys=True), app_folder())
+    session = _open(config.parts_json, app_folder())
     source = open_source(config.data, config.task, app_dir=app_folder())
     return session if source is session.source else replace(session, source=source)  # the data may have changed since
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from federated.config import TaskConfig
 from federated.errors import DataError
-from federated.tasks.batching import exact_mean, pad_1d, require_some, sorted_batches, to_device_of
+from federated.tasks.batching import exact_mean, in_eval_mode, pad_1d, require_some, sorted_batches, to_device_of
 from federated.tasks.chat import check_template, encode_chat, render_prompt
 from federated.tasks.protocol import Batch, Evaluation, Features, Prediction, Row
 
@@ -44,6 +44,7 @@ class CausalLM:
         self._chat = config.chat
         if config.chat:
             check_template(tokenizer)
+        self._eos, self._pad = tokenizer.eos_token_id, tokenizer.pad_token_id  # each look there takes a while
 
     def encode(self, rows: Sequence[Row]) -> list[Features]:
         """Samples of at most ``max_length`` tokens, each with at least one target.
@@ -62,8 +63,8 @@ class CausalLM:
         return [sample for number, ids in enumerate(encoded, start=1) for sample in self._chunks(list(ids), number)]
 
     def _chunks(self, ids: list[int], number: int) -> Iterator[Features]:
-        if self._tokenizer.eos_token_id is not None:
-            ids = [*ids, self._tokenizer.eos_token_id]
+        if self._eos is not None:
+            ids = [*ids, self._eos]
         if len(ids) < 2:
             raise DataError(f"row {number}: the text is {len(ids)} tokens long; expected at least 2")
         step = self._max_length - 1
@@ -90,7 +91,7 @@ class CausalLM:
         """``input_ids``, ``attention_mask`` and ``labels``, int64 [batch, longest]; labels are -100 off target."""
         ids = [one["input_ids"] for one in features]
         return {
-            "input_ids": pad_1d(ids, self._tokenizer.pad_token_id),
+            "input_ids": pad_1d(ids, self._pad),
             "attention_mask": pad_1d([[1] * len(one) for one in ids], 0),
             "labels": pad_1d([one["labels"] for one in features], _IGNORE),
         }
@@ -116,7 +117,7 @@ class CausalLM:
             DataError: for no features.
         """
         require_some(features, "examples to evaluate on")
-        sums, tokens, hits = self._run(model.eval(), features, batch_size)
+        sums, tokens, hits = self._run(in_eval_mode(model), features, batch_size)
         total = sum(tokens)
         perplexity = math.exp(min(math.fsum(sums) / total, 700.0))  # beyond it a float would overflow
         metrics = {"perplexity": perplexity, "token_accuracy": sum(hits) / total, "num_tokens": float(total)}
@@ -157,7 +158,7 @@ class CausalLM:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=_NEW_TOKENS,
             do_sample=False,
-            pad_token_id=self._tokenizer.pad_token_id,
+            pad_token_id=self._pad,
             return_dict_in_generate=True,
             output_logits=True,
         )

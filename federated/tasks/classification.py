@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from federated.errors import DataError, ModelError
-from federated.tasks.batching import exact_mean, pad_1d, require_some, sorted_batches, to_device_of
+from federated.tasks.batching import exact_mean, in_eval_mode, pad_1d, require_some, sorted_batches, to_device_of
 from federated.tasks.protocol import Batch, Evaluation, Features, Prediction, Row
 
 __all__ = ["Classification", "Inputs", "TextInputs", "macro_f1"]
@@ -140,7 +140,7 @@ class Classification:
             DataError: for no features.
         """
         require_some(features, "examples to evaluate on")
-        losses, truth, answers = self._run(model.eval(), features, batch_size)
+        losses, truth, answers = self._run(in_eval_mode(model), features, batch_size)
         hits = sum(int(one == other) for one, other in zip(truth, answers, strict=True))
         metrics = {"accuracy": hits / len(truth), "macro_f1": macro_f1(truth, answers)}
         return Evaluation(exact_mean(losses), len(features), metrics)

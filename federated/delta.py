@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from federated.errors import AggregationError
 from federated.state import AdapterState, Tensors
 
-__all__ = ["Update", "add", "apply", "is_finite", "norm", "scale", "subtract"]
+__all__ = ["Update", "add", "apply", "apply_some", "is_finite", "norm", "scale", "subtract"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Update:
         round_number: 1-based.
         payload_digest: SHA-256 of the payload as it arrived.
         metrics: what the client reports.
+        received: the adapter that the server sent it, for rules that need ``after = received + delta``; the server's
+            own object, shared among clients that were sent the same.
     """
 
     client_id: str
@@ -38,6 +40,7 @@ class Update:
     round_number: int = 0
     payload_digest: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    received: AdapterState | None = None
 
 
 def _check_same(left: Tensors, right: Tensors) -> None:
@@ -80,12 +83,22 @@ def scale(delta: Tensors, factor: float) -> dict[str, Tensor]:
 
 
 def apply(state: AdapterState, delta: Tensors) -> AdapterState:
-    """``state + delta`` in float32: moves an adapter forward.
+    """``state + delta`` in float32: moves an adapter forward; its residual is shared.
 
     Raises:
         AggregationError: if names or shapes differ.
     """
-    return AdapterState(state.spec, add(state.tensors, delta))
+    return replace(state, tensors=add(state.tensors, delta))
+
+
+def apply_some(state: AdapterState, delta: Tensors) -> AdapterState:
+    """`apply` for a delta of some of the tensors; the others stay as they are, in their own dtype, and are shared.
+
+    Raises:
+        AggregationError: if the delta has a name that the adapter has not, or another shape.
+    """
+    part = {name: state.tensors[name] for name in delta if name in state.tensors}
+    return replace(state, tensors={**state.tensors, **add(part, delta)})
 
 
 def norm(delta: Tensors) -> float:

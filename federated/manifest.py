@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -186,6 +186,11 @@ class AdapterSpec:
         """``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA."""
         return module.alpha / (math.sqrt(module.rank) if self.use_rslora else module.rank)
 
+    def with_rank(self, rank: int) -> Self:
+        """The same adapter at another rank, bounded by each layer's smaller side; alpha stays, so scaling changes."""
+        modules = tuple(replace(one, rank=min(rank, one.d_in, one.d_out)) for one in self.modules)
+        return replace(self, rank=rank, modules=modules)
+
     @cached_property
     def plain(self) -> Mapping[str, Any]:
         """Plain data, made once, as `from_dict` reads it: shared, so it may not be changed."""
@@ -291,6 +296,7 @@ class TrainPlan:
         phase: exchange within the round, 1-based.
         rank: LoRA rank of the payload for this client.
         trainable: the groups that move: any of ``"factor_a"``, ``"factor_b"``, ``"dense"``.
+        kept: those of them that stay on the client, which goes on from its own the next time (FedSA-LoRA).
         proximal_mu: FedProx's mu.
         evaluate_before: measure the received adapter on the client's held-out data before training.
         evaluate_after: measure the trained one too.
@@ -300,6 +306,7 @@ class TrainPlan:
     phase: int = 1
     rank: int = 0
     trainable: tuple[str, ...] = ("factor_a", "factor_b", "dense")
+    kept: tuple[str, ...] = ()
     proximal_mu: float = 0.0
     evaluate_before: bool = True
     evaluate_after: bool = False
@@ -312,7 +319,12 @@ class TrainPlan:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
         """Rebuild from `dataclasses.asdict`."""
-        return cls(**{**value, "trainable": tuple(value["trainable"])})
+        return cls(**{**value, "trainable": tuple(value["trainable"]), "kept": tuple(value["kept"])})
+
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """The groups whose delta goes to the server."""
+        return tuple(group for group in self.trainable if group not in self.kept)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The adapter as tensors: AdapterState on a client or device, GlobalState on the server.
+"""The adapter as tensors, as a client or device holds it; the server's is `federated.global_state`.
 
 Pure tensors on the CPU, named canonically: ``<module>.factor_a`` (rank x d_in), ``<module>.factor_b``
 (d_out x rank), and every other trainable tensor (head, norms, biases: "dense") under its path in the base model.
@@ -20,7 +20,6 @@ from federated.manifest import AdapterSpec, ModuleSpec, RawTensor, TensorEntry, 
 
 __all__ = [
     "AdapterState",
-    "GlobalState",
     "LoraPair",
     "RuleState",
     "Tensors",
@@ -95,10 +94,15 @@ class AdapterState:
     Args:
         spec: ranks, alpha, scaling, adapted layers.
         tensors: canonical name to CPU tensor.
+        residual: a second, frozen adapter whose effective update is added to this one's (FLoRA, FedEx-LoRA), float32;
+            it may leave layers out, and has a rank of its own in each; None where unused.
+        extra: further tensors that a rule sends along for a client's training; never part of a version.
     """
 
     spec: AdapterSpec
     tensors: Tensors
+    residual: AdapterState | None = None
+    extra: Tensors = field(default_factory=dict)
 
     def pairs(self) -> Iterator[LoraPair]:
         """Each adapted layer's factors with their scaling, in the order of the spec; tensors are not copied."""
@@ -120,7 +124,10 @@ class AdapterState:
         return tuple(TensorEntry(name, tuple(tensor.shape), "F32") for name, tensor in moving)
 
     def cast(self, dtype: str) -> AdapterState:
-        """The same adapter with tensors of safetensors dtype ``dtype`` (new tensors where it differs)."""
+        """The same adapter with tensors of safetensors dtype ``dtype`` (new tensors where it differs).
+
+        The residual and what is extra stay as they are.
+        """
         return replace(self, tensors={name: t.to(_TORCH[dtype]) for name, t in self.tensors.items()})
 
 
@@ -130,35 +137,3 @@ class RuleState:
 
     scalars: Mapping[str, Any] = field(default_factory=dict)
     tensors: Tensors = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class GlobalState:
-    """The server's adapter: a float32 master copy, an optional frozen low-rank residual, and the rule's memory.
-
-    Args:
-        adapter: trainable factors and dense tensors, float32 whatever the devices use.
-        residual: a second, frozen adapter on top of the base (FLoRA's and FedEx's growth); None where unused.
-        rule_state: the rule's memory.
-    """
-
-    adapter: AdapterState
-    residual: AdapterState | None = None
-    rule_state: RuleState = field(default_factory=RuleState)
-
-    def materialise(self, rank: int | None = None) -> AdapterState:
-        """The adapter as a client or device holds it: cast to the spec's dtype.
-
-        Args:
-            rank: the client's own rank; None means the adapter's.
-
-        Raises:
-            AggregationError: if the rank differs from the adapter's, which no rule here supports yet.
-        """
-        if rank not in (None, self.adapter.spec.rank):
-            raise AggregationError(f"rank {rank} was asked of an adapter of rank {self.adapter.spec.rank}")
-        return self.adapter.cast(self.adapter.spec.dtype)
-
-    def export(self) -> AdapterState:
-        """The adapter that a version publishes."""
-        return self.materialise()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import nn
 from federated.adapters.heads import generator_for
 from federated.adapters.quiet import quiet_peft
 from federated.errors import ModelError
-from federated.manifest import AdapterSpec
+from federated.manifest import AdapterSpec, ModuleSpec
+from federated.state import AdapterState, LoraPair
 
-__all__ = ["dropouts_of", "factors_of", "inject"]
+__all__ = ["dropouts_of", "factors_of", "inject", "set_rank", "set_residual"]
 
-_ADAPTER = "default"
+_ADAPTER, _RESIDUAL = "default", "residual"
 
 
 def inject(root: nn.Module, spec: AdapterSpec, *, dropout: float, seed: int) -> None:
@@ -91,6 +93,50 @@ def factors_of(root: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     """``factor_a`` (rank x d_in) and ``factor_b`` (d_out x rank) of an injected layer: the live parameters."""
     layer: Any = root.get_submodule(name)
     return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+
+
+def set_rank(root: nn.Module, module: ModuleSpec, scaling: float) -> None:
+    """Give an injected layer factors of another rank; their values are not set."""
+    layer: Any = root.get_submodule(module.name)
+    factor_a, factor_b = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+    factor_a.weight = nn.Parameter(factor_a.weight.new_zeros(module.rank, module.d_in))
+    factor_b.weight = nn.Parameter(factor_b.weight.new_zeros(module.d_out, module.rank))
+    factor_a.out_features = factor_b.in_features = layer.r[_ADAPTER] = module.rank
+    layer.lora_alpha[_ADAPTER], layer.scaling[_ADAPTER] = module.alpha, scaling
+
+
+def set_residual(root: nn.Module, names: Iterable[str], residual: AdapterState | None) -> None:
+    """Add a frozen second adapter to some of the injected layers, in place of the one that was there.
+
+    Args:
+        root: an injected tree.
+        names: all its adapted layers.
+        residual: what is added to their effective updates; layers that it does not have get none.
+    """
+    pairs = {pair.module.name: pair for pair in residual.pairs()} if residual else {}
+    for name in names:
+        layer: Any = root.get_submodule(name)
+        for part in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+            if _RESIDUAL in part:
+                del part[_RESIDUAL]
+        layer._active_adapter = [_ADAPTER]
+        if name in pairs:
+            _add_residual(layer, pairs[name])
+
+
+def _add_residual(layer: Any, pair: LoraPair) -> None:
+    device = layer.lora_A[_ADAPTER].weight.device
+    layer.lora_A[_RESIDUAL] = _frozen(pair.factor_a, device)
+    layer.lora_B[_RESIDUAL] = _frozen(pair.factor_b, device)
+    layer.lora_dropout[_RESIDUAL] = nn.Identity()
+    layer.scaling[_RESIDUAL] = pair.scaling
+    layer._active_adapter = [_ADAPTER, _RESIDUAL]
+
+
+def _frozen(weight: torch.Tensor, device: torch.device) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.to(device, torch.float32), requires_grad=False)
+    return linear.eval()
 
 
 def dropouts_of(model: nn.Module) -> list[nn.Module]:

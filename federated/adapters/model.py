@@ -18,7 +18,7 @@ from torch import nn
 
 from federated.adapters.base import BaseModel
 from federated.adapters.heads import build_head
-from federated.adapters.lora import dropouts_of, factors_of, inject
+from federated.adapters.lora import dropouts_of, factors_of, inject, set_rank, set_residual
 from federated.adapters.spec import check_spec, check_task, head_spec, spec_for
 from federated.config import AdapterConfig, TaskConfig
 from federated.errors import ModelError
@@ -46,11 +46,15 @@ class AdapterModel:
         base: the untouched base model.
     """
 
-    def __init__(self, model: nn.Module, spec: AdapterSpec, base: BaseModel, tensors: dict[str, nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module, spec: AdapterSpec, base: BaseModel, tensors: dict[str, nn.Parameter], *, tree: nn.Module
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.spec = spec
         self.base = base
         self._tensors = {name: tensors[name] for name in sorted(tensors)}
+        self._tree = tree  # where the spec's layer names start
+        self._residual: AdapterState | None = None
         self._dropouts = dropouts_of(model)
         self._modules = list(model.modules())
         self.set_trainable(GROUPS)
@@ -88,37 +92,55 @@ class AdapterModel:
         return {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in self._tensors.items()}
 
     def read(self) -> AdapterState:
-        """A copy of the adapter in the spec's dtype, on the CPU."""
-        return AdapterState(self.spec, self.masters()).cast(self.spec.dtype)
+        """A copy of the adapter in the spec's dtype, on the CPU; the residual is shared."""
+        return AdapterState(self.spec, self.masters(), residual=self._residual).cast(self.spec.dtype)
 
     def write(self, state: AdapterState) -> None:
-        """Copy an adapter into the model; all of it, or nothing when it does not fit.
+        """Copy an adapter into the model, its residual included; all of it, or nothing when it does not fit.
 
         Args:
-            state: the same spec and exactly the same names and shapes; float32 or the spec's dtype.
+            state: the same spec but for its ranks, which the model takes over, and exactly the names and shapes that
+                it says; float32 or the spec's dtype. The residual's tensors are not copied: they are only read.
 
         Raises:
             ModelError: naming what differs.
         """
         self._check(state)
+        if state.spec != self.spec:
+            self._take_ranks(state.spec)
         with torch.no_grad():
             for name, tensor in self._tensors.items():
                 tensor.copy_(state.tensors[name])
+        if state.residual is not self._residual:
+            set_residual(self._tree, [module.name for module in self.spec.modules], state.residual)
+            self._residual = state.residual
+            self._modules = list(self.model.modules())
+
+    def _take_ranks(self, spec: AdapterSpec) -> None:
+        for module in spec.modules:
+            set_rank(self._tree, module, spec.scaling(module))
+        self.spec = spec
+        self._tensors |= _factors(self._tree, spec)
 
     def _check(self, state: AdapterState) -> None:
         if state.spec != self.spec:
-            raise ModelError(f"the adapter's spec differs in {_difference(state.spec, self.spec)} from this model's")
+            if state.spec.with_rank(1) != self.spec.with_rank(1):
+                odd = _difference(state.spec, self.spec)
+                raise ModelError(f"the adapter's spec differs in {odd} from this model's")
+            check_spec(self.base, state.spec)
+        if state.residual is not None and state.residual is not self._residual:
+            _check_residual(self.base, state)
         missing = sorted(self._tensors.keys() - state.tensors.keys())
         extra = sorted(state.tensors.keys() - self._tensors.keys())
         if missing or extra:
             raise ModelError(f"adapter tensors do not fit: missing {missing[:3]}, unexpected {extra[:3]}")
         allowed = (torch.float32, _TORCH[self.spec.dtype])
+        shapes = _shapes(state.spec)
         for name, tensor in self._tensors.items():
-            given = state.tensors[name]
-            if given.shape != tensor.shape or given.dtype not in allowed:
+            given, shape = state.tensors[name], shapes.get(name, tuple(tensor.shape))
+            if given.shape != shape or given.dtype not in allowed:
                 raise ModelError(
-                    f"adapter tensor {name}: found {given.dtype} {tuple(given.shape)}, "
-                    f"expected {allowed[-1]} {tuple(tensor.shape)}"
+                    f"adapter tensor {name}: found {given.dtype} {tuple(given.shape)}, expected {allowed[-1]} {shape}"
                 )
 
     def to(self, device: torch.device | str) -> AdapterModel:
@@ -134,8 +156,37 @@ class AdapterModel:
         return self
 
 
+def _factors(tree: nn.Module, spec: AdapterSpec) -> dict[str, nn.Parameter]:
+    """The live factors of a tree by canonical name."""
+    tensors: dict[str, nn.Parameter] = {}
+    for module in spec.modules:
+        factor_a, factor_b = factors_of(tree, module.name)
+        tensors |= {f"{module.name}.factor_a": factor_a, f"{module.name}.factor_b": factor_b}
+    return tensors
+
+
+def _shapes(spec: AdapterSpec) -> dict[str, tuple[int, int]]:
+    """The factors' shapes by canonical name."""
+    shapes = {f"{one.name}.factor_a": (one.rank, one.d_in) for one in spec.modules}
+    return shapes | {f"{one.name}.factor_b": (one.d_out, one.rank) for one in spec.modules}
+
+
+def _check_residual(base: BaseModel, state: AdapterState) -> None:
+    """A residual may come from afar, too."""
+    residual = state.residual
+    if residual is None:
+        return
+    check_spec(base, residual.spec)
+    strange = {module.name for module in residual.spec.modules} - {module.name for module in state.spec.modules}
+    if strange:
+        raise ModelError(f"the residual adapts {min(strange)}, which the adapter beside it does not")
+    shapes = _shapes(residual.spec)
+    if {name: tuple(tensor.shape) for name, tensor in residual.tensors.items()} != shapes:
+        raise ModelError("the residual's tensors do not have the names and shapes that its spec says")
+
+
 def _difference(found: AdapterSpec, expected: AdapterSpec) -> str:
-    for name in ("peft_type", "rank", "alpha", "use_rslora", "dtype", "head"):
+    for name in ("peft_type", "alpha", "use_rslora", "dtype", "head"):
         if getattr(found, name) != getattr(expected, name):
             return f"{name} (found {getattr(found, name)}, expected {getattr(expected, name)})"
     return "its adapted layers"
@@ -181,14 +232,11 @@ def shell(base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int
     check_spec(base, spec)
     tree = share(base)
     inject(tree, spec, dropout=dropout, seed=seed)
-    tensors: dict[str, nn.Parameter] = {}
-    for module in spec.modules:
-        factor_a, factor_b = factors_of(tree, module.name)
-        tensors |= {f"{module.name}.factor_a": factor_a, f"{module.name}.factor_b": factor_b}
+    tensors = _factors(tree, spec)
     if spec.head is None:
-        return AdapterModel(tree, spec, base, tensors)
+        return AdapterModel(tree, spec, base, tensors, tree=tree)
     model, head = build_head(base, tree, spec.head)
-    return AdapterModel(model, spec, base, tensors | (head if spec.head.trained else {}))
+    return AdapterModel(model, spec, base, tensors | (head if spec.head.trained else {}), tree=tree)
 
 
 def null_model(base: BaseModel, task: TaskConfig, *, seed: int) -> nn.Module:

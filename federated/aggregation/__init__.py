@@ -5,6 +5,10 @@ no clock and no global random numbers.
 """
 
 from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any
+
+from pydantic import ValidationError
 
 from federated.aggregation.combine import check_combination
 from federated.aggregation.factor_mean import FactorMean
@@ -36,22 +40,36 @@ __all__ = [
     "make_rule",
 ]
 
-RULES: Mapping[str, Callable[[], Rule]] = {
+RULES: Mapping[str, Callable[..., Rule]] = {
     "fedit": FedIT,
     "fedsvd": FedSVD,
     "ffa": FFALoRA,
     "flexlora": FlexLoRA,
     "rolora": RoLoRA,
 }
-"""Rule names that a config may use."""
+"""Rule names that a config may use; what each is called with are its options."""
 
 
-def make_rule(name: str) -> Rule:
+def make_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     """Make the rule of that name.
 
+    Args:
+        name: one of `RULES`.
+        options: the rule's own settings, as in ``strategy.options``.
+
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none, or an option is unknown or out of its range.
     """
     if name not in RULES:
         raise ConfigError(f"strategy.rule = {name!r}: unknown rule; expected one of {', '.join(sorted(RULES))}")
-    return RULES[name]()
+    given, known = dict(options or {}), list(signature(RULES[name]).parameters)
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        expected = f"expected some of {', '.join(known)}" if known else "it takes none"
+        raise ConfigError(f"strategy.options.{unknown[0]} = {given[unknown[0]]!r}: no option of {name}; {expected}")
+    try:
+        return RULES[name](**given)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise ConfigError(f"strategy.options.{key} = {fault['input']!r}: {fault['msg']}") from None

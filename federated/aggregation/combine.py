@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from federated.aggregation.protocol import Rule
-from federated.config import StrategyConfig
+from federated.config import AdapterConfig, ExperimentConfig, StrategyConfig
 from federated.errors import ConfigError
 
 __all__ = ["check_combination"]
@@ -11,12 +11,18 @@ __all__ = ["check_combination"]
 _ADAPTIVE = ("adam", "yogi", "adagrad")
 
 
-def check_combination(rule: Rule, strategy: StrategyConfig) -> None:
-    """Refuse a server optimizer that the rule leaves nothing to follow, or whose step is far from any update's size.
+def check_combination(rule: Rule, config: ExperimentConfig) -> None:
+    """Refuse what a rule cannot do: before anything starts, in one place, from its properties.
 
     Raises:
         ConfigError: naming the parts and the reason.
     """
+    _check_optimizer(rule, config.strategy)
+    _check_ranks(rule, config.adapter)
+
+
+def _check_optimizer(rule: Rule, strategy: StrategyConfig) -> None:
+    """A server optimizer needs a direction to follow, and a step that is not far from any update's size."""
     optimizer = strategy.server_optimizer
     if optimizer.name in _ADAPTIVE and optimizer.learning_rate >= 1.0 > 10 * optimizer.tau:
         raise ConfigError(
@@ -31,3 +37,14 @@ def check_combination(rule: Rule, strategy: StrategyConfig) -> None:
         f"strategy.server_optimizer = {found}: {rule.name} makes the next adapter itself, by a factorisation whose "
         "directions change from round to round, so there is no pseudo-gradient to follow; use sgd with learning rate 1"
     )
+
+
+def _check_ranks(rule: Rule, adapter: AdapterConfig) -> None:
+    """Clients of smaller ranks need a rule that can combine them."""
+    smaller = [rank for rank in adapter.client_ranks if rank < adapter.rank]
+    if smaller and not rule.properties.mixed_ranks:
+        raise ConfigError(
+            f"adapter.client_ranks = {list(adapter.client_ranks)}: {rule.name} averages factors of one rank "
+            f"(adapter.rank = {adapter.rank}); give all clients that rank, or use a rule that takes mixed ranks "
+            "(see fedpeft strategies)"
+        )

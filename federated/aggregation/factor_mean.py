@@ -12,8 +12,9 @@ from federated.aggregation.protocol import ClientView, Result
 from federated.aggregation.sums import WeightedSum
 from federated.delta import Update
 from federated.errors import AggregationError
+from federated.global_state import GlobalState
 from federated.manifest import TrainPlan
-from federated.state import AdapterState, GlobalState, RuleState, group_of
+from federated.state import AdapterState, RuleState, group_of
 
 __all__ = ["FactorMean", "plan_groups", "require_first_phase"]
 
@@ -29,9 +30,16 @@ def require_first_phase(rule: str, phase: int) -> None:
 
 
 def plan_groups(
-    state: GlobalState, client: ClientView, phase: int, groups: tuple[str, ...]
+    state: GlobalState, client: ClientView, phase: int, groups: tuple[str, ...], *, mixed_ranks: bool = False
 ) -> tuple[TrainPlan, AdapterState]:
-    """Train these groups from the global adapter, at the client's rank: what most rules ask of everybody."""
+    """Train these groups from the global adapter: what most rules ask of everybody.
+
+    Raises:
+        AggregationError: for a client of another rank than the adapter's, unless the rule takes mixed ranks.
+    """
+    rank = state.adapter.spec.rank
+    if not mixed_ranks and client.rank not in (None, rank):
+        raise AggregationError(f"client {client.client_id} trains at rank {client.rank}: this rule needs rank {rank}")
     payload = state.materialise(client.rank)
     return TrainPlan(phase=phase, rank=payload.spec.rank, trainable=groups), payload
 

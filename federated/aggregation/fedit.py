@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from federated.aggregation.factor_mean import FactorMean, plan_groups, require_first_phase
 from federated.aggregation.protocol import ClientView, RuleProperties
+from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, TrainPlan
-from federated.state import AdapterState, GlobalState, RuleState
+from federated.state import AdapterState, RuleState
 
 __all__ = ["FedIT"]
 

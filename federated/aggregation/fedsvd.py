@@ -19,9 +19,10 @@ import torch
 from federated.aggregation.factor_mean import FactorMean, plan_groups, require_first_phase
 from federated.aggregation.protocol import ClientView, Result, RuleProperties
 from federated.delta import Update
+from federated.global_state import GlobalState
 from federated.lowrank import decompose, effective
 from federated.manifest import AdapterSpec, TrainPlan
-from federated.state import AdapterState, GlobalState, LoraPair, RuleState, Tensors
+from federated.state import AdapterState, LoraPair, RuleState, Tensors
 
 __all__ = ["FedSVD"]
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from federated.delta import Update
+from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, TrainPlan
-from federated.state import AdapterState, GlobalState, RuleState, Tensors
+from federated.state import AdapterState, RuleState, Tensors
 
 __all__ = ["Accumulator", "ClientView", "NextPhase", "Result", "Rule", "RuleProperties"]
 
@@ -44,7 +45,12 @@ class RuleProperties:
 
 @dataclass(frozen=True)
 class ClientView:
-    """What a rule may know of a client when it plans: its name and its declared capacity."""
+    """What a rule may know of a client when it plans: its name and its declared capacity.
+
+    Args:
+        client_id: stable name.
+        rank: the largest rank that it trains, at most the adapter's; None means the adapter's.
+    """
 
     client_id: str
     rank: int | None = None
@@ -75,7 +81,12 @@ class Result:
 
 @dataclass(frozen=True)
 class NextPhase:
-    """The round goes on with another exchange with the same cohort."""
+    """The round goes on with another exchange with the clients whose updates were good.
+
+    Args:
+        state: what the next phase plans from; its rule state may hold what clients need then.
+        phase: above the one that ended. A rule that lost a client which it needs starts over with a further phase.
+    """
 
     state: GlobalState
     phase: int
@@ -110,8 +121,15 @@ class Accumulator(Protocol):
 class Rule(Protocol):
     """A published aggregation method."""
 
-    name: str
-    properties: RuleProperties
+    @property
+    def name(self) -> str:
+        """As a config names it."""
+        ...
+
+    @property
+    def properties(self) -> RuleProperties:
+        """What it is and what it goes with."""
+        ...
 
     def init(self, spec: AdapterSpec) -> RuleState:
         """The rule's memory before the first round."""

@@ -65,6 +65,8 @@ class AdapterConfig:
         target_modules: module name suffixes, or ``"all-linear"``, or ``"auto"`` (query and value projections).
         train_head: whether the task head travels with the adapter or stays frozen.
         dtype: dtype of the trainable tensors on a device.
+        client_ranks: ranks that simulated clients declare, given out in turn in the order of their names; each trains
+            at the smaller of its own and ``rank``. Empty: all train at ``rank``. Real clients say it in their own file.
     """
 
     kind: Literal["lora"] = "lora"
@@ -75,6 +77,7 @@ class AdapterConfig:
     target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
     train_head: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    client_ranks: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -224,10 +227,12 @@ class StrategyConfig:
         rule: name of an aggregation rule (``fedit``).
         weighted: weight updates by their number of examples, or count each client once.
         server_optimizer: how the global adapter moves.
+        options: further settings of the rule, by name; each rule says which it takes.
     """
 
     rule: str = "fedit"
     weighted: bool = True
+    options: Mapping[str, str | bool | int | float] = Field(default_factory=dict)
     server_optimizer: ServerOptimizerConfig = Field(default_factory=ServerOptimizerConfig)
 
 

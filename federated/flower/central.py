@@ -18,8 +18,9 @@ from federated.flower.baselines import evaluate_everywhere, full_session, train_
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.flower.run import Run, RunSummary, run_trackers
 from federated.flower.session import Session
+from federated.global_state import GlobalState
 from federated.registry import Registry
-from federated.state import AdapterState, GlobalState
+from federated.state import AdapterState
 
 __all__ = ["publish_central", "train_centrally"]
 

@@ -15,12 +15,15 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 
 from federated.config import ExperimentConfig
+from federated.delta import apply_some
 from federated.errors import BaseMismatch, ConfigError
+from federated.flower.client_memory import recalled, remember
 from federated.flower.client_store import ClientStore
 from federated.flower.records import (
     Assignment,
     assignment_of,
     config_of,
+    name_content,
     packet_of,
     parse_adapter_packet,
     refusal_content,
@@ -28,7 +31,7 @@ from federated.flower.records import (
 )
 from federated.flower.session import ClientSite, Session, open_session, site_of
 from federated.manifest import canonical_json, digest_of
-from federated.state import AdapterState, to_raw
+from federated.state import AdapterState, group_of, to_raw
 from federated.training import client_seed
 from federated.wire import seal_update
 
@@ -38,11 +41,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def handle_query(message: Message, context: Context) -> Message:
-    """Answer with this client's id."""
+    """Answer with this client's id and the largest rank that it trains."""
 
     def answer() -> RecordDict:
         config = config_of(message)
-        return reply_content(site_of(context.node_config, config).client_id, "", {})
+        site = site_of(context.node_config, config)
+        return name_content(site.client_id, site.max_rank)
 
     return _guarded(message, answer)
 
@@ -74,12 +78,14 @@ def _run_task(message: Message, config: ExperimentConfig, site: ClientSite) -> R
     task = assignment_of(message)
     if task.client_id != site.client_id:
         raise ConfigError(f"a task for client {task.client_id!r} reached client {site.client_id!r}")
+    if task.plan.rank > site.max_rank:
+        raise ConfigError(f"adapter.rank = {task.plan.rank}: this client allows at most {site.max_rank}")
     session = open_session(config)
     _check_base(task, session, site)
     state = parse_adapter_packet(packet_of(message.content))
-    if task.plan.mode == "evaluate":
-        return _evaluate(task, session, state)
     store = ClientStore(Path(site.store), run_id=task.run_id, client_id=site.client_id)
+    if task.plan.mode == "evaluate":
+        return _evaluate(task, session, recalled(store, task.plan, state, before=task.round_number + 1))
     answered = _answered(store, task)
     if answered is None:
         answered = _train(task, session, state=state, store=store)
@@ -97,9 +103,11 @@ def _train(
 ) -> tuple[dict[str, float], bytes]:
     data = session.local_data(task.client_id)
     seed = client_seed(session.config.seed, task.round_number, task.client_id)
-    result = session.trainer.run(state, task.plan, data, seed=seed)
+    start = recalled(store, task.plan, state, before=task.round_number)
+    result = session.trainer.run(start, task.plan, data, seed=seed)
+    remember(store, task.plan, apply_some(start, result.delta), round_number=task.round_number)
     packet = seal_update(
-        to_raw(result.delta),
+        to_raw({name: tensor for name, tensor in result.delta.items() if group_of(name) in task.plan.sent}),
         run_id=task.run_id,
         client_id=task.client_id,
         round_number=task.round_number,

@@ -36,15 +36,23 @@ class ClientStore:
         path = self.folder / str(round_number) / key
         return path.read_bytes() if path.is_file() else None
 
+    def latest(self, key: str, *, before: int) -> bytes | None:
+        """The newest bytes under that key from a round below ``before``, or None."""
+        for number in sorted((one for one in self._rounds() if one < before), reverse=True):
+            data = self.get(number, key)
+            if data is not None:
+                return data
+        return None
+
     def put(self, round_number: int, key: str, data: bytes) -> None:
-        """Store bytes under (round, key) and forget rounds older than the last two.
+        """Store bytes under (round, key) and forget all but this client's last two rounds.
 
         Raises:
             DataError: if the disk refuses.
         """
         try:
             self._write(self.folder / str(round_number) / key, data)
-            self._forget(round_number - _KEPT_ROUNDS)
+            self._forget()
         except OSError as error:
             raise DataError(f"cannot write the client's store in {self.folder}: {error.strerror}") from None
 
@@ -74,9 +82,15 @@ class ClientStore:
             temporary.write_bytes(data)
         temporary.replace(path)
 
-    def _forget(self, last: int) -> None:
-        for folder in self.folder.iterdir():
-            if folder.name.isdigit() and int(folder.name) <= last:
-                for path in folder.iterdir():
-                    path.unlink()
-                folder.rmdir()
+    def _rounds(self) -> list[int]:
+        """The rounds that something is stored of, in order."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+    def _forget(self) -> None:
+        for number in self._rounds()[:-_KEPT_ROUNDS]:
+            folder = self.folder / str(number)
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()

@@ -30,6 +30,7 @@ class Directory:
 
     Attributes:
         nodes: client id to node id.
+        ranks: client id to the largest rank that it says it trains; those that do not say are not in it.
         problems: nodes that gave no usable name, with the reason: ``(node id, text)``.
     """
 
@@ -38,6 +39,7 @@ class Directory:
         self._tries: dict[int, tuple[int, int]] = {}  # node: times asked, look at which it is asked again
         self._looks = 0
         self.nodes: dict[str, int] = {}
+        self.ranks: dict[str, int] = {}
         self.problems: list[tuple[int, str]] = []
 
     def take_problems(self) -> list[tuple[int, str]]:
@@ -106,3 +108,5 @@ class Directory:
             )
         else:
             self.nodes[reply.client_id] = node
+            if reply.rank is not None:
+                self.ranks[reply.client_id] = reply.rank

@@ -11,7 +11,7 @@ from federated.aggregation import ClientView, Rule
 from federated.config import ExperimentConfig
 from federated.flower.records import Assignment, adapter_packet, task_content, task_token
 from federated.flower.round_book import RoundBook
-from federated.flower.server_state import ServerState
+from federated.global_state import GlobalState
 from federated.manifest import TrainPlan
 from federated.state import AdapterState
 from federated.wire import Expectation, Limits
@@ -38,42 +38,65 @@ class TaskWriter:
         self._secret = secret
 
     def write(
-        self, server: ServerState, nodes: Mapping[str, int], *, round_number: int, mode: str
+        self,
+        state: GlobalState,
+        nodes: Mapping[str, int],
+        *,
+        round_number: int,
+        mode: str,
+        version_id: str = "",
+        counters: Mapping[str, int] | None = None,
+        ranks: Mapping[str, int] | None = None,
+        phase: int = 1,
     ) -> tuple[list[Message], RoundBook]:
         """One message per client, and the book that its reply goes into.
 
         Args:
-            server: the state that clients start from.
+            state: what clients start from.
             nodes: client id to node id: the cohort.
             round_number: 1-based.
             mode: ``"train"`` or ``"evaluate"``.
+            version_id: of the version that the state is.
+            counters: last message counter of each client.
+            ranks: largest rank that each client trains, as far as it said so.
+            phase: exchange within the round, 1-based.
         """
-        packets: dict[tuple[int, str], bytes] = {}
-        messages, expected, sizes, layouts = [], {}, {}, {}
+        plans: dict[tuple[int | None, str], tuple[TrainPlan, AdapterState, bytes]] = {}
+        messages, expected, sizes, layouts, payloads = [], {}, {}, {}, {}
         for client_id, node in nodes.items():
-            plan, payload = self._plan(server, client_id, mode)
-            key = (plan.rank, client_id if self._rule.properties.own_payloads else "")
-            if key not in packets:
-                packets[key] = adapter_packet(payload)
-            assignment = self._assign(plan, client_id, server.version_id or "", round_number=round_number)
-            expected[client_id] = self._expect(assignment, payload, server.counters.get(client_id, 0))
-            layouts[client_id] = payload.update_layout(plan.trainable)
-            sizes[client_id] = len(packets[key])
-            content = task_content(assignment, self._config, packets[key])
+            view = ClientView(client_id, self._rank(state, (ranks or {}).get(client_id)))
+            key = (view.rank, client_id if self._rule.properties.own_payloads else "")
+            if key not in plans:
+                plan, payload = self._plan(state, view, mode, phase=phase)
+                plans[key] = plan, payload, adapter_packet(payload)
+            plan, payload, packet = plans[key]
+            assignment = self._assign(plan, client_id, version_id, round_number=round_number)
+            expected[client_id] = self._expect(assignment, payload, (counters or {}).get(client_id, 0))
+            layouts[client_id] = payload.update_layout(plan.sent)
+            payloads[client_id] = payload
+            sizes[client_id] = len(packet)
+            content = task_content(assignment, self._config, packet)
             messages.append(Message(content, node, "train", group_id=str(round_number)))
         book = RoundBook(
             round_number,
             expected=expected,
             nodes=nodes,
             layouts=layouts,
+            payloads=payloads,
             limits=Limits(max_norm=self._config.round.max_norm),
             bytes_down=sizes,
             evaluate_only=mode == "evaluate",
         )
         return messages, book
 
-    def _plan(self, server: ServerState, client_id: str, mode: str) -> tuple[TrainPlan, AdapterState]:
-        plan, payload = self._rule.plan(server.global_state, ClientView(client_id), 1)
+    def _rank(self, state: GlobalState, declared: int | None) -> int | None:
+        """The client's own rank, where the rule mixes them and it is smaller than the adapter's."""
+        if declared is None or not self._rule.properties.mixed_ranks:
+            return None
+        return declared if declared < state.adapter.spec.rank else None
+
+    def _plan(self, state: GlobalState, view: ClientView, mode: str, *, phase: int) -> tuple[TrainPlan, AdapterState]:
+        plan, payload = self._rule.plan(state, view, phase)
         train = self._config.train
         plan = replace(plan, mode=mode, proximal_mu=train.proximal_mu, evaluate_after=train.evaluate_after)
         return plan, payload

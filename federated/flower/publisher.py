@@ -13,10 +13,11 @@ from typing import Any, Protocol, Self
 from federated import __version__
 from federated.config import ExperimentConfig
 from federated.errors import RegistryError, WireError
+from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, VersionManifest, sha256_hex
 from federated.registry import Registry
 from federated.server_optimizers import OptimizerState
-from federated.state import AdapterState, GlobalState, RuleState, Tensors, from_raw, to_raw
+from federated.state import AdapterState, RuleState, Tensors, from_raw, to_raw
 from federated.wire import Limits, decode_packet, encode_packet, encode_tensors
 
 __all__ = ["Publisher", "RegistryPublisher", "TrainingState", "recipe_record", "weights_digest"]
@@ -51,7 +52,7 @@ class TrainingState:
 
     def to_bytes(self) -> bytes:
         """Pack for the registry."""
-        rule = self.global_state.rule_state
+        rule, residual = self.global_state.rule_state, self.global_state.residual
         header = {
             "kind": "training_state",
             "round_number": self.round_number,
@@ -60,11 +61,13 @@ class TrainingState:
             "counters": dict(self.counters),
             "rule": dict(rule.scalars),
             "spec": self.global_state.adapter.spec.plain,
+            "residual": residual.spec.plain if residual else None,
         }
         groups: dict[str, Tensors] = {
             "global": self.global_state.adapter.tensors,
             "optimizer": self.optimizer_state.moments,
             "rule": rule.tensors,
+            "residual": residual.tensors if residual else {},
         }
         tensors = {f"{group}:{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
         return encode_packet(header, to_raw(tensors))
@@ -78,12 +81,14 @@ class TrainingState:
         """
         try:
             header, raw, _ = decode_packet(data, _OWN)
-            groups: dict[str, dict[str, Any]] = {"global": {}, "optimizer": {}, "rule": {}}
+            groups: dict[str, dict[str, Any]] = {"global": {}, "optimizer": {}, "rule": {}, "residual": {}}
             for name, tensor in from_raw(raw).items():
                 group, _, rest = name.partition(":")
                 groups[group][rest] = tensor
             adapter = AdapterState(AdapterSpec.from_dict(header["spec"]), groups["global"])
-            state = GlobalState(adapter, rule_state=RuleState(header["rule"], groups["rule"]))
+            spec = header.get("residual")
+            residual = AdapterState(AdapterSpec.from_dict(spec), groups["residual"]) if spec else None
+            state = GlobalState(adapter, residual, rule_state=RuleState(header["rule"], groups["rule"]))
             moments = OptimizerState(int(header["steps"]), groups["optimizer"], str(header["optimizer"]))
             counters = {str(client_id): int(last) for client_id, last in header["counters"].items()}
             return cls(int(header["round_number"]), state, moments, counters)

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Self
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
 
 from federated.config import ExperimentConfig, experiment_from
 from federated.errors import FederatedError, WireError
@@ -33,6 +34,7 @@ __all__ = [
     "assignment_of",
     "config_of",
     "metric_record",
+    "name_content",
     "packet_of",
     "parse_adapter_packet",
     "query_content",
@@ -107,6 +109,7 @@ class Reply:
     packet: bytes | None
     reason: str | None = None
     message: str | None = None
+    rank: int | None = None
 
     @classmethod
     def from_message(cls, message: Message) -> Self:
@@ -129,10 +132,17 @@ class Reply:
             packet=packet_of(content) if "packet" in content else None,
             reason=_shown(head["reason"], 64) if "reason" in head else None,
             message=_shown(head["message"], 500) if "message" in head else None,
+            rank=_rank_of(head),
         )
 
 
 _MOST_METRICS = 64
+
+
+def _rank_of(head: ConfigRecord) -> int | None:
+    """The capacity that a client declares, where it is a number."""
+    rank = head.get("rank")
+    return rank if type(rank) is int and rank >= 1 else None
 
 
 def _shown(text: object, limit: int) -> str:
@@ -146,9 +156,19 @@ def task_token(secret: bytes, *, run_id: str, round_number: int, plan: TrainPlan
     return hmac.new(secret, text, hashlib.sha256).hexdigest()
 
 
+_RESIDUAL, _EXTRA = "residual:", "extra:"
+"""Prefixes of the tensors beside the adapter's own."""
+
+
 def adapter_packet(state: AdapterState) -> bytes:
     """Pack an adapter for the way down."""
-    return encode_packet({"kind": "adapter", "spec": state.spec.plain}, to_raw(state.tensors))
+    residual = state.residual
+    header = {"kind": "adapter", "spec": state.spec.plain}
+    header |= {"residual": residual.spec.plain} if residual else {}
+    groups = {"": state.tensors, _RESIDUAL: residual.tensors if residual else {}, _EXTRA: state.extra}
+    return encode_packet(
+        header, to_raw({prefix + name: tensor for prefix, named in groups.items() for name, tensor in named.items()})
+    )
 
 
 def parse_adapter_packet(data: bytes) -> AdapterState:
@@ -163,12 +183,20 @@ def parse_adapter_packet(data: bytes) -> AdapterState:
 @lru_cache(maxsize=1)
 def _adapter(data: bytes) -> AdapterState:
     """All clients of a round are mostly sent the same bytes; tensors of a state are never changed in place."""
-    header, tensors, _ = decode_packet(data)
+    header, raw, _ = decode_packet(data)
     try:
         spec = AdapterSpec.from_dict(header["spec"])
+        residual = AdapterSpec.from_dict(header["residual"]) if "residual" in header else None
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"the packet holds no adapter: {type(error).__name__}") from None
-    return AdapterState(spec, from_raw(tensors))
+    groups: dict[str, dict[str, Tensor]] = {"": {}, _RESIDUAL: {}, _EXTRA: {}}
+    for name, tensor in from_raw(raw).items():
+        prefix = next((one for one in (_RESIDUAL, _EXTRA) if name.startswith(one)), "")
+        groups[prefix][name.removeprefix(prefix)] = tensor
+    if groups[_RESIDUAL] and residual is None:
+        raise WireError("the packet holds tensors of a residual, and no spec of one")
+    frozen = AdapterState(residual, groups[_RESIDUAL]) if residual else None
+    return AdapterState(spec, groups[""], residual=frozen, extra=groups[_EXTRA])
 
 
 def _packet_record(packet: bytes) -> ArrayRecord:
@@ -189,6 +217,11 @@ def packet_of(content: RecordDict) -> bytes:
     if array.stype != PACKET_STYPE:
         raise WireError(f"the Array has serialisation type {array.stype[:40]!r}, expected {PACKET_STYPE!r}")
     return bytes(array.data)
+
+
+def name_content(client_id: str, rank: int) -> RecordDict:
+    """A client's answer to the query: its name, and the largest rank that it trains."""
+    return RecordDict({"reply": ConfigRecord({"client_id": client_id, "task_token": "", "rank": rank})})
 
 
 def query_content(config: ExperimentConfig) -> RecordDict:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import Message
@@ -18,10 +18,10 @@ from federated.delta import Update
 from federated.errors import UpdateRejected, WireError
 from federated.flower.records import Reply
 from federated.manifest import TensorLayout
-from federated.state import from_raw
+from federated.state import AdapterState, from_raw
 from federated.wire import Expectation, Limits, admit
 
-__all__ = ["Outcome", "RoundBook", "evaluation_of", "pooled_evaluation"]
+__all__ = ["Outcome", "RoundBook", "evaluation_of", "pooled_evaluation", "whole_round"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,6 +84,29 @@ def pooled_evaluation(outcomes: list[Outcome]) -> dict[str, float] | None:
     return {**pooled, "num_examples": total}
 
 
+def whole_round(phases: Sequence[RoundBook]) -> list[Outcome]:
+    """What became of each client in all exchanges of a round together, by client id.
+
+    The last exchange that it was asked in decides; bytes add up, and what it reported before stays reported.
+    """
+    made: dict[str, Outcome] = {}
+    for book in phases:
+        for outcome in book.close():
+            before = made.get(outcome.client_id)
+            made[outcome.client_id] = outcome if before is None else _after(before, outcome)
+    return [made[client_id] for client_id in sorted(made)]
+
+
+def _after(before: Outcome, outcome: Outcome) -> Outcome:
+    return replace(
+        outcome,
+        metrics={**before.metrics, **outcome.metrics},
+        num_examples=outcome.num_examples or before.num_examples,
+        bytes_up=before.bytes_up + outcome.bytes_up,
+        bytes_down=before.bytes_down + outcome.bytes_down,
+    )
+
+
 class RoundBook:
     """Admits replies and remembers every outcome.
 
@@ -92,6 +115,7 @@ class RoundBook:
         expected: what each client's envelope must say; its keys are the cohort.
         nodes: node id of each client.
         layouts: the exact tensors of each client's update.
+        payloads: the adapter that each client was sent.
         limits: of size and norm.
         bytes_down: size of the packet that each client was sent.
         evaluate_only: no update is expected, only metrics.
@@ -104,6 +128,7 @@ class RoundBook:
         expected: Mapping[str, Expectation],
         nodes: Mapping[str, int],
         layouts: Mapping[str, TensorLayout],
+        payloads: Mapping[str, AdapterState],
         limits: Limits,
         bytes_down: Mapping[str, int],
         evaluate_only: bool = False,
@@ -113,6 +138,7 @@ class RoundBook:
         self._expected = expected
         self._clients = {node: client for client, node in nodes.items()}
         self._layouts = layouts
+        self._payloads = payloads
         self._limits = limits
         self._bytes_down = bytes_down
         self._evaluate_only = evaluate_only
@@ -190,6 +216,7 @@ class RoundBook:
             round_number=self.round_number,
             payload_digest=envelope.payload_digest,
             metrics=reply.metrics,
+            received=self._payloads[client_id],
         )
 
     def _check_claim(self, client_id: str, reply: Reply) -> None:

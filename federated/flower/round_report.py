@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation
+from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation, whole_round
 from federated.manifest import VersionManifest
 
 __all__ = ["round_event", "train_metrics"]
@@ -22,7 +22,7 @@ def train_metrics(good: Iterable[Outcome]) -> dict[str, float]:
 
 
 def round_event(
-    book: RoundBook,
+    phases: Sequence[RoundBook],
     *,
     version_id: str | None,
     manifest: VersionManifest | None = None,
@@ -33,20 +33,20 @@ def round_event(
     """The ``round`` event.
 
     Args:
-        book: closed.
+        phases: the closed books of the round's exchanges.
         version_id: of the global adapter now.
         manifest: of the version that the round made; None when it made none.
         moved: L2 norm of the global adapter's move.
         metrics: what the rule reports of itself.
         missed: why there is no version.
     """
-    outcomes = book.close()
+    outcomes = whole_round(phases)
     good = [outcome for outcome in outcomes if outcome.status == "ok"]
     started_from = manifest.parent if manifest else version_id
     evaluation = pooled_evaluation(outcomes)
     return {
         "event": "round",
-        "round_number": book.round_number,
+        "round_number": phases[0].round_number,
         "participants": len(good),
         "cohort": len(outcomes),
         "published": manifest is not None,
@@ -58,7 +58,7 @@ def round_event(
         "rule": dict(metrics or {}),
         "bytes_up": sum(outcome.bytes_up for outcome in outcomes),
         "bytes_down": sum(outcome.bytes_down for outcome in outcomes),
-        "seconds": round(book.seconds, 3),
+        "seconds": round(phases[0].seconds, 3),
         "refused": [outcome.as_refusal() for outcome in outcomes if outcome.status != "ok"],
         "evaluation": {**evaluation, "version_id": started_from} if evaluation else None,
         "message": None if manifest else f"{missed}: the global adapter stays as it was",

@@ -86,7 +86,8 @@ class Run:
     def __init__(self, config: ExperimentConfig) -> None:
         if config.resume and not (Path(config.run_dir) / "run.json").is_file():
             raise ConfigError(f"resume: {config.run_dir} holds no run (no run.json); give run_dir= the run's folder")
-        check_combination(make_rule(config.strategy.rule), config.strategy)  # before anything is left on the disk
+        rule = make_rule(config.strategy.rule, config.strategy.options)
+        check_combination(rule, config)  # before anything is left on the disk
         if config.registry and "://" not in config.registry:  # a resumed run must find it from any folder
             config = replace(config, registry=str(Path(config.registry).resolve()))
         self.session: Session = open_session(config)

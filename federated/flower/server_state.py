@@ -11,14 +11,17 @@ from dataclasses import replace
 from flwr.app import ArrayRecord
 
 from federated import server_optimizers
-from federated.aggregation import NextPhase, Result, Rule
+from federated.aggregation import Result, Rule
 from federated.config import ServerOptimizerConfig
 from federated.delta import is_finite, norm, subtract
-from federated.errors import AggregationError, ConfigError
+from federated.errors import AggregationError
 from federated.flower.publisher import TrainingState
-from federated.state import AdapterState, GlobalState
+from federated.global_state import GlobalState
+from federated.state import AdapterState
 
 __all__ = ["ServerState"]
+
+_RESIDUAL = "residual:"
 
 
 class ServerState:
@@ -50,39 +53,41 @@ class ServerState:
         return self.global_state.adapter
 
     def arrays(self) -> ArrayRecord:
-        """The global adapter as named float32 arrays (copies)."""
+        """The global adapter as named float32 arrays (copies), the residual's under ``residual:<name>``."""
         copies = OrderedDict((name, tensor.clone()) for name, tensor in self.adapter.tensors.items())
+        if self.global_state.residual is not None:
+            beside = self.global_state.residual.tensors
+            copies.update((f"{_RESIDUAL}{name}", tensor.clone()) for name, tensor in beside.items())
         return ArrayRecord(torch_state_dict=copies)
 
     def adopt(self, arrays: ArrayRecord) -> None:
-        """Take over the arrays that Flower hands in, when they differ from the adapter held here.
+        """Take over the arrays that Flower hands in, when they differ from the adapter held here; not a residual's.
 
         Raises:
             AggregationError: if names or shapes differ, or a value is not finite.
         """
-        tensors = {name: tensor.float() for name, tensor in arrays.to_torch_state_dict().items()}
+        named = arrays.to_torch_state_dict().items()
+        tensors = {name: tensor.float() for name, tensor in named if not name.startswith(_RESIDUAL)}
         if not is_finite(tensors):
             raise AggregationError("the arrays handed in hold values that are not finite")
         if norm(subtract(tensors, self.adapter.tensors)) > 0:
             self.global_state = replace(self.global_state, adapter=AdapterState(self.adapter.spec, tensors))
 
-    def apply(self, result: NextPhase | Result) -> float:
+    def apply(self, result: Result) -> float:
         """Move by a rule's result; returns the L2 norm of the move.
 
         Raises:
-            ConfigError: for a second phase.
             AggregationError: for a result that does not fit, or one that would not be finite on a
                 device; the state is then unchanged.
         """
-        if isinstance(result, NextPhase):
-            raise ConfigError("the rule asks for a second phase in one round, which this strategy does not run")
         before = self.adapter
         state, moments = result.state or self.global_state, self._moments
         if result.mean_delta is not None:
             gradient = {name: -tensor for name, tensor in result.mean_delta.items()}
             adapter, moments = server_optimizers.step(self._optimizer, self._moments, before, pseudo_gradient=gradient)
             state = replace(state, adapter=adapter)
-        if not is_finite(state.export().tensors):
+        served = state.materialise()
+        if not (is_finite(served.tensors) and (served.residual is None or is_finite(served.residual.tensors))):
             found = f"the round would take the adapter beyond {state.adapter.spec.dtype}"
             raise AggregationError(f"{found}: bound what one client may send with round.max_norm, or lower rates")
         self.global_state, self._moments = replace(state, rule_state=result.rule_state or state.rule_state), moments

@@ -104,7 +104,7 @@ class ClientSite:
         store: folder for the client's store.
         data: where its examples are; None only in a simulation.
         model: where its base model is; None only in a simulation.
-        max_rank: largest LoRA rank that it trains.
+        max_rank: largest LoRA rank that it trains; the server is told, and a rule that mixes ranks heeds it.
         max_epochs: most passes over its data in one round.
         max_steps: most optimizer steps in one round.
         allowed_base_digests: base models that it trains; empty means any that it can load.
@@ -128,7 +128,6 @@ class ClientSite:
             ConfigError: if it asks for more than the site allows.
         """
         asked = {
-            "adapter.rank": (config.adapter.rank, self.max_rank),
             "train.epochs": (config.train.epochs, self.max_epochs),
             "train.steps": (config.train.steps, self.max_steps),
         }
@@ -157,7 +156,8 @@ def site_of(node_config: Mapping[str, Any], config: ExperimentConfig) -> ClientS
     index = str(node_config["partition-id"])
     if not (index.isdecimal() and int(index) < len(names)):
         raise ConfigError(f"partition-id {index}: the data has {len(names)} clients, numbered from 0")
-    return ClientSite(client_id=names[int(index)], store=_simulated_store())
+    ranks = config.adapter.client_ranks or (config.adapter.rank,)
+    return ClientSite(names[int(index)], store=_simulated_store(), max_rank=ranks[int(index) % len(ranks)])
 
 
 def _read_site(path: Path) -> ClientSite:

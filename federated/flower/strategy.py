@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Self
 
@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy import Strategy
 
-from federated.aggregation import Rule, check_combination, make_rule
+from federated.aggregation import Accumulator, NextPhase, Result, Rule, check_combination, make_rule
 from federated.config import ExperimentConfig
 from federated.delta import Update
 from federated.errors import AggregationError, NotEnoughUpdates, RunInterrupted
@@ -30,11 +30,12 @@ from federated.flower.exchange import exchange
 from federated.flower.messages import TaskWriter
 from federated.flower.publisher import Publisher, RegistryPublisher, TrainingState
 from federated.flower.records import metric_record
-from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation
+from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation, whole_round
 from federated.flower.round_report import round_event, train_metrics
 from federated.flower.selection import select_cohort
 from federated.flower.server_state import ServerState
 from federated.flower.session import open_session
+from federated.global_state import GlobalState
 from federated.manifest import VersionManifest
 from federated.registry import Registry
 from federated.state import AdapterState
@@ -43,6 +44,8 @@ from federated.tracking import MultiTracker, Tracker
 __all__ = ["DeltaStrategy"]
 
 _LOG = logging.getLogger(__name__)
+_MOST_PHASES = 8
+"""Exchanges in one round: a rule that starts over again and again has lost too many clients."""
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -77,8 +80,8 @@ class DeltaStrategy(Strategy):
         secret: bytes | None = None,
     ) -> None:
         self.config = config
-        self.rule = rule or make_rule(config.strategy.rule)
-        check_combination(self.rule, config.strategy)
+        self.rule = rule or make_rule(config.strategy.rule, config.strategy.options)
+        check_combination(self.rule, config)
         self.run_id = run_id or f"{config.name}-{secrets.token_hex(4)}"
         self.server = ServerState(initial, rule=self.rule, optimizer=config.strategy.server_optimizer)
         if resume is not None:
@@ -91,6 +94,7 @@ class DeltaStrategy(Strategy):
         key = secret or secrets.token_bytes(32)
         self._writer = TaskWriter(config, rule=self.rule, run_id=self.run_id, base_digest=base_digest, secret=key)
         self._book: RoundBook | None = None
+        self._grid: Grid | None = None
 
     @classmethod
     def from_config(
@@ -203,6 +207,7 @@ class DeltaStrategy(Strategy):
         self.server.adopt(arrays)
         self._directory.wait(grid)
         self._report_problems()
+        self._grid = grid
         known, fraction = list(self._directory.nodes), self.config.selection.fraction
         cohort = select_cohort(known, fraction=fraction, seed=self.config.seed, round_number=server_round)
         event = {"event": "round_start", "round_number": server_round, "cohort": list(cohort)}
@@ -220,7 +225,21 @@ class DeltaStrategy(Strategy):
 
     def _write(self, number: int, cohort: Iterable[str], *, mode: str) -> list[Message]:
         nodes = {client_id: self._directory.nodes[client_id] for client_id in cohort}
-        messages, self._book = self._writer.write(self.server, nodes, round_number=number, mode=mode)
+        return self._write_phase(self.server.global_state, nodes, number=number, mode=mode, phase=1)
+
+    def _write_phase(
+        self, state: GlobalState, nodes: Mapping[str, int], *, number: int, mode: str, phase: int
+    ) -> list[Message]:
+        messages, self._book = self._writer.write(
+            state,
+            nodes,
+            round_number=number,
+            mode=mode,
+            version_id=self.version_id or "",
+            counters=self.server.counters,
+            ranks=self._directory.ranks,
+            phase=phase,
+        )
         return messages
 
     def aggregate_train(
@@ -231,34 +250,59 @@ class DeltaStrategy(Strategy):
         Raises:
             AggregationError: if the round was not configured.
         """
-        book = self._taken(server_round)
-        accumulator = self.rule.start(self.server.global_state, 1)
+        phases = [self._taken(server_round)]
+        quorum = max(1, math.ceil(self.config.round.quorum * len(phases[0].cohort) - 1e-9))
+        try:
+            result = self._combine(phases, replies, quorum)
+            moved = self.server.apply(result)
+        except AggregationError as error:
+            self.server.finished = server_round
+            _LOG.warning("round %d: %s: the global adapter stays as it was", server_round, error)
+            self._tracker.emit(round_event(phases, version_id=self.version_id, missed=str(error)))
+            return None, None
+        good = [outcome for outcome in whole_round(phases) if outcome.status == "ok"]
+        manifest = self._publish(good, server_round, servable=result.servable)
+        self.server.finished = server_round
+        self._tracker.emit(
+            round_event(phases, version_id=self.version_id, manifest=manifest, moved=moved, metrics=result.metrics)
+        )
+        return self.server.arrays(), metric_record(train_metrics(good))
+
+    def _combine(self, phases: list[RoundBook], replies: Iterable[Message], quorum: int) -> Result:
+        """All exchanges of one round; each one's book goes into ``phases``.
+
+        Raises:
+            NotEnoughUpdates: if too few good updates are left in any of them.
+            AggregationError: if the rule cannot combine them, or never comes to an end.
+        """
+        state, phase = self.server.global_state, 1
+        while True:
+            book = phases[-1]
+            found = self._one_phase(book, replies, self.rule.start(state, phase), quorum)
+            if isinstance(found, Result):
+                return found
+            if not phase < found.phase <= _MOST_PHASES or self._grid is None:
+                raise AggregationError(f"{self.rule.name} asks for phase {found.phase} after phase {phase}")
+            state, phase = found.state, found.phase
+            nodes = {one.client_id: self._directory.nodes[one.client_id] for one in book.close() if one.status == "ok"}
+            messages = self._write_phase(state, nodes, number=book.round_number, mode="train", phase=phase)
+            phases.append(self._taken(book.round_number))
+            replies = self._exchange(self._grid, messages)
+
+    def _one_phase(
+        self, book: RoundBook, replies: Iterable[Message], accumulator: Accumulator, quorum: int
+    ) -> NextPhase | Result:
         for message in replies:
             known = len(book.outcomes)
             update = book.receive(message)
             if update is not None:
                 self._add(accumulator.add, update, book)
             for outcome in book.outcomes[known:]:
-                self._tracker.emit(outcome.as_event(server_round))
+                self._tracker.emit(outcome.as_event(book.round_number))
         good = self._close(book)
-        quorum = max(1, math.ceil(self.config.round.quorum * len(book.cohort) - 1e-9))
-        try:
-            if len(good) < quorum:
-                raise NotEnoughUpdates(f"{len(good)} good updates of {len(book.cohort)}, the quorum is {quorum}")
-            result = accumulator.finish()
-            moved = self.server.apply(result)
-        except AggregationError as error:
-            self.server.finished = server_round
-            _LOG.warning("round %d: %s: the global adapter stays as it was", server_round, error)
-            self._tracker.emit(round_event(book, version_id=self.version_id, missed=str(error)))
-            return None, None
-        manifest = self._publish(good, server_round, servable=getattr(result, "servable", True))
-        self.server.finished = server_round
-        metrics = getattr(result, "metrics", {})
-        self._tracker.emit(
-            round_event(book, version_id=self.version_id, manifest=manifest, moved=moved, metrics=metrics)
-        )
-        return self.server.arrays(), metric_record(train_metrics(good))
+        if len(good) < quorum:
+            raise NotEnoughUpdates(f"{len(good)} good updates of {len(book.cohort)}, the quorum is {quorum}")
+        return accumulator.finish()
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Pool the clients' evaluations of the global adapter."""

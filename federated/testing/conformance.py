@@ -28,8 +28,9 @@ from torch import Tensor
 from federated.aggregation import ClientView, NextPhase, Rule
 from federated.delta import Update
 from federated.errors import AggregationError
+from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec
-from federated.state import AdapterState, GlobalState, Tensors, group_of
+from federated.state import AdapterState, Tensors, group_of
 
 __all__ = ["Case", "Finding", "cases", "dense_mean", "effective_of", "examine"]
 
@@ -85,10 +86,13 @@ class Finding:
 
 
 def effective_of(adapter: AdapterState) -> dict[str, Tensor]:
-    """Each layer's dense effective update ``scaling * B @ A``, float64 [d_out, d_in]."""
-    return {
-        pair.module.name: pair.scaling * pair.factor_b.double() @ pair.factor_a.double() for pair in adapter.pairs()
-    }
+    """Each layer's dense effective update ``scaling * B @ A``, the residual's included, float64 [d_out, d_in]."""
+    pairs = [*adapter.pairs(), *(adapter.residual.pairs() if adapter.residual else ())]
+    sums: dict[str, Tensor] = {}
+    for pair in pairs:
+        product = pair.scaling * pair.factor_b.double() @ pair.factor_a.double()
+        sums[pair.module.name] = sums.get(pair.module.name, torch.zeros_like(product)) + product
+    return sums
 
 
 def dense_mean(adapters: Mapping[str, AdapterState], weights: Mapping[str, float]) -> dict[str, Tensor]:
@@ -114,12 +118,14 @@ def examine(rule: Rule, case: Case) -> Finding:
         plan, payload = rule.plan(before, ClientView(client_id), 1)
         delta = {name: move for name, move in moves.items() if group_of(name) in plan.trainable}
         moved = {name: tensor.float() + delta.get(name, 0.0) for name, tensor in payload.tensors.items()}
-        after[client_id] = AdapterState(payload.spec, moved)
-        accumulator.add(Update(client_id, delta, num_examples=1), case.weights[client_id])
+        after[client_id] = replace(payload, tensors=moved)
+        accumulator.add(Update(client_id, delta, num_examples=1, received=payload), case.weights[client_id])
     result = accumulator.finish()
     if isinstance(result, NextPhase):
         raise AggregationError(f"{rule.name} asks for a second phase, which this suite does not run")
-    made = result.state.adapter if result.state else _moved(case.adapter, result.mean_delta or {})
+    state = result.state or before
+    made = state.adapter if result.state else _moved(case.adapter, result.mean_delta or {})
+    made = replace(made, residual=state.residual)
     return _measured(rule, case, made=made, after=after)
 
 

@@ -135,8 +135,9 @@ def ours(count: int, megabytes: float, seed: int) -> None:
     """FedIT's accumulator, fed one update at a time."""
     from federated.aggregation import FedIT
     from federated.delta import Update
+    from federated.global_state import GlobalState
     from federated.manifest import AdapterSpec
-    from federated.state import AdapterState, GlobalState
+    from federated.state import AdapterState
 
     spec = AdapterSpec("lora", 1, 1.0, use_rslora=False, modules=())
     state = GlobalState(AdapterState(spec, {"head.weight": torch.zeros(int(megabytes * 1e6 / 4))}))

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from federated.aggregation import FedIT, WeightedSum
 from federated.delta import Update
+from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec
-from federated.state import AdapterState, GlobalState
+from federated.state import AdapterState
 
 SPEC = AdapterSpec("lora", 1, 1.0, use_rslora=False, modules=())
 ANY = st.floats(allow_nan=False, allow_infinity=False, width=32)

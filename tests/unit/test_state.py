@@ -1,13 +1,15 @@
 """Adapter states: bytes and back bit for bit, factors by module, casts, what the server hands out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from federated.errors import AggregationError
+from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec
-from federated.state import AdapterState, GlobalState, RuleState, from_raw, group_of, to_raw
+from federated.state import AdapterState, RuleState, from_raw, group_of, to_raw
 
 MODULES = (ModuleSpec("layer.k", 3, 2, 2, 8.0), ModuleSpec("layer.q", 4, 2, 1, 8.0))
 SPEC = AdapterSpec("lora", 2, 8.0, use_rslora=False, modules=MODULES, head=HeadSpec("mean_pool", 2, True, 0))
@@ -123,7 +125,7 @@ def test_cast_changes_the_dtype_and_leaves_the_original() -> None:
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_client_gets_the_spec_s_dtype(rank: int | None) -> None:
-    spec = AdapterSpec(**{**vars(SPEC), "dtype": "F16"})
+    spec = replace(SPEC, dtype="F16")
     given = GlobalState(state(spec)).materialise(rank)
     assert {tensor.dtype for tensor in given.tensors.values()} == {torch.float16}
     assert given.spec == spec
@@ -136,7 +138,7 @@ def test_another_rank_is_refused(rank: int) -> None:
 
 
 def test_a_device_gets_what_a_client_gets() -> None:
-    spec = AdapterSpec(**{**vars(SPEC), "dtype": "BF16"})
+    spec = replace(SPEC, dtype="BF16")
     world = GlobalState(state(spec))
     assert to_raw(world.export().tensors) == to_raw(world.materialise().tensors)
 

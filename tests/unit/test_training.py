@@ -591,8 +591,8 @@ class TestRefusals:
         assert same_bits(first, fresh.run(state, QUIET, series_data(fresh), seed=3).delta)
 
     def test_a_state_of_another_adapter(self):
-        trainer, other = series_trainer(), series_trainer(adapter={"rank": 2})
-        with pytest.raises(ModelError, match="spec differs in rank"):
+        trainer, other = series_trainer(), series_trainer(adapter={"alpha": 2.0})
+        with pytest.raises(ModelError, match="spec differs in alpha"):
             trainer.run(start(other), QUIET, series_data(trainer), seed=3)
 
     def test_groups_that_hold_nothing(self):

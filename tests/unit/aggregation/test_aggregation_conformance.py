@@ -8,7 +8,7 @@ import torch
 
 from federated.aggregation import RULES, Accumulator, FedIT, FlexLoRA, Result, make_rule
 from federated.aggregation.factor_mean import FactorMean
-from federated.state import GlobalState
+from federated.global_state import GlobalState
 from federated.testing import Case, Finding, cases, dense_mean, effective_of, examine
 
 CASES = {case.name: case for case in cases()}

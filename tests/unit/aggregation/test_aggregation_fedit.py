@@ -20,8 +20,9 @@ from federated.aggregation import (
 from federated.config import ServerOptimizerConfig
 from federated.delta import Update, add, apply, subtract
 from federated.errors import AggregationError, ConfigError, NotEnoughUpdates
+from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec
-from federated.state import AdapterState, GlobalState, RuleState
+from federated.state import AdapterState, RuleState
 
 MODULE = ModuleSpec("q", d_in=6, d_out=5, rank=3, alpha=12.0)
 SPEC = AdapterSpec("lora", 3, 12.0, use_rslora=False, modules=(MODULE,), head=HeadSpec("mean_pool", 2, True, 0))

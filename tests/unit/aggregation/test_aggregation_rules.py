@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from federated.aggregation import (
     check_combination,
     make_rule,
 )
-from federated.config import ServerOptimizerConfig, StrategyConfig
+from federated.config import AdapterConfig, ExperimentConfig, ServerOptimizerConfig, StrategyConfig, TaskConfig
 from federated.delta import Update
 from federated.errors import AggregationError, ConfigError, NotEnoughUpdates
-from federated.state import AdapterState, GlobalState, RuleState, Tensors, group_of
+from federated.global_state import GlobalState
+from federated.state import AdapterState, RuleState, Tensors, group_of
 from federated.testing import Case, cases, dense_mean, effective_of, examine
 
 CASES = {case.name: case for case in cases()}
@@ -247,11 +249,16 @@ class TestFlexLoRA:
             accumulator.add(updates(rule, state)[0], 1.0)
 
 
+def experiment(rule: str, optimizer: ServerOptimizerConfig, **adapter: Any) -> ExperimentConfig:
+    strategy = StrategyConfig(rule, server_optimizer=optimizer)
+    return ExperimentConfig(task=TaskConfig(labels=("no", "yes")), strategy=strategy, adapter=AdapterConfig(**adapter))
+
+
 @pytest.mark.parametrize("name", sorted(RULES))
 @pytest.mark.parametrize("optimizer", [("sgd", 1.0), ("sgd", 0.5), ("adam", 0.01)])
 def test_server_optimizers_go_with_rules_that_yield_a_delta(name: str, optimizer: tuple[str, float]) -> None:
     rule = make_rule(name)
-    config = StrategyConfig(name, server_optimizer=ServerOptimizerConfig(optimizer[0], learning_rate=optimizer[1]))
+    config = experiment(name, ServerOptimizerConfig(optimizer[0], learning_rate=optimizer[1]))
     if rule.properties.fixed_space or optimizer == ("sgd", 1.0):
         check_combination(rule, config)
     else:
@@ -262,5 +269,24 @@ def test_server_optimizers_go_with_rules_that_yield_a_delta(name: str, optimizer
 @pytest.mark.parametrize("name", ["adam", "yogi", "adagrad"])
 def test_an_adaptive_step_of_one_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"learning_rate = 1: {name} moves every value by about that much"):
-        check_combination(FFALoRA(), StrategyConfig("ffa", server_optimizer=ServerOptimizerConfig(name)))
-    check_combination(FFALoRA(), StrategyConfig("ffa", server_optimizer=ServerOptimizerConfig(name, tau=1.0)))
+        check_combination(FFALoRA(), experiment("ffa", ServerOptimizerConfig(name)))
+    check_combination(FFALoRA(), experiment("ffa", ServerOptimizerConfig(name, tau=1.0)))
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_mixed_ranks_go_with_rules_that_combine_them(name: str) -> None:
+    rule, optimizer = make_rule(name), ServerOptimizerConfig("sgd")
+    check_combination(rule, experiment(name, optimizer, rank=8, client_ranks=(8, 16)))  # none is smaller
+    smaller = experiment(name, optimizer, rank=8, client_ranks=(8, 4))
+    if rule.properties.mixed_ranks:
+        check_combination(rule, smaller)
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"adapter\.client_ranks = \[8, 4\]: {name} averages factors of one rank"
+        ):
+            check_combination(rule, smaller)
+
+
+def test_an_option_that_a_rule_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"strategy\.options\.tau = 3: no option of ffa; it takes none"):
+        make_rule("ffa", {"tau": 3})

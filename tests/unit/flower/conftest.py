@@ -1,6 +1,7 @@
 """A federation without a model: fake clients that answer as real ones do, on the in-process Grid."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def make_config(**changes: Any) -> ExperimentConfig:
 
 def make_adapter(value: float = 0.25, dtype: str = "F32") -> AdapterState:
     """A tiny adapter whose factors are constant."""
-    spec = AdapterSpec(**{**vars(SPEC), "dtype": dtype})
+    spec = replace(SPEC, dtype=dtype)
     tensors = {"q.factor_a": torch.full((2, 3), value), "q.factor_b": torch.full((2, 2), -value)}
     return AdapterState(spec, tensors).cast(dtype)
 

@@ -44,12 +44,22 @@ def test_two_rounds_are_kept(tmp_path: Path) -> None:
     assert rounds(store) == {"4", "5"}
 
 
-def test_a_client_that_was_left_out_for_long_forgets_all_old_rounds(tmp_path: Path) -> None:
+def test_a_client_that_was_left_out_for_long_keeps_its_own_last_two_rounds(tmp_path: Path) -> None:
     store = make(tmp_path)
     store.put(1, "answer", b"x")
     store.put(2, "answer", b"x")
     store.put(40, "answer", b"x")
-    assert rounds(store) == {"40"}
+    assert rounds(store) == {"2", "40"}
+
+
+def test_the_latest_entry_before_a_round(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    assert store.latest("kept", before=9) is None
+    store.put(2, "kept", b"two")
+    store.put(7, "other", b"x")
+    assert [store.latest("kept", before=number) for number in (2, 3, 7, 8)] == [None, b"two", b"two", b"two"]
+    store.put(7, "kept", b"seven")
+    assert [store.latest("kept", before=number) for number in (7, 8)] == [b"two", b"seven"]
 
 
 def test_forgetting_leaves_the_counter(tmp_path: Path) -> None:

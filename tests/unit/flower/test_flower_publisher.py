@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from federated import __version__
 from federated.errors import RegistryError
 from federated.flower.publisher import RegistryPublisher, TrainingState, recipe_record, weights_digest
+from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, ModuleSpec, sha256_hex
 from federated.registry import Registry
 from federated.server_optimizers import OptimizerState
-from federated.state import AdapterState, GlobalState, RuleState, to_raw
+from federated.state import AdapterState, RuleState, to_raw
 from federated.wire import encode_packet, encode_tensors
 
 Make = Callable[..., Any]
@@ -83,7 +84,7 @@ HEADER: dict[str, Any] = {
     "steps": 0,
     "counters": {},
     "rule": {},
-    "spec": vars(SPEC) | {"modules": []},
+    "spec": SPEC.plain | {"modules": []},
 }
 
 

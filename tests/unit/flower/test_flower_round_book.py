@@ -28,9 +28,8 @@ def opened(config: Make, adapter: Make) -> Make:
 
         plain = config(**changes)
         server = ServerState(adapter(), rule=FedIT(), optimizer=plain.strategy.server_optimizer)
-        server.version_id = "v" * 64
         writer = TaskWriter(plain, rule=FedIT(), run_id="run", base_digest="b" * 64, secret=b"key")
-        sent, book = writer.write(server, NODES, round_number=1, mode=mode)
+        sent, book = writer.write(server.global_state, NODES, round_number=1, mode=mode, version_id="v" * 64)
         return {assignment_of(message).client_id: message for message in sent}, book
 
     return make
@@ -240,7 +239,7 @@ def test_the_client_event_says_all(opened: Make, honest: Make) -> None:
 
 def test_the_event_of_a_missed_round_says_so(opened: Make) -> None:
     _, book = opened()
-    event = round_event(book, version_id="v" * 64, missed="0 good updates of 3, the quorum is 2")
+    event = round_event([book], version_id="v" * 64, missed="0 good updates of 3, the quorum is 2")
     assert (event["published"], event["participants"], event["cohort"]) == (False, 0, 3)
     assert event["message"] == "0 good updates of 3, the quorum is 2: the global adapter stays as it was"
     assert event["version_id"] == event["parent"] == "v" * 64

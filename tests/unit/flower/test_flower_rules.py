@@ -11,8 +11,9 @@ from federated.aggregation import RULES, Accumulator, ClientView, Result, Rule, 
 from federated.config import ExperimentConfig
 from federated.delta import Update, apply
 from federated.flower import DeltaStrategy, InProcessGrid, Session, TrainingState, handle_query, handle_train
+from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, TrainPlan
-from federated.state import AdapterState, GlobalState, RuleState
+from federated.state import AdapterState, RuleState
 from federated.testing import dense_mean, effective_of
 from federated.tracking import MemoryTracker
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
-from federated.aggregation import FedIT, NextPhase, Result
+from federated.aggregation import FedIT, Result
 from federated.config import ServerOptimizerConfig
-from federated.errors import AggregationError, ConfigError
+from federated.errors import AggregationError
 from federated.flower.server_state import ServerState
-from federated.state import AdapterState, GlobalState, RuleState
+from federated.global_state import GlobalState
+from federated.state import AdapterState, RuleState
 
 Make = Callable[..., Any]
 NAMES = ("q.factor_a", "q.factor_b")
@@ -123,12 +124,6 @@ def test_a_move_beyond_what_a_device_holds_is_refused_and_changes_nothing(
     with pytest.raises(AggregationError, match=rf"beyond {dtype}: bound what one client may send with round\.max_norm"):
         state.apply(Result(mean_delta=mean_delta(value)))
     assert state.training_state(0).to_bytes() == before
-
-
-def test_a_second_phase_is_refused(server: Make) -> None:
-    state = server()
-    with pytest.raises(ConfigError, match="second phase"):
-        state.apply(NextPhase(state.global_state, 2))
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "yogi", "adagrad"])

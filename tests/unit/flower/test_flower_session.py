@@ -145,11 +145,6 @@ class TestSite:
 
 
 class TestLimits:
-    def test_more_rank_than_the_owner_allows_is_refused(self, real_config: ExperimentConfig):
-        site = ClientSite("a", "x", max_rank=1)
-        with pytest.raises(ConfigError, match=r"adapter\.rank = 2: this client allows at most 1"):
-            site.applied_to(real_config)
-
     def test_the_owner_s_data_and_model_replace_the_server_s(self, real_config: ExperimentConfig):
         data, model = DataConfig(name="files", path="/srv/data"), ModelConfig(source="/srv/model")
         applied = ClientSite("a", "x", data=data, model=model).applied_to(real_config)

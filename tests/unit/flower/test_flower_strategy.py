@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp.strategy import Result
 
 from federated.aggregation import FedIT, NextPhase
-from federated.errors import AggregationError, ConfigError, NotEnoughUpdates, RegistryError, RunInterrupted
+from federated.errors import AggregationError, NotEnoughUpdates, RegistryError, RunInterrupted
 from federated.flower import DeltaStrategy, InProcessGrid
 from federated.flower.publisher import RegistryPublisher, TrainingState
+from federated.flower.records import Assignment
 from federated.registry import Registry
 
 Make = Callable[..., Any]
@@ -219,15 +221,49 @@ class TestQuorum:
         assert [e["status"] for e in made.events("client") if e["client_id"] == "client-001"] == ["refused"]
         assert near(made, "q.factor_a", 0.25 + (10 / 7 + 90 / 7) / 40)
 
-    def test_a_rule_with_a_second_phase_is_refused(self, federation: Make):
+    def test_a_second_phase_is_an_exchange_with_those_who_answered_well(self, federation: Make, honest: Make):
         class TwoPhases(FedIT):
             def start(self, state: Any, phase: int) -> Any:
-                inner = super().start(state, phase)
-                inner.finish = lambda: NextPhase(state, 2)  # type: ignore[method-assign,assignment]
+                inner = super().start(state, 1)
+                if phase == 1:
+                    inner.finish = lambda: NextPhase(state, 2)  # type: ignore[method-assign,assignment]
                 return inner
 
-        with pytest.raises(ConfigError, match="second phase"):
-            federation({"rule": TwoPhases()}, rounds=1).run()
+            def plan(self, state: Any, client: Any, phase: int) -> Any:
+                plan, payload = super().plan(state, client, 1)
+                return replace(plan, phase=phase), payload
+
+        asked: list[tuple[str, int]] = []
+
+        def answer(message: Message, task: Assignment) -> Message:
+            asked.append((task.client_id, task.plan.phase))
+            if task.client_id == "client-001":
+                raise RuntimeError("gone")
+            return honest(message, task, counter=task.plan.phase)
+
+        made = federation({"rule": TwoPhases()}, rounds=1)
+        made.run(script=dict.fromkeys(("client-000", "client-001", "client-002"), answer))
+        phases = [(name, phase) for name, phase in asked if phase <= 2][:5]
+        assert sorted(phases) == [("client-000", 1), ("client-000", 2), ("client-001", 1), ("client-002", 1),
+                                  ("client-002", 2)]  # fmt: skip
+        (event,) = made.events("round")
+        assert (event["participants"], event["cohort"], event["published"]) == (2, 3, True)
+        assert [refusal["client_id"] for refusal in event["refused"]] == ["client-001"]
+        sizes = [e["bytes_up"] for e in made.events("client") if e["client_id"] == "client-000"]
+        assert event["bytes_up"] == 2 * sum(sizes)
+
+    def test_a_rule_that_never_ends_misses_the_round(self, federation: Make):
+        class Endless(FedIT):
+            def start(self, state: Any, phase: int) -> Any:
+                inner = super().start(state, 1)
+                inner.finish = lambda: NextPhase(state, phase)  # type: ignore[method-assign,assignment]
+                return inner
+
+        made = federation({"rule": Endless()}, rounds=1)
+        made.run()
+        (event,) = made.events("round")
+        assert not event["published"]
+        assert "fedit asks for phase 1 after phase 1" in event["message"]
 
 
 def publisher(registry: Registry | None, config: Any) -> RegistryPublisher:

@@ -10,6 +10,7 @@ from federated.aggregation import RULES, ClientView, Rule, make_rule
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, ModuleSpec
 from federated.state import AdapterState, Tensors
+from federated.uploads import layout
 
 __all__ = ["show"]
 
@@ -48,8 +49,7 @@ def _traffic(rule: Rule) -> tuple[str, str]:
     factors = {"layer.factor_a": torch.zeros(_RANK, _SIDE), "layer.factor_b": torch.zeros(_SIDE, _RANK)}
     state = GlobalState(AdapterState(spec, factors), rule_state=rule.init(spec))
     plan, payload = rule.plan(state, ClientView("anybody"), 1)
-    layout = payload.update_layout(plan.sent)
-    sent = sum(entry.shape[0] * entry.shape[1] for entry in layout)
+    sent = sum(entry.nbytes for entry in layout(plan, payload)) // 4
     return _share(sent, factors), _share(sum(tensor.numel() for tensor in payload.tensors.values()), factors)
 
 

@@ -31,8 +31,9 @@ from federated.flower.records import (
 )
 from federated.flower.session import ClientSite, Session, open_session, site_of
 from federated.manifest import canonical_json, digest_of
-from federated.state import AdapterState, group_of, to_raw
+from federated.state import AdapterState, to_raw
 from federated.training import client_seed
+from federated.uploads import pack
 from federated.wire import seal_update
 
 __all__ = ["handle_query", "handle_train"]
@@ -107,7 +108,7 @@ def _train(
     result = session.trainer.run(start, task.plan, data, seed=seed)
     remember(store, task.plan, apply_some(start, result.delta), round_number=task.round_number)
     packet = seal_update(
-        to_raw({name: tensor for name, tensor in result.delta.items() if group_of(name) in task.plan.sent}),
+        to_raw(pack(task.plan, start, result.delta)),
         run_id=task.run_id,
         client_id=task.client_id,
         round_number=task.round_number,

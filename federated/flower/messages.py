@@ -14,6 +14,7 @@ from federated.flower.round_book import RoundBook
 from federated.global_state import GlobalState
 from federated.manifest import TrainPlan
 from federated.state import AdapterState
+from federated.uploads import layout
 from federated.wire import Expectation, Limits
 
 __all__ = ["TaskWriter"]
@@ -62,7 +63,7 @@ class TaskWriter:
             phase: exchange within the round, 1-based.
         """
         plans: dict[tuple[int | None, str], tuple[TrainPlan, AdapterState, bytes]] = {}
-        messages, expected, sizes, layouts, payloads = [], {}, {}, {}, {}
+        messages, expected, sizes, layouts, payloads, all_plans = [], {}, {}, {}, {}, {}
         for client_id, node in nodes.items():
             view = ClientView(client_id, self._rank(state, (ranks or {}).get(client_id)))
             key = (view.rank, client_id if self._rule.properties.own_payloads else "")
@@ -72,7 +73,8 @@ class TaskWriter:
             plan, payload, packet = plans[key]
             assignment = self._assign(plan, client_id, version_id, round_number=round_number)
             expected[client_id] = self._expect(assignment, payload, (counters or {}).get(client_id, 0))
-            layouts[client_id] = payload.update_layout(plan.sent)
+            layouts[client_id] = layout(plan, payload)
+            all_plans[client_id] = plan
             payloads[client_id] = payload
             sizes[client_id] = len(packet)
             content = task_content(assignment, self._config, packet)
@@ -83,6 +85,7 @@ class TaskWriter:
             nodes=nodes,
             layouts=layouts,
             payloads=payloads,
+            plans=all_plans,
             limits=Limits(max_norm=self._config.round.max_norm),
             bytes_down=sizes,
             evaluate_only=mode == "evaluate",

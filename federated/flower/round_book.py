@@ -17,8 +17,9 @@ from flwr.app import Message
 from federated.delta import Update
 from federated.errors import UpdateRejected, WireError
 from federated.flower.records import Reply
-from federated.manifest import TensorLayout
+from federated.manifest import TensorLayout, TrainPlan
 from federated.state import AdapterState, from_raw
+from federated.uploads import unpack
 from federated.wire import Expectation, Limits, admit
 
 __all__ = ["Outcome", "RoundBook", "evaluation_of", "pooled_evaluation", "whole_round"]
@@ -116,6 +117,7 @@ class RoundBook:
         nodes: node id of each client.
         layouts: the exact tensors of each client's update.
         payloads: the adapter that each client was sent.
+        plans: what each was asked to do with it.
         limits: of size and norm.
         bytes_down: size of the packet that each client was sent.
         evaluate_only: no update is expected, only metrics.
@@ -129,6 +131,7 @@ class RoundBook:
         nodes: Mapping[str, int],
         layouts: Mapping[str, TensorLayout],
         payloads: Mapping[str, AdapterState],
+        plans: Mapping[str, TrainPlan],
         limits: Limits,
         bytes_down: Mapping[str, int],
         evaluate_only: bool = False,
@@ -139,6 +142,7 @@ class RoundBook:
         self._clients = {node: client for client, node in nodes.items()}
         self._layouts = layouts
         self._payloads = payloads
+        self._plans = plans
         self._limits = limits
         self._bytes_down = bytes_down
         self._evaluate_only = evaluate_only
@@ -209,14 +213,15 @@ class RoundBook:
             bytes_up=len(reply.packet),
             counter=envelope.counter,
         )
+        received = self._payloads[client_id]
         return Update(
             client_id=client_id,
-            delta=from_raw(admitted.tensors),
+            delta=unpack(self._plans[client_id], received, from_raw(admitted.tensors)),
             num_examples=envelope.num_examples,
             round_number=self.round_number,
             payload_digest=envelope.payload_digest,
             metrics=reply.metrics,
-            received=self._payloads[client_id],
+            received=received,
         )
 
     def _check_claim(self, client_id: str, reply: Reply) -> None:

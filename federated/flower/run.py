@@ -29,7 +29,8 @@ from federated.flower.session import Session, app_folder, open_session
 from federated.flower.strategy import DeltaStrategy
 from federated.registry import Registry, VersionRecord
 from federated.report import write_report
-from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker
+from federated.run_history import history_of, result_warning
+from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker, read_events
 
 __all__ = ["Run", "RunSummary", "run_trackers", "write_versions"]
 
@@ -131,6 +132,7 @@ class Run:
                     strategy = self._strategy(registry, tracker)
                     tracker.emit(self.description(strategy.method, resumed_after=strategy.server.finished))
                     self._all_rounds(strategy, grid)
+                    self.warn(tracker)
                     status = "completed"
                 except RunInterrupted as error:
                     status, message = "interrupted", self.how_to_go_on(str(error))
@@ -150,6 +152,18 @@ class Run:
                 f"no round from {finished + 1} to {self.config.rounds} moved the global adapter, for want of good "
                 f"updates; {self.folder / 'report.html'} gives the reason of each client"
             )
+
+    def warn(self, tracker: Tracker) -> None:
+        """Say so when the run made its adapter worse. Nothing else follows from it: every version is kept.
+
+        Raises:
+            DataError: if the run's metrics cannot be read back.
+        """
+        message = result_warning(history_of(read_events(self.folder / "metrics.jsonl")))
+        if message:
+            tracker.emit({"event": "warning", "message": message})
+            if not self.config.tracking.progress:  # nobody else shows it
+                _LOG.warning("warning: %s", message)
 
     def _close(self, registry: Registry, tracker: Tracker, status: str, *, message: str) -> None:
         """Note the end and write the report; never hides why a run ended."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 from collections import OrderedDict
 
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     seeds = parser.parse_args().seeds
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0  # Flower makes no message without them
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     rules: list[Rule] = [FlowerFedAvg(), FedIT(), FlexLoRA()]
     found = {rule.name: [examine(rule, case) for seed in seeds for case in cases(seed)] for rule in rules}
     Console(stderr=True).print(table(found, len(seeds)))
@@ -96,9 +98,8 @@ def main() -> None:
 
 def table(found: dict[str, list[Finding]], seeds: int) -> Table:
     """Mean relative error by case and rule."""
-    made = Table(
-        "case", *found, "best of that rank", title=f"Distance from the dense mean of s B A, over {seeds} seeds"
-    )
+    title = f"Distance from the dense mean of s B A, over {seeds} seeds"
+    made = Table("case", *found, "best of that rank", title=title)
     best = next(iter(found.values()))
     for name in dict.fromkeys(finding.case for finding in best):
         cells = [_percent([one.error for one in findings if one.case == name]) for findings in found.values()]

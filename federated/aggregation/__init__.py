@@ -12,10 +12,13 @@ from pydantic import ValidationError
 
 from federated.aggregation.combine import check_combination
 from federated.aggregation.factor_mean import FactorMean
+from federated.aggregation.fedex import FedEx
 from federated.aggregation.fedit import FedIT
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
 from federated.aggregation.flexlora import FlexLoRA
+from federated.aggregation.flora import FLoRA
+from federated.aggregation.florist import FLoRIST
 from federated.aggregation.protocol import Accumulator, ClientView, NextPhase, Result, Rule, RuleProperties
 from federated.aggregation.rolora import RoLoRA
 from federated.aggregation.sums import WeightedSum
@@ -26,7 +29,10 @@ __all__ = [
     "Accumulator",
     "ClientView",
     "FFALoRA",
+    "FLoRA",
+    "FLoRIST",
     "FactorMean",
+    "FedEx",
     "FedIT",
     "FedSVD",
     "FlexLoRA",
@@ -41,10 +47,13 @@ __all__ = [
 ]
 
 RULES: Mapping[str, Callable[..., Rule]] = {
+    "fedex": FedEx,
     "fedit": FedIT,
     "fedsvd": FedSVD,
     "ffa": FFALoRA,
     "flexlora": FlexLoRA,
+    "flora": FLoRA,
+    "florist": FLoRIST,
     "rolora": RoLoRA,
 }
 """Rule names that a config may use; what each is called with are its options."""

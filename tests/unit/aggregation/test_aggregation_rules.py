@@ -53,8 +53,12 @@ def combined(rule: Rule, state: GlobalState, given: list[Update], case: Case = C
 
 
 def made_by(result: Result) -> Tensors:
-    """Whichever of the two a rule yields."""
-    return result.mean_delta or result.state.adapter.tensors
+    """Whichever of the two a rule yields, with the residual."""
+    if result.mean_delta:
+        return result.mean_delta
+    residual = result.state.residual
+    beside = {f"residual:{name}": tensor for name, tensor in residual.tensors.items()} if residual else {}
+    return {**result.state.adapter.tensors, **beside}
 
 
 def test_ffa_trains_and_sends_b_and_the_dense_tensors_only() -> None:
@@ -262,7 +266,9 @@ def test_server_optimizers_go_with_rules_that_yield_a_delta(name: str, optimizer
     if rule.properties.fixed_space or optimizer == ("sgd", 1.0):
         check_combination(rule, config)
     else:
-        with pytest.raises(ConfigError, match=f"{name} makes the next adapter itself.*use sgd with learning rate 1"):
+        how = "and a residual" if rule.properties.residual else "by a factorisation"
+        expected = f"{name} makes the next adapter itself, {how}.*use sgd with learning rate 1"
+        with pytest.raises(ConfigError, match=expected):
             check_combination(rule, config)
 
 

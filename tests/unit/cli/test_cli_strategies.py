@@ -13,11 +13,14 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
     }
     assert set(rows) == set(RULES)
     assert {name: row[3] for name, row in rows.items()} == {
+        "fedex": "1",
         "fedit": "1",
         "fedsvd": "0.5",
         "ffa": "0.5",
         "rolora": "0.5",
         "flexlora": "1",
+        "flora": "1",
+        "florist": "1",
     }
     assert {row[4] for row in rows.values()} == {"1"}
     for name, row in rows.items():

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from federated.aggregation.combine import check_combination
 from federated.aggregation.factor_mean import FactorMean
 from federated.aggregation.fedit import FedIT
+from federated.aggregation.fedsa import FedSALoRA
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
 from federated.aggregation.flexlora import FlexLoRA
@@ -28,6 +29,7 @@ __all__ = [
     "FFALoRA",
     "FactorMean",
     "FedIT",
+    "FedSALoRA",
     "FedSVD",
     "FlexLoRA",
     "NextPhase",
@@ -42,6 +44,7 @@ __all__ = [
 
 RULES: Mapping[str, Callable[..., Rule]] = {
     "fedit": FedIT,
+    "fedsa": FedSALoRA,
     "fedsvd": FedSVD,
     "ffa": FFALoRA,
     "flexlora": FlexLoRA,

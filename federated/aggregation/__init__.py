@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from federated.aggregation.combine import check_combination
 from federated.aggregation.factor_mean import FactorMean
 from federated.aggregation.fedit import FedIT
+from federated.aggregation.fedrot import FedRotLoRA
 from federated.aggregation.fedsa import FedSALoRA
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
@@ -29,6 +30,7 @@ __all__ = [
     "FFALoRA",
     "FactorMean",
     "FedIT",
+    "FedRotLoRA",
     "FedSALoRA",
     "FedSVD",
     "FlexLoRA",
@@ -44,6 +46,7 @@ __all__ = [
 
 RULES: Mapping[str, Callable[..., Rule]] = {
     "fedit": FedIT,
+    "fedrot": FedRotLoRA,
     "fedsa": FedSALoRA,
     "fedsvd": FedSVD,
     "ffa": FFALoRA,

@@ -14,6 +14,7 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
     assert set(rows) == set(RULES)
     assert {name: row[3] for name, row in rows.items()} == {
         "fedit": "1",
+        "fedrot": "1",
         "fedsa": "0.5",
         "fedsvd": "0.5",
         "ffa": "0.5",

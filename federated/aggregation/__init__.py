@@ -14,6 +14,8 @@ from federated.aggregation.combine import check_combination
 from federated.aggregation.factor_mean import FactorMean
 from federated.aggregation.fedex import FedEx
 from federated.aggregation.fedit import FedIT
+from federated.aggregation.fedrot import FedRotLoRA
+from federated.aggregation.fedsa import FedSALoRA
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
 from federated.aggregation.flexlora import FlexLoRA
@@ -34,6 +36,8 @@ __all__ = [
     "FactorMean",
     "FedEx",
     "FedIT",
+    "FedRotLoRA",
+    "FedSALoRA",
     "FedSVD",
     "FlexLoRA",
     "NextPhase",
@@ -49,6 +53,8 @@ __all__ = [
 RULES: Mapping[str, Callable[..., Rule]] = {
     "fedex": FedEx,
     "fedit": FedIT,
+    "fedrot": FedRotLoRA,
+    "fedsa": FedSALoRA,
     "fedsvd": FedSVD,
     "ffa": FFALoRA,
     "flexlora": FlexLoRA,

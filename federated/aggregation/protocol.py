@@ -30,6 +30,7 @@ class RuleProperties:
         needs_individual_updates: must see updates one beside the other (robust rules).
         own_payloads: clients of one rank may be sent different adapters.
         residual: keeps a frozen residual, which goes down whole in each round.
+        personal: clients keep a part of the model (`TrainPlan.kept`); no version can be served.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
         paper: where it was published.
     """
@@ -41,6 +42,7 @@ class RuleProperties:
     needs_individual_updates: bool = False
     own_payloads: bool = False
     residual: bool = False
+    personal: bool = False
     fixed_space: bool = True
     paper: str = ""
 

@@ -30,7 +30,8 @@ def show(console: Console) -> None:
         properties = rule.properties
         up, down = _traffic(rule)
         cells = (_yes(properties.fixed_space), _yes(properties.mixed_ranks), _yes(properties.linear))
-        table.add_row(name, _CLAIMS[properties.exactness], up, down, *cells)
+        claim = _CLAIMS[properties.exactness] + (", own B" if properties.personal else "")
+        table.add_row(name, claim, up, down, *cells)
     console.print(table)
     console.print("Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
     for name in sorted(RULES):

@@ -94,9 +94,14 @@ def _check_types(task: Assignment) -> None:
     plan = task.plan
     if any(type(number) is not int or number < 0 for number in (task.round_number, plan.phase, plan.rank)):
         raise ValueError("round_number, phase and rank are integers of at least 0")
-    names = (task.run_id, task.client_id, task.task_token, task.parent_version, task.base_digest, *plan.trainable)
-    if any(type(name) is not str for name in names) or plan.mode not in ("train", "evaluate"):
+    names = (task.run_id, task.client_id, task.task_token, task.parent_version, task.base_digest)
+    if any(type(name) is not str for name in (*names, *plan.trainable, *plan.kept)) or plan.mode not in (
+        "train",
+        "evaluate",
+    ):
         raise ValueError("names are strings, and the mode is train or evaluate")
+    if plan.align not in ("", "factor_a", "factor_b") or not 0 <= plan.align_strength <= 1:
+        raise ValueError("factors are aligned to factor_a or factor_b, by a share from 0 to 1")
 
 
 @dataclass(frozen=True)

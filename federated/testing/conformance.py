@@ -9,6 +9,9 @@ averaging), and measures how far the adapter that it makes, residual included, i
     truncation    as close as any adapter of that rank can be (Eckart and Young), within 1e-6 of the truth's norm
     approximate   no bound: the gap is what the rule costs, and is reported
 
+Updates pass through `federated.uploads`, as on the wire. Under a rule that lets tensors stay on the client, the truth
+is each client's own: the mean of what all hold, with the tensors that it keeps in everybody's place; the worst counts.
+
 Where the truth is zero the bounds are absolute. With bfloat16 adapters, what clients receive is rounded to 8 bits, and
 the bounds are 2^-6. Run it on a rule of your own:
 
@@ -22,7 +25,7 @@ different ranks, a residual); `fits` says whether a rule takes one, and `examine
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,6 +37,7 @@ from federated.errors import AggregationError
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec
 from federated.state import AdapterState, Tensors, group_of
+from federated.uploads import pack, unpack
 
 __all__ = ["Case", "Finding", "cases", "dense_mean", "effective_of", "examine", "fits"]
 
@@ -143,14 +147,33 @@ def examine(rule: Rule, case: Case) -> Finding:
         }
         moved = {name: tensor.float() + delta.get(name, 0.0) for name, tensor in payload.tensors.items()}
         after[client_id] = replace(payload, tensors=moved)
-        accumulator.add(Update(client_id, delta, num_examples=1, received=payload), case.weights[client_id])
+        sent = unpack(plan, payload, pack(plan, payload, delta))
+        accumulator.add(Update(client_id, sent, num_examples=1, received=payload), case.weights[client_id])
     result = accumulator.finish()
     if isinstance(result, NextPhase):
         raise AggregationError(f"{rule.name} asks for a second phase, which this suite does not run")
     state = result.state or before
     made = state.adapter if result.state else _moved(case.adapter, result.mean_delta or {})
     made = replace(made, residual=state.residual)
-    return _measured(rule, case, made=made, after=after)
+    findings = [
+        _measured(rule, case, made=_with(own, made), after={name: _with(own, one) for name, one in after.items()})
+        for own in _kept(after, plan.kept)
+    ]
+    return max(findings, key=lambda finding: (not finding.passed, finding.error))
+
+
+def _kept(after: Mapping[str, AdapterState], groups: Sequence[str]) -> list[Tensors]:
+    """What each client keeps; the one empty set for a rule under which nobody keeps anything."""
+    if not groups:
+        return [{}]
+    return [
+        {name: tensor for name, tensor in adapter.tensors.items() if group_of(name) in groups}
+        for adapter in after.values()
+    ]
+
+
+def _with(own: Tensors, adapter: AdapterState) -> AdapterState:
+    return replace(adapter, tensors={**adapter.tensors, **own})
 
 
 def _first(tensor: Tensor, shape: torch.Size) -> Tensor:

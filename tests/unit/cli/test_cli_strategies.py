@@ -15,6 +15,8 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
     assert {name: row[3] for name, row in rows.items()} == {
         "fedex": "1",
         "fedit": "1",
+        "fedrot": "1",
+        "fedsa": "0.5",
         "fedsvd": "0.5",
         "ffa": "0.5",
         "rolora": "0.5",

@@ -15,9 +15,9 @@ from federated.delta import norm, subtract
 from federated.flower import Session, handle_query, handle_train
 from federated.flower.records import Assignment, Reply, adapter_packet, query_content, task_content
 from federated.manifest import TrainPlan, canonical_json
-from federated.state import AdapterState, from_raw
+from federated.state import AdapterState, from_raw, group_of
 from federated.training import client_seed
-from federated.wire import Expectation, admit
+from federated.wire import Expectation, admit, decode_packet
 
 CLIENT = "client-001"
 PLAN = TrainPlan(rank=2)
@@ -177,6 +177,47 @@ class TestSentAgain:
         assert after.packet is not None
         assert before.packet is not None
         assert kept.read_bytes() != whole[:20]
+
+
+KEEPING = TrainPlan(rank=2, kept=("factor_b", "dense"))
+
+
+class TestKept:
+    """A client that keeps B and its head, asked by hand."""
+
+    def delta(self, reply: Reply) -> dict[str, torch.Tensor]:
+        assert reply.packet is not None, reply.message
+        return from_raw(decode_packet(reply.packet)[1])
+
+    def test_only_the_rest_is_sent(self, ask: Reply_, task: Assignment):
+        found = self.delta(ask(replace(task, plan=KEEPING)))
+        assert {group_of(name) for name in found} == {"factor_a"}
+
+    def test_the_same_task_twice_gives_the_same_bytes(self, ask: Reply_, task: Assignment):
+        keeping = replace(task, plan=KEEPING)
+        assert ask(keeping) == ask(keeping)
+
+    def test_a_resumed_server_gets_the_same_update(self, ask: Reply_, task: Assignment):
+        """Its token is new, so that the answer is computed again: from what the client held before it."""
+        ask(replace(task, plan=KEEPING, parent_version="o" * 64))
+        second = replace(task, plan=KEEPING, round_number=2)
+        first, again = self.delta(ask(second)), self.delta(ask(replace(second, task_token="e" * 64)))
+        assert norm(first) > 0
+        assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+    def test_the_next_round_starts_from_its_own(self, ask: Reply_, task: Assignment):
+        second = replace(task, plan=KEEPING, round_number=2, parent_version="q" * 64)
+        fresh = self.delta(ask(replace(second, run_id="other")))
+        ask(replace(task, plan=KEEPING))
+        assert norm(subtract(self.delta(ask(second)), fresh)) > 0
+
+    def test_an_evaluation_is_of_its_own(self, ask: Reply_, task: Assignment):
+        def measured(**change: Any) -> float:
+            asked = replace(task, plan=replace(KEEPING, mode="evaluate"), parent_version="q" * 64, **change)
+            return ask(asked).metrics["eval_before_loss"]
+
+        ask(replace(task, plan=KEEPING))
+        assert measured() != measured(run_id="other")
 
 
 def _own(config: ExperimentConfig, folder: Path) -> dict[str, Any]:

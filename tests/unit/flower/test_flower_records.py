@@ -71,7 +71,12 @@ class TestAssignment:
         with pytest.raises(WireError):
             Assignment.from_json(json.dumps(task))
 
-    @pytest.mark.parametrize("change", [{"mode": "erase"}, {"mode": 1}, {"trainable": [1]}, {"surprise": 1}], ids=str)
+    @pytest.mark.parametrize(
+        "change",
+        [{"mode": "erase"}, {"mode": 1}, {"trainable": [1]}, {"kept": [1]}, {"surprise": 1},
+         {"align": "dense"}, {"align_strength": 2}, {"align_strength": "1"}],
+        ids=str,
+    )  # fmt: skip
     def test_plans_of_another_kind_are_refused(self, change):
         task = plain()
         task["plan"] |= change

@@ -1,5 +1,6 @@
 """Every rule in whole rounds: real clients with a trained head, changing cohorts, real messages, resume and export."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,10 @@ from federated.testing import dense_mean, effective_of
 from federated.tracking import MemoryTracker
 
 every_rule = pytest.mark.parametrize("name", sorted(RULES))
+every_shared_rule = pytest.mark.parametrize(
+    "name", [name for name in sorted(RULES) if not make_rule(name).properties.personal]
+)
+"""Rules with one adapter for all; of the others see `test_flower_personal`."""
 FEDIT = "fedit"
 
 
@@ -101,7 +106,13 @@ def three_rounds(real_config: ExperimentConfig, name: str) -> ExperimentConfig:
     )
 
 
-@every_rule
+@pytest.fixture
+def fresh_store(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], None]:
+    """Clients that were never in a run of this name."""
+    return lambda: monkeypatch.setenv("FEDPEFT_CLIENT_STORE", str(tmp_path_factory.mktemp("clients")))
+
+
+@every_shared_rule
 def test_what_the_next_round_starts_from_is_what_the_rule_claims(
     three_rounds: ExperimentConfig, real_session: Session, name: str
 ) -> None:
@@ -157,7 +168,7 @@ def test_only_what_is_trained_goes_up(three_rounds: ExperimentConfig, real_sessi
     )
     for event in tracker.of("client"):
         assert event["status"] == "ok"
-        if name in ("fedsvd", "ffa", "rolora"):
+        if name in ("fedsa", "fedsvd", "ffa", "rolora"):
             assert event["bytes_up"] < 0.8 * whole
         else:
             assert event["bytes_up"] == pytest.approx(whole, abs=64)
@@ -165,10 +176,11 @@ def test_only_what_is_trained_goes_up(three_rounds: ExperimentConfig, real_sessi
 
 @every_rule
 def test_a_run_stopped_after_any_round_goes_on_as_if_it_was_not(
-    three_rounds: ExperimentConfig, real_session: Session, name: str
+    three_rounds: ExperimentConfig, real_session: Session, name: str, fresh_store: Callable[[], None]
 ) -> None:
     whole, _ = run(three_rounds, real_session, make_rule(name))
     for stop in (1, 2):
+        fresh_store()
         first, _ = run(replace(three_rounds, rounds=stop), real_session, make_rule(name))
         saved = TrainingState.from_bytes(first.server.training_state(stop).to_bytes())
         again, _ = run(three_rounds, real_session, make_rule(name), resume=(saved, first.version_id))

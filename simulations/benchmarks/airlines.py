@@ -196,10 +196,10 @@ def one_seed(seed: int, options: argparse.Namespace, *, same: bool) -> dict[str,
             if arm == "bare":
                 command = [sys.executable, str(BARE), folder, *(["--same-batches"] if same else [])]
             answer = json.loads(_run(command).splitlines()[-1])
-            found |= answer if arm == "bare" else {arm: answer}
-    for arm in [arm for arm in ARMS if arm in found]:
-        curve = " ".join(f"{value:.1%}" for value in found[arm]["curve"])
-        print(f"seed {seed}, {arm}: {curve}, {found[arm]['work']:.1f} CPU-s", file=sys.stderr)
+            for name, result in (answer if arm == "bare" else {arm: answer}).items():
+                curve = " ".join(f"{value:.1%}" for value in result["curve"])
+                print(f"seed {seed}, {name}: {curve}, {result['work']:.1f} CPU-s", file=sys.stderr)
+                found[name] = result
     return found
 
 

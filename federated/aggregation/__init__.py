@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from federated.aggregation.combine import check_combination
+from federated.aggregation.combine import check_combination, clients_needed, cohort_size
 from federated.aggregation.factor_mean import FactorMean
 from federated.aggregation.fedit import FedIT
 from federated.aggregation.fedsvd import FedSVD
@@ -37,6 +37,8 @@ __all__ = [
     "RuleProperties",
     "WeightedSum",
     "check_combination",
+    "clients_needed",
+    "cohort_size",
     "make_rule",
 ]
 

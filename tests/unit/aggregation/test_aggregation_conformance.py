@@ -8,17 +8,23 @@ import torch
 
 from federated.aggregation import RULES, Accumulator, FedIT, FlexLoRA, Result, make_rule
 from federated.aggregation.factor_mean import FactorMean
+from federated.errors import NotEnoughUpdates
 from federated.global_state import GlobalState
-from federated.testing import Case, Finding, cases, dense_mean, effective_of, examine
+from federated.testing import Case, Finding, cases, crowded, dense_mean, effective_of, examine
 
 CASES = {case.name: case for case in cases()}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+def enough(name: str, case: Case) -> Case:
+    """The case, with as many clients as the rule needs."""
+    return crowded(case, make_rule(name).properties.min_updates)
+
+
 @every_case
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_every_rule_keeps_its_claim(name: str, case: Case) -> None:
-    finding = examine(make_rule(name), case)
+    finding = examine(make_rule(name), enough(name, case))
     assert finding.passed, finding
     assert torch.isfinite(torch.tensor([finding.error, finding.optimum, finding.dense_error])).all()
 
@@ -26,7 +32,7 @@ def test_every_rule_keeps_its_claim(name: str, case: Case) -> None:
 @pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_on_other_numbers_too(name: str, seed: int) -> None:
-    findings = [examine(make_rule(name), case) for case in cases(seed)]
+    findings = [examine(make_rule(name), enough(name, case)) for case in cases(seed)]
     assert [finding for finding in findings if not finding.passed] == []
 
 
@@ -43,7 +49,12 @@ def test_the_truncation_is_no_worse_than_factor_averaging(case: Case) -> None:
 
 def test_one_client_s_own_result_is_kept_by_all() -> None:
     case = CASES["one client"]
-    assert all(examine(make_rule(name), case).error < 1e-6 for name in RULES)
+    rules = [make_rule(name) for name in RULES]
+    able = [rule for rule in rules if rule.properties.min_updates == 1]
+    assert all(examine(rule, case).error < 1e-6 for rule in able)
+    for rule in set(rules) - set(able):
+        with pytest.raises(NotEnoughUpdates, match=rf"1 good updates: {rule.name} needs at least"):
+            examine(rule, case)
 
 
 class _Wrapped:
@@ -135,3 +146,16 @@ def test_the_truth_is_the_weighted_mean_of_effective_updates() -> None:
 
 def test_a_finding_of_a_wrong_dense_mean_fails_whatever_the_rule_claims() -> None:
     assert not Finding("x", "y", "approximate", error=0.0, optimum=0.0, dense_error=0.1, bound=1e-6).passed
+
+
+def test_more_clients_leave_those_that_are_there() -> None:
+    case = CASES["unequal weights"]
+    more = crowded(case, 5)
+    assert list(more.trained) == [f"client-{number:03d}" for number in range(5)]
+    assert all(more.trained[client_id] is moves for client_id, moves in case.trained.items())
+    assert (more.weights["client-001"], more.weights["client-004"]) == (10.0, 1.0)
+    sizes = [float(moves["layer.q.factor_a"].square().mean().sqrt()) for moves in more.trained.values()]
+    assert max(sizes) < 3 * min(sizes)
+    still = crowded(CASES["nobody learns anything"], 4).trained["client-003"]
+    assert not any(tensor.any() for tensor in still.values())
+    assert crowded(case, 2).trained.keys() == case.trained.keys()

@@ -183,8 +183,39 @@ def _norm(matrices: Mapping[str, Tensor]) -> float:
     return float(torch.stack([matrix.double().square().sum() for matrix in matrices.values()]).sum().sqrt())
 
 
-def cases(seed: int = 0) -> Iterator[Case]:
-    """The grid: scalings, layouts, shapes, weights, participation, zero updates, bfloat16; two layers each."""
+def cases(seed: int = 0, *, kind: str = "lora") -> Iterator[Case]:
+    """The grid: scalings, layouts, shapes, weights, participation, zero updates, bfloat16; two layers each.
+
+    Args:
+        seed: of the numbers.
+        kind: of the adapter, as `federated.aggregation.RuleProperties.adapter` says it.
+    """
+    for case in _grid(seed):
+        yield case if kind == "lora" else _cored(case, seed)
+
+
+def _cored(case: Case, seed: int) -> Case:
+    """The same case with a core between the factors; a fresh one starts at zero, and B does not."""
+    generator = torch.Generator().manual_seed(seed)
+    modules, fresh = case.adapter.spec.modules, all(not pair.factor_b.any() for pair in case.adapter.pairs())
+
+    def with_cores(tensors: Tensors, scale: float) -> dict[str, Tensor]:
+        size = [(f"{one.name}.core", (one.rank, one.rank)) for one in modules]
+        return {**tensors, **{name: scale * torch.randn(shape, generator=generator) for name, shape in size}}
+
+    factors = {
+        name: torch.randn(one.shape, generator=generator) if fresh and group_of(name) == "factor_b" else one
+        for name, one in case.adapter.tensors.items()
+    }
+    spec = replace(case.adapter.spec, peft_type="lora_xs")
+    trained = {
+        client: with_cores(moves, 0.7 * any(bool(move.any()) for move in moves.values()))
+        for client, moves in case.trained.items()
+    }
+    return replace(case, adapter=AdapterState(spec, with_cores(factors, float(not fresh))), trained=trained)
+
+
+def _grid(seed: int) -> Iterator[Case]:
     yield _case("alpha is r", seed, alpha=3.0)
     yield _case("alpha is not r", seed)
     yield _case("rsLoRA", seed, use_rslora=True)

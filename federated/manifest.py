@@ -132,7 +132,8 @@ class ModuleSpec:
     """One adapted layer: its module path in the base model and the algebra of its factors.
 
     ``factor_a`` is ``rank x d_in``, ``factor_b`` is ``d_out x rank`` and the effective update is
-    ``scaling * factor_b @ factor_a`` (``d_out x d_in``), transposed when ``fan_in_fan_out`` (Conv1D) stores it so.
+    ``scaling * factor_b @ factor_a`` (``d_out x d_in``), transposed when ``fan_in_fan_out`` (Conv1D) stores it so. Of
+    ``lora_xs`` it is ``scaling * factor_b @ core @ factor_a``.
     """
 
     name: str
@@ -165,7 +166,7 @@ class AdapterSpec:
     """Everything that must agree before two adapters may be added.
 
     Args:
-        peft_type: ``"lora"``.
+        peft_type: ``"lora"``, or ``"lora_xs"``: each module has a core (rank x rank) between its frozen factors.
         rank: LoRA's r, the largest one where modules differ.
         alpha: ``lora_alpha``.
         use_rslora: scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``.
@@ -181,6 +182,16 @@ class AdapterSpec:
     modules: tuple[ModuleSpec, ...]
     head: HeadSpec | None = None
     dtype: str = "F32"
+
+    @property
+    def has_core(self) -> bool:
+        """Whether each module has a core between its factors."""
+        return self.peft_type == "lora_xs"
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of tensors that such an adapter trains, where nobody says otherwise."""
+        return ("core", "dense") if self.has_core else ("factor_a", "factor_b", "dense")
 
     def scaling(self, module: ModuleSpec) -> float:
         """``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA."""
@@ -295,7 +306,7 @@ class TrainPlan:
         mode: ``"train"`` or ``"evaluate"``.
         phase: exchange within the round, 1-based.
         rank: LoRA rank of the payload for this client.
-        trainable: the groups that move: any of ``"factor_a"``, ``"factor_b"``, ``"dense"``.
+        trainable: the groups that move: any of ``"factor_a"``, ``"factor_b"``, ``"core"``, ``"dense"``.
         kept: those of them that stay on the client, which goes on from its own the next time (FedSA-LoRA).
         align: turn both factors, before they are sent, so that this one is near the received one: ``"factor_a"`` or
             ``"factor_b"`` (FedRot-LoRA); empty leaves them as they are.

@@ -17,6 +17,7 @@ from federated.delta import is_finite, norm, subtract
 from federated.errors import AggregationError
 from federated.flower.publisher import TrainingState
 from federated.global_state import GlobalState
+from federated.residual import folded
 from federated.state import AdapterState
 
 __all__ = ["ServerState"]
@@ -86,7 +87,7 @@ class ServerState:
             gradient = {name: -tensor for name, tensor in result.mean_delta.items()}
             adapter, moments = server_optimizers.step(self._optimizer, self._moments, before, pseudo_gradient=gradient)
             state = replace(state, adapter=adapter)
-        served = state.materialise()
+        served = folded(state.materialise()).cast(state.adapter.spec.dtype)
         if not (is_finite(served.tensors) and (served.residual is None or is_finite(served.residual.tensors))):
             found = f"the round would take the adapter beyond {state.adapter.spec.dtype}"
             raise AggregationError(f"{found}: bound what one client may send with round.max_norm, or lower rates")

@@ -111,7 +111,9 @@ def test_what_a_smaller_bound_cuts_off_is_known(bound: int) -> None:
 
 def test_no_more_columns_are_held_than_the_bound_and_one_term(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("federated.lowrank.decompose", lambda given: seen.append(given.stacked_rank) or decompose(given))
+    monkeypatch.setattr(
+        "federated.lowrank.decompose", lambda given: seen.append(given.stacked_rank) or decompose(given)
+    )
     sum_streaming(falling(30, 20, 200), bound=16)
     assert len(seen) > 10
     assert max(seen) <= 16 + 4

@@ -16,6 +16,7 @@ from federated.aggregation.fedit import FedIT
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
 from federated.aggregation.flexlora import FlexLoRA
+from federated.aggregation.lora_fair import LoRAFAIR
 from federated.aggregation.protocol import Accumulator, ClientView, NextPhase, Result, Rule, RuleProperties
 from federated.aggregation.rolora import RoLoRA
 from federated.aggregation.sums import WeightedSum
@@ -30,6 +31,7 @@ __all__ = [
     "FedIT",
     "FedSVD",
     "FlexLoRA",
+    "LoRAFAIR",
     "NextPhase",
     "Result",
     "RoLoRA",
@@ -45,6 +47,7 @@ RULES: Mapping[str, Callable[..., Rule]] = {
     "fedsvd": FedSVD,
     "ffa": FFALoRA,
     "flexlora": FlexLoRA,
+    "lora_fair": LoRAFAIR,
     "rolora": RoLoRA,
 }
 """Rule names that a config may use; what each is called with are its options."""

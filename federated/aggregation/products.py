@@ -21,7 +21,7 @@ from federated.errors import AggregationError, NotEnoughUpdates
 from federated.global_state import GlobalState
 from federated.lowrank import LowRank, effective, sum_streaming
 from federated.manifest import AdapterSpec
-from federated.state import AdapterState, LoraPair, group_of
+from federated.state import AdapterState, LoraPair, Tensors, group_of
 
 __all__ = ["ProductMean"]
 
@@ -100,16 +100,24 @@ class ProductMean:
         terms = ((chosen[client_id] / total, effective(pair)) for client_id, pair in self.each_pair(layer))
         return sum_streaming(terms).product
 
+    def dense_delta(self) -> dict[str, Tensor]:
+        """The weighted mean of the dense tensors' deltas, float64; empty where there are none."""
+        return self._dense.mean() if self._dense.count else {}
+
     def with_dense_mean(self) -> dict[str, Tensor]:
         """The global adapter's tensors with its dense ones moved by the weighted mean of the deltas, float32."""
-        before = self._state.adapter
-        if not before.dense():
-            return dict(before.tensors)
-        mean = self._dense.mean()
+        before, mean = self._state.adapter, self.dense_delta()
         moved = {name: (before.tensors[name].double() + mean[name]).float() for name in mean}
         return {**before.tensors, **moved}
 
-    def result(self, state: GlobalState, *, metrics: Mapping[str, float]) -> Result:
+    def result(
+        self,
+        state: GlobalState | None = None,
+        *,
+        metrics: Mapping[str, float],
+        mean_delta: Tensors | None = None,
+    ) -> Result:
         """The outcome, with this round's participants and their weight."""
         total = sum(self._weights.values())
-        return Result(state=state, participants=len(self._weights), total_weight=total, metrics=metrics)
+        count = len(self._weights)
+        return Result(mean_delta, state, participants=count, total_weight=total, metrics=metrics)

@@ -298,6 +298,8 @@ class TrainPlan:
         trainable: the groups that move: any of ``"factor_a"``, ``"factor_b"``, ``"dense"``.
         kept: those of them that stay on the client, which goes on from its own the next time (FedSA-LoRA).
         proximal_mu: FedProx's mu.
+        tail_penalty: weight of a penalty on the last rows of A and columns of B (HetLoRA); 0 means none.
+        tail_start: the first of them.
         evaluate_before: measure the received adapter on the client's held-out data before training.
         evaluate_after: measure the trained one too.
     """
@@ -308,6 +310,8 @@ class TrainPlan:
     trainable: tuple[str, ...] = ("factor_a", "factor_b", "dense")
     kept: tuple[str, ...] = ()
     proximal_mu: float = 0.0
+    tail_penalty: float = 0.0
+    tail_start: int = 0
     evaluate_before: bool = True
     evaluate_after: bool = False
 

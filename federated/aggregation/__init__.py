@@ -16,6 +16,7 @@ from federated.aggregation.fedit import FedIT
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
 from federated.aggregation.flexlora import FlexLoRA
+from federated.aggregation.hetlora import HetLoRA
 from federated.aggregation.lora_fair import LoRAFAIR
 from federated.aggregation.protocol import Accumulator, ClientView, NextPhase, Result, Rule, RuleProperties
 from federated.aggregation.rolora import RoLoRA
@@ -31,6 +32,7 @@ __all__ = [
     "FedIT",
     "FedSVD",
     "FlexLoRA",
+    "HetLoRA",
     "LoRAFAIR",
     "NextPhase",
     "Result",
@@ -47,6 +49,7 @@ RULES: Mapping[str, Callable[..., Rule]] = {
     "fedsvd": FedSVD,
     "ffa": FFALoRA,
     "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
     "lora_fair": LoRAFAIR,
     "rolora": RoLoRA,
 }

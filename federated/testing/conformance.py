@@ -20,7 +20,7 @@ the bounds are 2^-6. Run it on a rule of your own:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec
 from federated.state import AdapterState, Tensors, group_of
 
-__all__ = ["Case", "Finding", "cases", "dense_mean", "effective_of", "examine"]
+__all__ = ["Case", "Finding", "cases", "dense_mean", "effective_of", "examine", "mixed_cases"]
 
 _BOUND = {"F32": 1e-6, "BF16": 2.0**-6, "F16": 2.0**-9}
 _MEAN = "mean_pool"
@@ -47,12 +47,15 @@ class Case:
         adapter: the global adapter before the round, float32.
         trained: client id to what that client would move, for all groups; a rule's plan decides which of it counts.
         weights: client id to weight.
+        ranks: client id to the rank that it trains, where that is smaller than the adapter's; of its moves only the
+            first rows and columns count then.
     """
 
     name: str
     adapter: AdapterState
     trained: Mapping[str, Tensors]
     weights: Mapping[str, float]
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,9 @@ def examine(rule: Rule, case: Case) -> Finding:
     accumulator = rule.start(before, 1)
     after: dict[str, AdapterState] = {}
     for client_id, moves in case.trained.items():
-        plan, payload = rule.plan(before, ClientView(client_id), 1)
-        delta = {name: move for name, move in moves.items() if group_of(name) in plan.trainable}
+        plan, payload = rule.plan(before, ClientView(client_id, case.ranks.get(client_id)), 1)
+        fitting = {name: _first(move, payload.tensors[name].shape) for name, move in moves.items()}
+        delta = {name: move for name, move in fitting.items() if group_of(name) in plan.trainable}
         moved = {name: tensor.float() + delta.get(name, 0.0) for name, tensor in payload.tensors.items()}
         after[client_id] = replace(payload, tensors=moved)
         accumulator.add(Update(client_id, delta, num_examples=1, received=payload), case.weights[client_id])
@@ -127,6 +131,11 @@ def examine(rule: Rule, case: Case) -> Finding:
     made = state.adapter if result.state else _moved(case.adapter, result.mean_delta or {})
     made = replace(made, residual=state.residual)
     return _measured(rule, case, made=made, after=after)
+
+
+def _first(move: Tensor, shape: torch.Size) -> Tensor:
+    """The first rows and columns of a move, as many as the client was sent."""
+    return move[tuple(slice(size) for size in shape)]
 
 
 def _moved(adapter: AdapterState, mean_delta: Tensors) -> AdapterState:
@@ -177,6 +186,14 @@ def cases(seed: int = 0) -> Iterator[Case]:
     yield _case("one client learns nothing", seed, still=("client-000",))
     yield _case("nobody learns anything", seed, fresh=True, still=("client-000", "client-001", "client-002"))
     yield _case("bfloat16", seed, dtype="BF16")
+
+
+def mixed_cases(seed: int = 0) -> Iterator[Case]:
+    """Clients of different ranks, for rules that take them: over scalings, layouts, shapes, weights and bfloat16."""
+    ranks = {"client-000": 1, "client-001": 2}
+    for case in cases(seed):
+        if case.adapter.spec.rank > 2 and len(case.trained) > 1:
+            yield replace(case, name=f"mixed ranks: {case.name}", ranks=ranks)
 
 
 def _case(

@@ -9,7 +9,7 @@ import torch
 from federated.aggregation import RULES, Accumulator, FedIT, FlexLoRA, Result, make_rule
 from federated.aggregation.factor_mean import FactorMean
 from federated.global_state import GlobalState
-from federated.testing import Case, Finding, cases, dense_mean, effective_of, examine
+from federated.testing import Case, Finding, cases, dense_mean, effective_of, examine, mixed_cases
 
 CASES = {case.name: case for case in cases()}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -28,6 +28,13 @@ def test_every_rule_keeps_its_claim(name: str, case: Case) -> None:
 def test_on_other_numbers_too(name: str, seed: int) -> None:
     findings = [examine(make_rule(name), case) for case in cases(seed)]
     assert [finding for finding in findings if not finding.passed] == []
+
+
+@pytest.mark.parametrize("case", list(mixed_cases()), ids=lambda case: case.name)
+@pytest.mark.parametrize("name", [name for name in sorted(RULES) if make_rule(name).properties.mixed_ranks])
+def test_rules_that_mix_ranks_keep_their_claim_then_too(name: str, case: Case) -> None:
+    finding = examine(make_rule(name), case)
+    assert finding.passed, finding
 
 
 def test_factor_averaging_is_far_from_the_truth_and_says_so() -> None:

@@ -18,6 +18,7 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         "ffa": "0.5",
         "rolora": "0.5",
         "flexlora": "1",
+        "hetlora": "1",
         "lora_fair": "1",
     }
     assert {row[4] for row in rows.values()} == {"1"}

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from federated.aggregation.combine import check_combination
 from federated.aggregation.factor_mean import FactorMean
+from federated.aggregation.fedask import FedASK
 from federated.aggregation.fedit import FedIT
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
@@ -29,6 +30,7 @@ __all__ = [
     "ClientView",
     "FFALoRA",
     "FactorMean",
+    "FedASK",
     "FedIT",
     "FedSVD",
     "FlexLoRA",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 RULES: Mapping[str, Callable[..., Rule]] = {
+    "fedask": FedASK,
     "fedit": FedIT,
     "fedsvd": FedSVD,
     "ffa": FFALoRA,

@@ -13,8 +13,8 @@ closed form and never is farther from T than the means. ``strength`` is in units
 as far as it helps; a large one gives FedIT.
 
 Where we differ: the paper descends by SGD over d x d products. Here the objective is written in ``T A^T`` and in
-``A A^T``, and dB is searched in the columns that ``B`` and ``T A^T`` span, where its minimum lies: 2 r x r numbers, by
-L-BFGS in float64 from dB = 0. Dense tensors are averaged.
+``A A^T``, its possible minima are known up to two numbers, and those are searched by L-BFGS in float64, from dB = 0.
+Dense tensors are averaged.
 
 Source: Bian et al., "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement", ICCV 2025,
 section 4.
@@ -31,6 +31,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from federated.aggregation.factor_mean import plan_groups, require_first_phase
+from federated.aggregation.product_fit import by_cosine, by_ridge
 from federated.aggregation.products import ProductMean
 from federated.aggregation.protocol import ClientView, Result, RuleProperties
 from federated.config.parts import STRICT
@@ -40,7 +41,7 @@ from federated.lowrank import LowRank, norm_of, stack
 from federated.manifest import AdapterSpec, TrainPlan
 from federated.state import AdapterState, LoraPair, RuleState
 
-__all__ = ["LoRAFAIR", "by_cosine", "by_ridge"]
+__all__ = ["LoRAFAIR"]
 
 _GROUPS = ("factor_a", "factor_b", "dense")
 
@@ -143,91 +144,3 @@ def _squares(target: LowRank, factor_a: Tensor, candidates: tuple[Tensor, Tensor
     """Squared norms of T, and of its distances from two products."""
     found = [norm_of(stack([target, LowRank(-factor_b, factor_a)])) for factor_b in candidates]
     return torch.tensor([norm_of(target), *found], dtype=torch.float64).square()
-
-
-def by_ridge(target: LowRank, factor_a: Tensor, factor_b: Tensor, *, strength: float) -> Tensor:
-    """``(T - B A) A^T (A A^T + strength I)^-1``, float64 [d_out, r].
-
-    With strength 0 it is the least-squares solution, the smallest one where there are many.
-
-    Args:
-        target: T, d_out x d_in.
-        factor_a: A, float64 [r, d_in].
-        factor_b: B, float64 [d_out, r].
-        strength: lambda, not negative.
-    """
-    gram = factor_a @ factor_a.T
-    missing = target.left @ (target.right @ factor_a.T) - factor_b @ gram
-    values, vectors = torch.linalg.eigh(gram)
-    least = 1e-12 * values[-1].clamp(min=0.0)
-    inverse = torch.where(values > least, 1.0 / (values.clamp(min=0.0) + strength), 0.0)
-    found: Tensor = ((missing @ vectors) * inverse) @ vectors.T
-    return found
-
-
-def by_cosine(target: LowRank, factor_a: Tensor, factor_b: Tensor, *, strength: float) -> Tensor:
-    """The dB, float64 [d_out, r], at a minimum of ``1 - cos(T, (B + dB) A) + strength * ||dB||^2``, from dB = 0.
-
-    A T of zero has no direction: dB is zero then. Where B A is zero the search starts from the ridge solution.
-
-    Args:
-        target: T, d_out x d_in.
-        factor_a: A, float64 [r, d_in].
-        factor_b: B, float64 [d_out, r].
-        strength: lambda, not negative.
-    """
-    size = norm_of(target)
-    cross = target.left @ (target.right @ factor_a.T)
-    if not size or not cross.any():
-        return torch.zeros_like(factor_b)
-    start = factor_b
-    if norm_of(LowRank(factor_b, factor_a)) <= 1e-12 * size:
-        start = factor_b + by_ridge(target, factor_a, factor_b, strength=strength)
-    basis = torch.linalg.qr(torch.cat([factor_b, cross], dim=1)).Q
-    core = _Core(basis.T @ cross / size, factor_a @ factor_a.T, basis.T @ factor_b, strength)
-    found: Tensor = basis @ core.minimised(basis.T @ start)
-    return found - factor_b
-
-
-class _Core:
-    """The cosine objective over ``x``, the coordinates of ``B + dB``: 1 - <h, x> / ||x||_G + strength * ||x - b||^2."""
-
-    def __init__(self, cross: Tensor, gram: Tensor, origin: Tensor, strength: float) -> None:
-        self._cross = cross
-        self._gram = gram
-        self._origin = origin
-        self._strength = strength
-
-    def value(self, found: Tensor) -> Tensor:
-        """The objective at x."""
-        length = ((found @ self._gram) * found).sum().sqrt()
-        cosine: Tensor = (self._cross * found).sum() / length
-        return 1.0 - cosine + self._strength * (found - self._origin).square().sum()
-
-    def minimised(self, start: Tensor) -> Tensor:
-        """The end of a descent: never above the start.
-
-        The search runs in units of the start's size: a cosine does not depend on it, and its curvature does.
-        """
-        unit = float(start.norm())
-        point = (start / unit).requires_grad_()
-        search = torch.optim.LBFGS(
-            [point],
-            max_iter=500,
-            history_size=20,
-            tolerance_grad=1e-12,
-            tolerance_change=1e-15,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> Tensor:
-            search.zero_grad()
-            value = self.value(point * unit)
-            value.backward()  # type: ignore[no-untyped-call]
-            return value
-
-        with torch.enable_grad():
-            search.step(closure)  # type: ignore[no-untyped-call]
-        found = point.detach() * unit
-        better = bool(torch.isfinite(found).all()) and bool(self.value(found) <= self.value(start))
-        return found if better else start

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from federated.aggregation import FedIT, LoRAFAIR, Result, Rule, make_rule
-from federated.aggregation.lora_fair import by_cosine, by_ridge
+from federated.aggregation.product_fit import by_cosine, by_ridge
 from federated.delta import Update
 from federated.errors import AggregationError, ConfigError, NotEnoughUpdates
 from federated.global_state import GlobalState
@@ -107,6 +107,16 @@ class TestCosine:
         factor_a = torch.eye(4, dtype=torch.float64)[:1]
         target = LowRank(torch.ones(3, 1, dtype=torch.float64), torch.eye(4, dtype=torch.float64)[1:2])
         assert not by_cosine(target, factor_a, torch.ones(3, 1, dtype=torch.float64), strength=0.01).any()
+
+    @pytest.mark.parametrize("strength", [0.0001, 0.01, 1.0])
+    def test_a_target_that_points_away_does_not_make_the_product_vanish(self, strength: float):
+        """The objective falls towards B + dB = 0 and has no minimum there."""
+        _, factor_a, factor_b = problem(8, 3, 3)
+        away = LowRank(-factor_b, factor_a)
+        found = by_cosine(away, factor_a, factor_b, strength=strength)
+        assert float((factor_b + found).norm()) > 1e-2 * float(factor_b.norm())
+        value = dense_cosine(away, factor_a, factor_b, strength)
+        assert float(value(found)) <= float(value(torch.zeros_like(found))) + 1e-12
 
     def test_a_product_of_zero_is_led_out_of_zero(self):
         """Two clients whose B are opposite, and whose A are not: the mean of B is zero, that of the products is not."""

@@ -13,6 +13,7 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
     }
     assert set(rows) == set(RULES)
     assert {name: row[3] for name, row in rows.items()} == {
+        "fedask": "2",
         "fedit": "1",
         "fedsvd": "0.5",
         "ffa": "0.5",
@@ -21,7 +22,7 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         "hetlora": "1",
         "lora_fair": "1",
     }
-    assert {row[4] for row in rows.values()} == {"1"}
+    assert {name: row[4] for name, row in rows.items()} == dict.fromkeys(rows, "1") | {"fedask": "2"}
     for name, row in rows.items():
         properties = make_rule(name).properties
         assert row[5:8] == [

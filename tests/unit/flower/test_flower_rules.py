@@ -18,6 +18,9 @@ from federated.testing import dense_mean, effective_of
 from federated.tracking import MemoryTracker
 
 every_rule = pytest.mark.parametrize("name", sorted(RULES))
+ONE_PHASE = [name for name in sorted(RULES) if make_rule(name).properties.phases == 1]
+every_rule_of_one_phase = pytest.mark.parametrize("name", ONE_PHASE)
+"""The others are held against the truth where what their clients hold is known: in their own tests."""
 FEDIT = "fedit"
 
 
@@ -101,7 +104,7 @@ def three_rounds(real_config: ExperimentConfig, name: str) -> ExperimentConfig:
     )
 
 
-@every_rule
+@every_rule_of_one_phase
 def test_what_the_next_round_starts_from_is_what_the_rule_claims(
     three_rounds: ExperimentConfig, real_session: Session, name: str
 ) -> None:
@@ -130,7 +133,7 @@ def test_what_the_next_round_starts_from_is_what_the_rule_claims(
             torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-6)
 
 
-@every_rule
+@every_rule_of_one_phase
 def test_what_is_not_trained_does_not_move(three_rounds: ExperimentConfig, real_session: Session, name: str) -> None:
     rule = Recorded(make_rule(name))
     run(three_rounds, real_session, rule)
@@ -159,7 +162,7 @@ def test_only_what_is_trained_goes_up(three_rounds: ExperimentConfig, real_sessi
         assert event["status"] == "ok"
         if name in ("fedsvd", "ffa", "rolora"):
             assert event["bytes_up"] < 0.8 * whole
-        else:
+        elif name in ONE_PHASE:
             assert event["bytes_up"] == pytest.approx(whole, abs=64)
 
 

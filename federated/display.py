@@ -1,8 +1,8 @@
 """A run on the terminal: a live table of the round in progress and of finished rounds.
 
 A tracker like the others: it sees events and changes nothing. Where standard output is no terminal it prints one
-plain line per round, per client without a good update and per baseline. Its refresh thread starts with the first
-``round_start``, when an engine has forked its workers, and never before.
+plain line per round, per client without a good update, per warning and per baseline. Its refresh thread starts with
+the first ``round_start``, when an engine has forked its workers, and never before.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class LiveDisplay:
         self._rounds: dict[int, Event] = {}
         self._held_out: dict[int, Event] = {}
         self._baselines: dict[str, Event] = {}
+        self._warnings: list[str] = []
 
     def emit(self, event: Event) -> None:
         """Take one event and show what it changes; after `close` events are ignored."""
@@ -102,6 +103,8 @@ class LiveDisplay:
                 self._held_out[max(self._rounds, default=0)] = event["evaluation"]
             case "baseline":
                 self._baselines[str(event["name"])] = _mean(event)
+            case "warning":
+                self._warnings.append(_plain_warning(event))
 
     def __rich__(self) -> RenderableType:
         """Everything on the screen; called by rich's refresh thread."""
@@ -111,6 +114,7 @@ class LiveDisplay:
                 parts.append(self._client_table())
             if self._rounds:
                 parts.append(self._round_table())
+            parts += [Text(warning, style="bold yellow") for warning in self._warnings]
         return Group(*parts)
 
     def _headline(self) -> RenderableType:
@@ -231,6 +235,10 @@ def _plain_final(event: Event) -> str:
     return f"final: held-out {_words(event['evaluation'])}" if event.get("evaluation") else ""
 
 
+def _plain_warning(event: Event) -> str:
+    return f"warning: {event.get('message')}"
+
+
 def _plain_baseline(event: Event) -> str:
     return f"baseline {event.get('name')}: {_words(_mean(event))}"
 
@@ -250,6 +258,7 @@ _PLAIN: Mapping[str, Callable[[Event], str]] = {
     "client": _plain_client,
     "round": _plain_round,
     "final": _plain_final,
+    "warning": _plain_warning,
     "baseline": _plain_baseline,
     "end": _plain_end,
 }

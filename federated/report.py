@@ -19,7 +19,7 @@ import yaml
 from federated.errors import DataError
 from federated.formats import byte_size, is_share, metric, moment, number, percent, setting, short_digest, words
 from federated.plots import Series, bar_chart, line_chart
-from federated.run_history import History, history_of, mean_detail, metric_names
+from federated.run_history import History, history_of, mean_detail, metric_names, result_warning
 from federated.tracking import read_events
 
 __all__ = ["write_report"]
@@ -74,6 +74,7 @@ def _render(history: History, *, versions: Sequence[Mapping[str, Any]], config: 
     return environment.get_template("report.html.j2").render(
         history=history,
         metrics=metrics,
+        warning=result_warning(history),
         headline=_headline(history, metrics),
         comparison=_comparison(history, metrics),
         plots=[(title, Markup(svg)) for title, svg in _plots(history, metrics)],  # noqa: S704 - pygal escapes labels

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-__all__ = ["ClientSummary", "History", "history_of", "mean_detail", "metric_names"]
+__all__ = ["ClientSummary", "History", "history_of", "mean_detail", "metric_names", "result_warning"]
 
 Event = Mapping[str, Any]
 _NOT_METRICS = frozenset({"loss", "num_examples", "version_id", "labelled", "not_finite"})
@@ -174,6 +174,29 @@ def _take(history: History, event: Event) -> None:
             history.answers.append(event)
         case "end":
             history.end = event
+
+
+def result_warning(history: History) -> str:
+    """What to tell of a run that made its adapter worse; empty for any other run.
+
+    The held-out loss before round 1 is compared with that after the last round, each pooled over the clients that were
+    asked. Clients send no loss that is not finite.
+    """
+    start, final = history.held_out.get(0, {}), history.final or {}
+    before, after = start.get("loss"), (final.get("evaluation") or {}).get("loss")
+    if before is None or not final or (after is None and final.get("refused")):  # a refused client may be why
+        return ""
+    if after is None:
+        return f"the held-out loss of the last adapter is not finite, at the start it was {before:.6g}{_ADVICE}"
+    if after <= before:
+        return ""
+    asked, now = start.get("num_examples"), final["evaluation"].get("num_examples")
+    others = f" (on {asked:.0f} examples, {now:.0f} at the end)" if asked and now and asked != now else ""
+    found = f"held-out loss {after:.6g}, at the start {before:.6g}{others}"
+    return f"the last adapter is worse than the initial one: {found}{_ADVICE}"
+
+
+_ADVICE = "; lower train.learning_rate, take fewer steps per round, or serve an earlier version"
 
 
 def metric_names(history: History) -> list[str]:

@@ -6,6 +6,7 @@ server knows names, shapes and dtypes before an update arrives. Pure tensors: no
 
 from __future__ import annotations
 
+from federated.alignment import turned
 from federated.delta import apply_some
 from federated.manifest import TensorEntry, TensorLayout, TrainPlan
 from federated.sketches import projected, projection_layout, sketch_layout, sketched
@@ -34,7 +35,7 @@ def _sorted(entries: list[TensorEntry]) -> TensorLayout:
 
 
 def pack(plan: TrainPlan, received: AdapterState, delta: Tensors) -> Tensors:
-    """The tensors that a client sends.
+    """The tensors that a client sends: the groups that the plan sends, its factors turned where the plan aligns them.
 
     Args:
         plan: what it was asked to do.
@@ -42,11 +43,14 @@ def pack(plan: TrainPlan, received: AdapterState, delta: Tensors) -> Tensors:
         delta: ``after - before`` of all trained groups, float32; where the plan says ``cached``, of the dense ones.
 
     Raises:
-        AggregationError: if the basis of a projection is missing or does not fit.
+        AggregationError: if factors are to be aligned and one of them was not trained, or if the basis of a projection
+            is missing or does not fit.
 
     Privacy:
         What is returned is computed from private data and leaves the client.
     """
+    if plan.align and plan.align_strength:
+        delta = turned(received, delta, group=plan.align, strength=plan.align_strength)
     sent = {name: tensor for name, tensor in delta.items() if group_of(name) in plan.sent}
     if plan.upload == "delta":
         return sent

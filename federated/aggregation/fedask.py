@@ -79,6 +79,8 @@ class FedASK:
         phases=2,
         fixed_space=False,
         paper="Wen et al. 2025, arXiv:2507.09990",
+        gauge="immune",
+        memory="the sum of all sketches",
     )
 
     def init(self, spec: AdapterSpec) -> RuleState:  # noqa: ARG002 - the protocol's signature

@@ -68,6 +68,8 @@ class FlexLoRA:
         mixed_ranks=True,
         fixed_space=False,
         paper="Bai et al. 2024, arXiv:2402.11505",
+        gauge="immune",
+        memory="the sum of one layer's products",
     )
 
     def init(self, spec: AdapterSpec) -> RuleState:  # noqa: ARG002 - the protocol's signature

@@ -64,6 +64,7 @@ class LoRAFAIR:
         space="product",
         linear=False,
         paper="Bian et al. 2025, arXiv:2411.14961",
+        memory="the sum of one layer's products",
     )
 
     def init(self, spec: AdapterSpec) -> RuleState:  # noqa: ARG002 - the protocol's signature

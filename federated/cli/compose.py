@@ -14,6 +14,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -84,13 +85,34 @@ def one_line(error: Exception, folder: Path | None = None) -> str:
         return f"a group of conf/ takes the name of one of its files, such as experiment=tiny ({text})"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not an override; expected KEY=VALUE, in quotes where it holds brackets or spaces"
-    if found := re.search(r"Could not find '([^']+)'", text):
+    if found := re.search(r"Could not (?:find|load) '([^']+)'", text):
         return _unknown_choice(found[1], folder)
     if found := re.search(r"Could not override '([^']+)'", text):
         return f"{found[1]}: unknown key{_closest(found[1], folder)}; see fedpeft simulate --cfg job"
     if found := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{found[1]}: must be given, such as {found[1]}=..."
+    if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*?)' 1\.", text):
+        key, several = found.groups()
+        advice = f"write [{several}] for a list, quote it if it is one text, or add --multirun to run each"
+        return f"{key} = {several!r}: found several values, expected one; {advice}"
+    if found := re.match(r"Error merging override (.+)", text):
+        return _misshapen(found[1]) or text
     return text
+
+
+def _misshapen(override: str) -> str:
+    """What the schema says of a list or a mapping that cannot be merged into what conf/ has under its key."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        value: Any = parsed.value()
+        for part in reversed(parsed.key_or_group.split(".")):
+            value = {part: value}
+        experiment_from({"task": {"labels": ["a", "b"]}, **value})
+    except ConfigError as error:
+        return str(error)
+    except HydraException:  # it was put on several lines
+        return ""
+    return ""
 
 
 def _unknown_choice(name: str, folder: Path | None) -> str:

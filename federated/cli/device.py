@@ -41,6 +41,7 @@ def try_(
 
     with open_registry(registry or None) as store:
         record = store.get("latest" if version == NULL else version)
+        _reads_texts(record)
         runtime = open_runtime(record.manifest, app_dir=app_dir)
         activation = runtime.activate(NULL) if version == NULL else _activate(runtime, store, record)
     served = runtime.predict([{"text": item} for item in text])
@@ -68,6 +69,23 @@ def answer_table(texts: Sequence[str], predictions: Sequence[Any], *, title: str
         chance = f"{prediction.probability:.3f}"
         table.add_row(Text(_plain(asked)), Text(_plain(prediction.label)), chance)
     return table
+
+
+def _reads_texts(record: VersionRecord) -> None:
+    """Say so before a model is loaded when the version's task has no use for texts.
+
+    Raises:
+        DeviceError: if the task is about series.
+    """
+    from federated.device import recipe_of
+    from federated.errors import DeviceError
+
+    if recipe_of(record.manifest).task.name == "sensor":
+        raise DeviceError(
+            f"version v{record.number} ({record.version_id[:12]}) answers task=sensor, which takes series of numbers, "
+            "found texts (--text): name a version of a text task with --version or --registry, or ask this one from "
+            'Python: runtime.predict([{"values": [[0.1, ...], ...]}]), one list of channels per time step'
+        )
 
 
 def _activate(runtime: AdapterRuntime, store: Registry, record: VersionRecord) -> Activation:

@@ -6,6 +6,11 @@ the user stopped it).
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take their time: the entry point guards them
+    from federated.cli.entry import main as guarded
+
+    guarded()
+
 import gc
 import os
 import sys
@@ -119,7 +124,7 @@ def _environment() -> None:
 
 
 def main() -> None:
-    """Entry point: run, and turn errors into one line and an exit code."""
+    """Run, and turn errors into one line and an exit code; `federated.cli.entry` calls it."""
     # Loading torch and transformers makes half a million objects that stay. Looking for garbage among them as often
     # as Python does by default takes a sixth of the whole start-up.
     gc.set_threshold(200_000, 20, 100)
@@ -169,7 +174,3 @@ def exit_code(call: Callable[[], object]) -> int:
         errors.print(f"error: {error}", style="red", markup=False)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
-
-
-if __name__ == "__main__":
-    main()

@@ -25,6 +25,7 @@ from federated.config.parts import (
     TrackingConfig,
     TrainConfig,
 )
+from federated.config.wording import one_line
 from federated.errors import ConfigError
 from federated.manifest import digest_of
 
@@ -120,25 +121,4 @@ def experiment_from(value: Mapping[str, Any] | str) -> ExperimentConfig:
     try:
         return _ADAPTER.validate_json(value) if isinstance(value, str) else _ADAPTER.validate_python(dict(value))
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
-
-
-def _one_line(error: ValidationError) -> str:
-    """Say the first fault of a validation error in one line."""
-    faults = error.errors(include_url=False)
-    first = faults[0]
-    parts = (str(part) for part in first["loc"] if not str(part).startswith(("literal[", "tuple[")))
-    key = _short(".".join(parts)) or "config"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "unexpected_keyword_argument":
-        message = "unknown key"
-    found = "" if first["type"] == "value_error" else f" = {_short(repr(first['input']))}"
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    prefix = "" if first["type"] == "value_error" and key == "config" else f"{key}{found}: "
-    return f"{prefix}{message}{more}"
-
-
-def _short(text: str, limit: int = 200) -> str:
-    """In one line of bounded length, whatever somebody wrote as a key or value."""
-    flat = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
+        raise ConfigError(one_line(error)) from None

@@ -57,6 +57,16 @@ class RowReader:
     config: DataConfig
     task: TaskConfig
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that are looked at: the task's, and the client's."""
+        config = self.config
+        if self.task.name == "sensor":
+            return "values", config.label_column, config.client_column
+        if self.task.name == "causal_lm":
+            return "messages" if self.task.chat else config.text_column, config.client_column
+        return config.text_column, config.label_column, config.client_column
+
     def rows(self, records: Iterable[Record]) -> list[Row]:
         """Convert all records.
 

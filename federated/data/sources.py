@@ -97,7 +97,8 @@ def _natural_pool(config: DataConfig, task: TaskConfig, path: Path | None) -> Po
         return _files_pool(path, RowReader(config, task))
     if not path.is_file():
         raise DataError(f"data.path: {short_path(path)} is a folder; data=table expects one file, or use data=files")
-    return _grouped(list(read_records(path)), RowReader(config, task))
+    reader = RowReader(config, task)
+    return _grouped(list(read_records(path, columns=reader.columns)), reader)
 
 
 def _grouped(records: Sequence[Record], reader: RowReader) -> Pool:
@@ -121,7 +122,7 @@ def _files_pool(folder: Path, reader: RowReader) -> Pool:
         raise DataError(f"data.path: the folder {short_path(folder)} is empty; expected one file per client ({kinds})")
 
     def rows(client_id: str) -> list[Row]:
-        return reader.rows(read_records(files[client_id]))
+        return reader.rows(read_records(files[client_id], columns=reader.columns))
 
     notes = (f"did not read hidden files: {', '.join(sorted(hidden))}",) if hidden else ()
     return Pool(tuple(sorted(files)), rows, own=True, notes=notes)

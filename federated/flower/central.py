@@ -65,6 +65,7 @@ def train_centrally(config: ExperimentConfig) -> RunSummary:
             }
         )
         tracker.emit({"event": "final", "version_id": version, "evaluation": after})
+        run.warn(tracker)
         tracker.emit({"event": "end", "status": "completed", "message": ""})
         run.leave(registry)
         return run.summary(registry, version)

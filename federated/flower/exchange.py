@@ -10,7 +10,7 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-__all__ = ["Forgetful", "exchange"]
+__all__ = ["Forgetful", "Waiting", "exchange"]
 
 
 @runtime_checkable
@@ -20,6 +20,13 @@ class Forgetful(Protocol):
     def abandon(self, message_ids: Iterable[str]) -> None:
         """Drop the messages, or their replies."""
         ...
+
+
+@runtime_checkable
+class Waiting(Protocol):
+    """A Grid whose `pull_messages` waits by itself for a moment when nothing is there: no need to sleep as well."""
+
+    waits: bool
 
 
 def exchange(
@@ -58,7 +65,7 @@ def exchange(
         if clock() >= end:
             _abandon(grid, waiting)
             return
-        if not arrived and waiting:
+        if not arrived and waiting and not isinstance(grid, Waiting):
             time.sleep(poll_interval)
 
 

@@ -29,11 +29,13 @@ from federated.flower.session import Session, app_folder, open_session
 from federated.flower.strategy import DeltaStrategy
 from federated.registry import Registry, VersionRecord
 from federated.report import write_report
-from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker
+from federated.run_history import history_of, result_warning
+from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker, read_events
 
 __all__ = ["Run", "RunSummary", "run_trackers", "write_versions"]
 
 _LOG = logging.getLogger(__name__)
+_PERSONAL = "each client keeps a part of the model and is measured with its own: no version of this run can be served"
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,12 @@ class Run:
                 status, message = "failed", ""
                 try:
                     strategy = self._strategy(registry, tracker)
-                    tracker.emit(self.description(strategy.method, resumed_after=strategy.server.finished))
+                    personal = strategy.rule.properties.personal
+                    tracker.emit(
+                        self.description(strategy.method, resumed_after=strategy.server.finished, personal=personal)
+                    )
                     self._all_rounds(strategy, grid)
+                    self.warn(tracker)
                     status = "completed"
                 except RunInterrupted as error:
                     status, message = "interrupted", self.how_to_go_on(str(error))
@@ -150,6 +156,18 @@ class Run:
                 f"no round from {finished + 1} to {self.config.rounds} moved the global adapter, for want of good "
                 f"updates; {self.folder / 'report.html'} gives the reason of each client"
             )
+
+    def warn(self, tracker: Tracker) -> None:
+        """Say so when the run made its adapter worse. Nothing else follows from it: every version is kept.
+
+        Raises:
+            DataError: if the run's metrics cannot be read back.
+        """
+        message = result_warning(history_of(read_events(self.folder / "metrics.jsonl")))
+        if message:
+            tracker.emit({"event": "warning", "message": message})
+            if not self.config.tracking.progress:  # nobody else shows it
+                _LOG.warning("warning: %s", message)
 
     def _close(self, registry: Registry, tracker: Tracker, status: str, *, message: str) -> None:
         """Note the end and write the report; never hides why a run ended."""
@@ -196,8 +214,14 @@ class Run:
             raise VersionNotFound(f"version {last.version_id[:12]} has no training state; start a new run")
         return TrainingState.from_bytes(state), last.version_id
 
-    def description(self, method: str, *, resumed_after: int = 0) -> dict[str, Any]:
-        """The ``run`` event: what runs, and how large base and adapter are."""
+    def description(self, method: str, *, resumed_after: int = 0, personal: bool = False) -> dict[str, Any]:
+        """The ``run`` event: what runs, and how large base and adapter are.
+
+        Args:
+            method: rule and server optimizer, in words.
+            resumed_after: the last round that was finished before.
+            personal: whether clients keep a part of the model, and are measured with it.
+        """
         base = self.session.adapter.base
         tensors = self.session.initial.tensors.values()
         return {
@@ -216,7 +240,8 @@ class Run:
             "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
             "adapter_params": sum(tensor.numel() for tensor in tensors),
             "resumed_after": resumed_after,
-            "notes": list(self.session.source.notes),
+            "personal": personal,
+            "notes": [*self.session.source.notes, *([_PERSONAL] if personal else [])],
         }
 
     def leave(self, registry: Registry) -> None:

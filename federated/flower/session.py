@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from federated.adapters import AdapterModel, attach, load_base
 from federated.config import DataConfig, ExperimentConfig, ModelConfig, experiment_from
+from federated.config.wording import expectation
 from federated.data import Source, open_source
 from federated.errors import ConfigError
 from federated.state import AdapterState
@@ -171,7 +172,7 @@ def _read_site(path: Path) -> ClientSite:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
-        raise ConfigError(f"client-config {path}: {key}: {fault['msg']}") from None
+        raise ConfigError(f"client-config {path}: {f'{key}: ' if key else ''}{expectation([fault])}") from None
     if site.data is None or site.model is None:
         missing = "data" if site.data is None else "model"
         raise ConfigError(f"client-config {path}: {missing} must be given: a server never chooses a client's files")

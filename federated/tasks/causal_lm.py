@@ -104,11 +104,13 @@ class CausalLM:
     def _targets(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [targets, vocabulary] and tokens of the targets alone, and where they stand [batch, time]."""
         placed = to_device_of(model, batch)
-        tokens = nn.functional.pad(placed.pop("labels"), (0, 1), value=_IGNORE)[:, 1:]
+        tokens = placed.pop("labels")[:, 1:]
         mask = tokens != _IGNORE
+        logits = model(**placed, use_cache=False).logits[:, :-1].flatten(0, 1)
+        if mask.all():  # nothing to leave out
+            return logits.float(), tokens.flatten(), mask
         where = mask.flatten().nonzero().squeeze(1)
-        logits = model(**placed, use_cache=False).logits.flatten(0, 1).index_select(0, where)
-        return logits.float(), tokens.flatten()[where], mask
+        return logits.index_select(0, where).float(), tokens.flatten()[where], mask
 
     def evaluate(self, model: nn.Module, features: Sequence[Features], *, batch_size: int) -> Evaluation:
         """Mean loss per sample; ``perplexity`` and ``token_accuracy`` over all target tokens.
@@ -170,6 +172,8 @@ class CausalLM:
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
     """Put one value per target back where it stands; zero elsewhere."""
+    if len(values) == mask.numel():
+        return values.view(mask.shape)
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 

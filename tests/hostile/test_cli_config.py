@@ -30,6 +30,27 @@ ROOT = Path(__file__).resolve().parents[2]
         ("seed=-1", "seed = -1: Input should be greater than or equal to 0"),
         ("engine.name=cluster", "engine.name = 'cluster': Input should be 'inprocess' or 'ray'"),
         ("task.labels=[one]", "task.labels: sequence_classification needs at least two labels, found ['one']"),
+        ("task.labels=bad", "task.labels = 'bad': expected a list, such as [bad,good]"),
+        ("task.labels={bad:0,good:1}", "task.labels = {'bad': 0, 'good': 1}: expected a list, such as [bad,good]"),
+        (
+            "task.labels=bad,good",
+            "task.labels = 'bad,good': found several values, expected one; write [bad,good] for a",
+        ),
+        ("train.scheduler_args=[1]", "train.scheduler_args = [1]: expected a mapping, such as {gamma: 0.9}"),
+        ("rounds=[1,2]", "rounds = [1, 2]: found a list, expected one whole number"),
+        ("train.optimizer={name:sgd}", "train.optimizer = {'name': 'sgd'}: found a mapping, expected 'adamw' or 'sgd'"),
+        (
+            "strategy.server_optimizer=adam",
+            "strategy.server_optimizer = 'adam': expected a section: strategy.server_optimizer.KEY, where KEY is",
+        ),
+        (
+            "tracking=[progress]",
+            "tracking = ['progress']: expected a section: tracking.KEY, where KEY is one of tensor",
+        ),
+        (
+            "strategy=[fedawg]",
+            "strategy = 'fedawg': no such choice; expected one of fedadagrad, fedadam, fedavgm, fedit",
+        ),
         ("train.scheduler=Sometimes", "train.scheduler = 'Sometimes' is not in torch.optim.lr_scheduler"),
         ("rounds", "rounds: not an override; expected KEY=VALUE"),
         ("rounds=[1", "rounds=[1: not an override; expected KEY=VALUE"),

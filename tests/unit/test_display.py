@@ -18,6 +18,7 @@ REFUSED = {"event": "client", "round_number": 1, "client_id": "[red]united[/red]
 ROUND = {"event": "round", "round_number": 1, "participants": 1, "cohort": 2, "published": True, "train_loss": 0.5,
          "seconds": 2.5, "refused": [{}], "evaluation": {"loss": 1.25, "accuracy": 0.4}}  # fmt: skip
 FINAL = {"event": "final", "evaluation": {"loss": 0.75, "accuracy": 0.8}}
+WARNING = {"event": "warning", "message": "the last adapter is worse"}
 BASELINE = {"event": "baseline", "name": "null", "evaluation": {"loss": 1.25, "accuracy": 0.375}}
 END = {"event": "end", "status": "completed", "message": None}
 
@@ -55,6 +56,7 @@ def test_display_is_a_tracker(live: LiveDisplay) -> None:
         ({**REFUSED, "status": "late", "reason": "late", "message": None}, "round 1: [red]united[/red] late: late"),
         (FINAL, "final: held-out loss 0.7500, accuracy 80.0%"),
         ({**RUN, "notes": ["left out: [b]tiny[/b]"]}, "left out: [b]tiny[/b]"),
+        (WARNING, "warning: the last adapter is worse"),
         (BASELINE, "baseline null: loss 1.2500, accuracy 37.5%"),
         (END, "completed"),
         ({**END, "status": "failed", "message": "disk full"}, "failed"),
@@ -147,3 +149,9 @@ def test_many_clients_are_cut_and_trouble_comes_first(live: LiveDisplay) -> None
 def test_round_without_quorum_is_marked(live: LiveDisplay) -> None:
     live.emit({**ROUND, "published": False})
     assert "the global adapter stayed as it was" in _screen(live)
+
+
+def test_screen_keeps_a_warning_below_the_rounds(live: LiveDisplay) -> None:
+    for event in (RUN, START, OK, ROUND, FINAL, WARNING):
+        live.emit(event)
+    assert _screen(live).splitlines()[-1] == "warning: the last adapter is worse"

@@ -8,7 +8,7 @@ import pytest
 
 from federated.errors import DataError
 from federated.report import write_report
-from federated.run_history import history_of, metric_names
+from federated.run_history import history_of, metric_names, result_warning
 
 AIRLINES = ("american", "jetblue", "southwest", "united", "usairways", "virgin")
 CONFIG = """\
@@ -309,3 +309,67 @@ def test_clients_sum_bytes_and_count_refusals() -> None:
 def test_accuracy_comes_first_among_metrics() -> None:
     event = {"event": "final", "evaluation": {"loss": 1.0, "a": 1.0, "accuracy": 0.5, "num_examples": 3, "text": "x"}}
     assert metric_names(history_of([event])) == ["accuracy", "a"]
+
+
+def _ended(before: dict | None, after: dict | None, **final: object) -> list[dict]:
+    return [
+        {**RUN, "rounds": 1},
+        {"event": "round", "round_number": 1, "evaluation": before},
+        {"event": "final", "evaluation": after, **final},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"loss": 1.25}, {"loss": 1.0}, None),
+        ({"loss": 1.25}, {"loss": 1.25}, None),
+        (
+            {"loss": 1.25},
+            {"loss": 1.2501},
+            "worse than the initial one: held-out loss 1.2501, at the start 1.25; lower",
+        ),
+        ({"loss": 1.25}, {"loss": 2e7}, "worse than the initial one: held-out loss 2e+07, at the start 1.25; lower"),
+        (
+            {"loss": 1, "num_examples": 9},
+            {"loss": 2, "num_examples": 12},
+            "start 1 (on 9 examples, 12 at the end); lower",
+        ),
+        ({"loss": 1, "num_examples": 9}, {"loss": 2, "num_examples": 9}, "at the start 1; lower train.learning_rate"),
+        (
+            {"loss": 1.25},
+            {"loss": None, "not_finite": ["loss"]},
+            "loss of the last adapter is not finite, at the start",
+        ),
+        ({"loss": 1.25}, None, "the held-out loss of the last adapter is not finite, at the start it was 1.25; lower"),
+        (None, {"loss": 2.0}, None),  # nobody has examples to hold out, or the first round's were not measured
+        (None, None, None),
+    ],
+)
+def test_result_that_is_worse_than_the_start(before: dict | None, after: dict | None, said: str | None) -> None:
+    warning = result_warning(history_of(_ended(before, after)))
+    assert said in warning if said else warning == ""
+
+
+def test_result_that_nobody_measured_is_not_called_worse() -> None:
+    assert result_warning(history_of(_ended({"loss": 1.25}, None, refused=[REFUSED]))) == ""
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_start_is_that_of_the_whole_run_when_it_was_resumed(last: int) -> None:
+    events = _ended({"loss": 1.5}, {"loss": 9.0})
+    resumed = [
+        {"event": "round", "round_number": 2, "evaluation": {"loss": 9.0}},
+        {"event": "final", "evaluation": {"loss": float(last)}},
+    ]
+    assert ("worse" in result_warning(history_of([*events, RUN, *resumed]))) == (last == 2)
+
+
+def test_run_that_was_stopped_has_no_result_to_warn_of() -> None:
+    assert result_warning(history_of(_ended({"loss": 1.25}, None)[:-1])) == ""
+
+
+def test_page_warns_of_a_result_that_is_worse(tmp_path: Path, whole: str) -> None:
+    page = page_of(folder(tmp_path / "run", _ended({"loss": 1.25}, {"loss": 3.5})))
+    assert '<p class="bad"><b>Warning:</b> the last adapter is worse than the initial one: held-out loss 3.5' in page
+    assert "Warning:" not in whole

@@ -13,10 +13,10 @@ from federated.errors import AggregationError, ConfigError, NotEnoughUpdates
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, ModuleSpec
 from federated.state import AdapterState, RuleState, group_of
-from federated.testing import Case, cases, dense_mean, effective_of, examine, mixed_cases
+from federated.testing import Case, cases, dense_mean, effective_of, examine
 from federated.uploads import layout, pack, unpack
 
-CASES = {case.name: case for case in [*cases(), *mixed_cases()]}
+CASES = {case.name: case for case in cases(rule=FedASK())}
 
 
 def large(*, clients: int = 4, rank: int = 3, ranks: dict[str, int] | None = None, dtype: str = "F32") -> Case:

@@ -38,6 +38,47 @@ def test_says_where_everything_is(fedpeft: Callable[..., Any], here: Path) -> No
     assert f"{last['version_id'][:16]}  (weights {last['weights_digest'][:16]})" in done.out
 
 
+DIVERGING = ("experiment=tiny", "train.steps=4", "train.learning_rate=1e6", "engine.workers=1", "run_dir=out")
+
+
+def warnings_of(run: Path) -> list[str]:
+    """What the run's metrics warn of."""
+    return [event["message"] for event in read_events(run / "metrics.jsonl") if event["event"] == "warning"]
+
+
+@pytest.mark.parametrize("command", ["simulate", "train"])
+def test_a_run_that_made_its_adapter_worse_says_so_everywhere(
+    fedpeft: Callable[..., Any], here: Path, command: str
+) -> None:
+    done = fedpeft(command, APP, *DIVERGING, "rounds=1")
+    (message,) = warnings_of(here / "out")
+    assert message.startswith("the last adapter is worse than the initial one: held-out loss ")
+    assert f"\nwarning: {message}\ncompleted\n" in done.out
+    assert f"<b>Warning:</b> {message}" in (here / "out" / "report.html").read_text()
+
+
+def test_the_warning_is_logged_where_nothing_is_displayed(
+    fedpeft: Callable[..., Any], here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fedpeft("simulate", APP, *DIVERGING, "rounds=1", "tracking.progress=false")
+    (message,) = warnings_of(here / "out")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"warning: {message}"
+    ]
+
+
+def test_a_resumed_run_is_compared_with_its_first_round(fedpeft: Callable[..., Any], here: Path) -> None:
+    for more in (("rounds=1", *DIVERGING), ("rounds=2", "--resume=out")):
+        fedpeft("simulate", APP, *more)
+    starts = [message.partition("at the start ")[2] for message in warnings_of(here / "out")]
+    assert len(starts) == 2
+    assert starts[0] == starts[1]
+
+
+def test_a_run_that_learnt_warns_of_nothing(simulate: Simulate) -> None:
+    assert warnings_of(simulate("experiment=tiny", "train.steps=4")) == []
+
+
 def test_two_runs_of_one_second_get_two_folders(simulate: Simulate, here: Path) -> None:
     for _ in range(2):
         simulate("experiment=tiny", "data.partition.num_clients=2")
@@ -55,24 +96,36 @@ def test_sweep_makes_a_run_for_each_value(fedpeft: Callable[..., Any], here: Pat
 
 
 def test_partition_by_its_name_keeps_the_number_of_clients(simulate: Simulate) -> None:
-    assert participants(simulate("data.partition=pathological")) == [4]
+    assert participants(simulate("data.partition=pathological")) == [10]
 
 
 @pytest.mark.parametrize(
     ("overrides", "clients"),
     [
-        (("experiment=sensor",), 4),
-        (("experiment=tiny", "task=causal_lm", "model=tiny_llama"), 4),
-        (("experiment=tiny", "task=chat", "model=tiny_llama", "task.max_length=64"), 4),
+        (("experiment=sensor",), 10),
+        (("experiment=tiny", "task=causal_lm", "model=tiny_llama"), 10),
+        (("experiment=tiny", "task=chat", "model=tiny_llama", "task.max_length=64"), 10),
         (("experiment=tiny", "data.partition=dirichlet", "data.partition.num_clients=3"), 3),
         (("experiment=tiny", "data.partition=iid", "data.partition.num_clients=3"), 3),
-        (("experiment=tiny", "strategy=fedyogi", "selection.fraction=0.5"), 2),
-        (("experiment=tiny", "adapter=rslora", "adapter.dtype=bfloat16", "train=sgd"), 4),
-        (("experiment=tiny", "engine.workers=2"), 4),
+        (("experiment=tiny", "strategy=fedyogi", "selection.fraction=0.5"), 5),
+        (("experiment=tiny", "adapter=rslora", "adapter.dtype=bfloat16", "train=sgd"), 10),
+        (("experiment=tiny", "engine.workers=2"), 10),
+        (("experiment=tiny", "strategy=krum"), 10),
+        (("experiment=tiny", "strategy=bulyan", "strategy.options.nnm=true"), 10),
     ],
 )
 def test_a_round_of(simulate: Simulate, overrides: tuple[str, ...], clients: int) -> None:
     assert participants(simulate(*overrides)) == [clients]
+
+
+def test_more_hostile_clients_than_the_rule_withstands_are_refused_before_anything_is_left(
+    fedpeft: Callable[..., Any], here: Path
+) -> None:
+    hostile = ("experiment=tiny", "strategy=krum", "strategy.options.byzantine=4", "run_dir=out")
+    done = fedpeft("simulate", APP, *hostile, code=2)
+    assert "10 clients at selection.fraction = 1: a cohort of 10, and krum needs at least 11 updates" in done.err
+    assert "that takes 11 clients" in done.err
+    assert not (here / "out").exists()
 
 
 ROWS = [

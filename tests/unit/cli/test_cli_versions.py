@@ -116,3 +116,16 @@ def test_device_with_the_null_adapter_differs_from_a_trained_one(fedpeft: Comman
 def test_device_runs_the_registry_of_central_training(fedpeft: Command, trained: Path) -> None:
     done = fedpeft("device", "try", "--text=hi", "--version=v1", "--registry", trained / "registry")
     assert "Answers of v1" in done.out
+
+
+@pytest.mark.parametrize("version", ["latest", "null"])
+def test_device_says_that_a_sensor_version_takes_series(
+    fedpeft: Command, simulate: Callable[..., Path], version: str
+) -> None:
+    registry = simulate("experiment=sensor", "data.partition.num_clients=2") / "registry"
+    done = fedpeft("device", "try", "--text=hi", f"--version={version}", "--registry", registry, code=1)
+    (line,) = done.err.splitlines()
+    assert re.match(
+        r"error: version v1 \(\w{12}\) answers task=sensor, which takes series of numbers, found texts", line
+    )
+    assert "--version" in line and "runtime.predict" in line

@@ -26,6 +26,40 @@ def test_csv_may_start_with_a_byte_order_mark_and_hold_blank_lines(tmp_path: Pat
     assert [record.cells["text"] for record in read_records(path)] == ["hello", "again"]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"], ids=["comma", "semicolon", "tab"])
+@pytest.mark.parametrize("quote", ["", '"'], ids=["bare", "quoted"])
+def test_csv_s_separator_is_told_by_its_header(tmp_path: Path, separator: str, quote: str) -> None:
+    path = tmp_path / "a.csv"
+    header = separator.join(f"{quote}{name}{quote}" for name in ("text", "label"))
+    path.write_bytes(f'{header}\r\n"a, b; c\t""d""\r\ne"{separator}1\r\nplain{separator}2\r\n'.encode("utf-8-sig"))
+    first, second = read_records(path, columns=("text", "label", "client"))
+    assert first.cells == {"text": 'a, b; c\t"d"\r\ne', "label": "1"}
+    assert second.cells == {"text": "plain", "label": "2"}
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "found"),
+    [
+        ("text", "x; y", ["text"]),  # one column: nothing to tell
+        ("text,a;b;c;d", "x; y,z", ["text", "a;b;c;d"]),
+        ("text;a,b", "x, y;z", ["text", "a,b"]),
+        ("label,text;more", "1,x", ["label", "text;more"]),
+        ("text;a,label", "x;y,z", ["text;a", "label"]),  # as many wanted columns under both: a comma
+        ("words;label", "x, y;1", ["words", "label"]),
+        ("words;stars", "x, y;1", ["words", "stars"]),  # none that was wanted, but names all the same
+        ("so so; never again", "x; y", ["so so; never again"]),  # a file without a header
+        ("so so; fine, really", "x,y", ["so so; fine", " really"]),
+    ],
+)
+def test_csv_is_split_at_another_separator_only_for_a_reason(
+    tmp_path: Path, header: str, row: str, found: list[str]
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"{header}\n{row}\n")
+    (record,) = read_records(path, columns=("text", "label"))
+    assert list(record.cells) == found
+
+
 def test_jsonl_keeps_types_and_skips_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "line \\u2028 separator \u2028 inside", "label": 1}\n\n{"values": [[1.5]]}\n')
@@ -49,8 +83,11 @@ def test_parquet_gives_nested_lists_and_row_numbers(tmp_path: Path) -> None:
         ("a.csv", b"", "the file has no rows"),
         ("a.csv", b"text,label\n", "the file has no rows"),
         ("a.jsonl", b"\n\n", "the file has no rows"),
-        ("a.csv", b"a,b\n1,2\nsecret,3,4\n", "line 3: found 3 fields, expected 2"),
+        ("a.csv", b"a,b\n1,2\nsecret,3,4\n", "line 3: found 3 fields separated by commas, expected 2 as in the header"),
+        ("a.csv", b"a;b\n1;2\nsecret;3;4\n", "line 3: found 3 fields separated by semicolons, expected 2"),
+        ("a.csv", b"a\tb\nsecret\n", "line 2: found 1 fields separated by tabs, expected 2"),
         ("a.csv", b'a,b\n1,"secret\n', "line 2: malformed CSV"),
+        ("a.csv", b'"a";"b\n1;secret\n', "malformed CSV"),
         ("a.csv", b"a,a\n1,secret\n", "line 1: a column name stands twice"),
         ("a.csv", b"a\nok\nsecret \xff\n", "line 3: not UTF-8"),
         ("a.jsonl", b'{"a": 1}\n{"secret": \n', "line 2: malformed JSON: Expecting value"),

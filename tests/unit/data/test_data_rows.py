@@ -57,6 +57,20 @@ def test_a_bad_text_is_one_error(text: Any, fault: str) -> None:
         read(TEXT, {"text": text})
 
 
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [
+        (SENTIMENT, {"review", "label", "client"}),
+        (TEXT, {"review", "client"}),
+        (CHAT, {"messages", "client"}),
+        (SENSOR, {"values", "label", "client"}),
+    ],
+    ids=["labelled", "text", "chat", "sensor"],
+)
+def test_columns_that_are_looked_at(task: TaskConfig, columns: set[str]) -> None:
+    assert set(RowReader(DataConfig(text_column="review"), task).columns) == columns
+
+
 def test_language_modelling_needs_no_label() -> None:
     assert read(TEXT, {"text": "to be"}) == [{"text": "to be"}]
 

@@ -97,11 +97,19 @@ def test_a_table_is_grouped_by_its_client_column(tmp_path: Path) -> None:
     assert {row["text"].split()[0] for row in source.load("a").train} == {"a"}
 
 
+def test_a_table_with_semicolons_is_read_as_one_with_commas(tmp_path: Path) -> None:
+    with_commas = write_table(tmp_path / "t.csv", {"a": 3, "b": 2})
+    with_semicolons = tmp_path / "s.csv"
+    with_semicolons.write_text(with_commas.read_text().replace(",", ";"))
+    loaded = [[open_table(path).load(client) for client in ("a", "b")] for path in (with_commas, with_semicolons)]
+    assert loaded[0] == loaded[1]
+
+
 def test_a_table_is_parsed_once_for_all_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_table(tmp_path / "t.csv", {"a": 3, "b": 3})
     reads = []
     real = sources.read_records
-    monkeypatch.setattr(sources, "read_records", lambda path: reads.append(path) or real(path))
+    monkeypatch.setattr(sources, "read_records", lambda path, **rest: reads.append(path) or real(path, **rest))
     for client_id in ("a", "b"):
         open_table(path).load(client_id)
     assert len(reads) == 1

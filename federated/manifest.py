@@ -165,13 +165,16 @@ class AdapterSpec:
     """Everything that must agree before two adapters may be added.
 
     Args:
-        peft_type: ``"lora"``.
-        rank: LoRA's r, the largest one where modules differ.
-        alpha: ``lora_alpha``.
+        peft_type: ``"lora"``, or a kind without factors: ``"ia3"``, ``"layernorm"``, ``"head"``, ``"full"`` or
+            ``"prompt"``.
+        rank: LoRA's r, the largest one where modules differ; 0 without factors.
+        alpha: ``lora_alpha``; 0 without factors.
         use_rslora: scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``.
-        modules: the adapted layers, sorted by name.
+        modules: the layers that have factors, sorted by name.
         head: the task head, if any.
         dtype: dtype of the tensors that a device holds (``"F32"``, ``"BF16"``, ``"F16"``).
+        trained: the other tensors that are trained on the base, sorted by name (IA3's vectors, norms).
+        virtual_tokens: length of a soft prompt.
     """
 
     peft_type: str
@@ -181,6 +184,8 @@ class AdapterSpec:
     modules: tuple[ModuleSpec, ...]
     head: HeadSpec | None = None
     dtype: str = "F32"
+    trained: tuple[str, ...] = ()
+    virtual_tokens: int = 0
 
     def scaling(self, module: ModuleSpec) -> float:
         """``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA."""
@@ -193,8 +198,11 @@ class AdapterSpec:
 
     @cached_property
     def plain(self) -> Mapping[str, Any]:
-        """Plain data, made once, as `from_dict` reads it: shared, so it may not be changed."""
-        return asdict(self)
+        """Plain data, made once, as `from_dict` reads it: shared, so it may not be changed.
+
+        Fields that came after the first form are left out where unused: a spec without them keeps its digest.
+        """
+        return {key: value for key, value in asdict(self).items() if value or key not in _LATER}
 
     @cached_property
     def digest(self) -> str:
@@ -211,7 +219,12 @@ class AdapterSpec:
         parts = dict(value)
         parts["modules"] = tuple(ModuleSpec(**module) for module in parts["modules"])
         parts["head"] = HeadSpec(**parts["head"]) if parts.get("head") else None
+        parts["trained"] = tuple(str(name) for name in parts.get("trained", ()))
         return cls(**parts)
+
+
+_LATER = ("trained", "virtual_tokens")
+"""Fields of an `AdapterSpec` that its first form had not."""
 
 
 @dataclass(frozen=True)
@@ -371,7 +384,7 @@ class VersionManifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for canonical JSON."""
-        return asdict(self)
+        return asdict(self) | {"spec": dict(self.spec.plain)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:

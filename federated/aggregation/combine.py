@@ -17,8 +17,18 @@ def check_combination(rule: Rule, config: ExperimentConfig) -> None:
     Raises:
         ConfigError: naming the parts and the reason.
     """
+    _check_kind(rule, config.adapter)
     _check_optimizer(rule, config.strategy)
     _check_ranks(rule, config.adapter)
+
+
+def _check_kind(rule: Rule, adapter: AdapterConfig) -> None:
+    """A rule for factors has nothing to work on where there are none."""
+    if rule.properties.needs_lora and adapter.kind != "lora":
+        raise ConfigError(
+            f"adapter.kind = {adapter.kind}: {rule.name} works on LoRA's factors, and such an adapter has none; use a "
+            "rule that averages tensors as they are, such as strategy=fedit, or adapter=lora"
+        )
 
 
 def _check_optimizer(rule: Rule, strategy: StrategyConfig) -> None:

@@ -28,6 +28,7 @@ class RuleProperties:
         linear: a sum of messages, which client-level DP and secure aggregation need.
         mixed_ranks: clients may hold different ranks.
         needs_individual_updates: must see updates one beside the other (robust rules).
+        needs_lora: works on LoRA's factors; without it any adapter will do, since its tensors are averaged as they are.
         own_payloads: clients of one rank may be sent different adapters.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
         paper: where it was published.
@@ -38,6 +39,7 @@ class RuleProperties:
     linear: bool
     mixed_ranks: bool = False
     needs_individual_updates: bool = False
+    needs_lora: bool = True
     own_payloads: bool = False
     fixed_space: bool = True
     paper: str = ""

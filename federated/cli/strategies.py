@@ -24,15 +24,20 @@ _CLAIMS = {
 
 def show(console: Console) -> None:
     """Print a row per rule; bytes are of one square layer, in units of its factors together."""
-    table = Table("strategy", "sum of B A", "up", "down", "server\noptimizer", "mixed\nranks", "a sum*")
+    table = Table(
+        "strategy", "sum of B A", "up", "down", "server\noptimizer", "mixed\nranks", "a sum*", "without\nfactors"
+    )
     for name in sorted(RULES):
         rule = make_rule(name)
         properties = rule.properties
         up, down = _traffic(rule)
         cells = (_yes(properties.fixed_space), _yes(properties.mixed_ranks), _yes(properties.linear))
-        table.add_row(name, _CLAIMS[properties.exactness], up, down, *cells)
+        table.add_row(name, _CLAIMS[properties.exactness], up, down, *cells, _yes(not properties.needs_lora))
     console.print(table)
     console.print("Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
+    console.print(
+        "Without factors: takes adapters that are no LoRA (adapter=ia3, layernorm, head, full, prompt) as well."
+    )
     for name in sorted(RULES):
         console.print(f"{name}: {make_rule(name).properties.paper}", highlight=False, soft_wrap=True)
     console.print("* the server needs only the sum of the updates: the condition of secure aggregation.", markup=False)

@@ -25,5 +25,7 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         assert row[5:8] == [
             "yes" if is_so else "no" for is_so in (properties.fixed_space, properties.mixed_ranks, properties.linear)
         ]
+        assert row[8] == ("no" if properties.needs_lora else "yes")
+    assert rows["fedit"][8] == "yes"
     assert rows["flexlora"][2] == "truncated"
     assert "arXiv:2402.11505" in out

@@ -165,8 +165,7 @@ class AdapterSpec:
     """Everything that must agree before two adapters may be added.
 
     Args:
-        peft_type: ``"lora"``, or a kind without factors: ``"ia3"``, ``"layernorm"``, ``"head"``, ``"full"`` or
-            ``"prompt"``.
+        peft_type: ``"lora"``, or without factors ``"ia3"``, ``"layernorm"``, ``"head"``, ``"full"`` or ``"prompt"``.
         rank: LoRA's r, the largest one where modules differ; 0 without factors.
         alpha: ``lora_alpha``; 0 without factors.
         use_rslora: scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``.
@@ -198,10 +197,7 @@ class AdapterSpec:
 
     @cached_property
     def plain(self) -> Mapping[str, Any]:
-        """Plain data, made once, as `from_dict` reads it: shared, so it may not be changed.
-
-        Fields that came after the first form are left out where unused: a spec without them keeps its digest.
-        """
+        """Plain data, made once, as `from_dict` reads it: shared, so it may not be changed; see `_LATER`."""
         return {key: value for key, value in asdict(self).items() if value or key not in _LATER}
 
     @cached_property
@@ -224,7 +220,7 @@ class AdapterSpec:
 
 
 _LATER = ("trained", "virtual_tokens")
-"""Fields of an `AdapterSpec` that its first form had not."""
+"""Fields that an `AdapterSpec` of the first form had not: left out where unused, so that its digest stays."""
 
 
 @dataclass(frozen=True)
@@ -384,7 +380,7 @@ class VersionManifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for canonical JSON."""
-        return asdict(self) | {"spec": dict(self.spec.plain)}
+        return asdict(self) | {"spec": getattr(self.spec, "plain", self.spec)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:

@@ -8,8 +8,6 @@ the base has to be: in fewer bits they would not be the base's weights.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
-
 from torch import nn
 
 from federated.adapters.base import BaseModel
@@ -90,10 +88,5 @@ def own_copies(tree: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]
     for module in tree.modules():
         for name, tensor in list(module._parameters.items()):
             if id(tensor) in copies:
-                _set(module, name, copies[id(tensor)])
+                module._parameters[name] = copies[id(tensor)]
     return made
-
-
-def _set(module: Any, name: str, tensor: nn.Parameter) -> None:
-    """Through the module's own door: recurrent layers keep a second list of their weights."""
-    setattr(module, name, tensor)

@@ -8,6 +8,7 @@ the base has to be: in fewer bits they would not be the base's weights.
 from __future__ import annotations
 
 from collections.abc import Iterable
+
 from torch import nn
 
 from federated.adapters.base import BaseModel

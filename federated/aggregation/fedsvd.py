@@ -39,6 +39,7 @@ class FedSVD:
         linear=True,
         fixed_space=False,
         paper="Lee et al. 2025, arXiv:2505.12805",
+        gauge="refused",
     )
 
     def init(self, spec: AdapterSpec) -> RuleState:  # noqa: ARG002 - the protocol's signature

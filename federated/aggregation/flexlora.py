@@ -46,6 +46,8 @@ class FlexLoRA:
         mixed_ranks=True,
         fixed_space=False,
         paper="Bai et al. 2024, arXiv:2402.11505",
+        gauge="immune",
+        memory="one layer's factors of all clients",
     )
 
     def init(self, spec: AdapterSpec) -> RuleState:  # noqa: ARG002 - the protocol's signature

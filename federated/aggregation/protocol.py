@@ -30,8 +30,18 @@ class RuleProperties:
         needs_individual_updates: must see updates one beside the other (robust rules).
         needs_lora: works on LoRA's factors; without it any adapter will do, since its tensors are averaged as they are.
         own_payloads: clients of one rank may be sent different adapters.
+        residual: keeps a frozen residual, which goes down whole in each round.
+        personal: clients keep a part of the model (`TrainPlan.kept`); no version can be served.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
         paper: where it was published.
+        gauge: what another basis of the same update, ``(B Q, Q^-1 A)``, does to the result: nothing (``immune``); it
+            cannot be sent, because one factor is frozen and not in the update (``refused``); or it changes it
+            (``exposed``).
+        robust: withstands some hostile clients. Each client counts once, whatever it claims, and dense tensors take
+            the rule's own statistic in place of the mean.
+        min_updates: fewest updates of one round that it can combine.
+        min_updates_why: the same as a formula, for messages.
+        memory: what it holds while a round runs, in words.
     """
 
     exactness: Literal["exact", "truncation", "approximate"]
@@ -41,8 +51,15 @@ class RuleProperties:
     needs_individual_updates: bool = False
     needs_lora: bool = True
     own_payloads: bool = False
+    residual: bool = False
+    personal: bool = False
     fixed_space: bool = True
     paper: str = ""
+    gauge: Literal["immune", "refused", "exposed"] = "exposed"
+    robust: bool = False
+    min_updates: int = 1
+    min_updates_why: str = ""
+    memory: str = "one update"
 
 
 @dataclass(frozen=True)

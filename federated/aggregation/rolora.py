@@ -39,6 +39,7 @@ class RoLoRA:
         space="factor",
         linear=True,
         paper="Chen et al. 2025, arXiv:2502.01755",
+        gauge="refused",
     )
 
     def init(self, spec: AdapterSpec) -> RuleState:  # noqa: ARG002 - the protocol's signature

@@ -24,23 +24,33 @@ _CLAIMS = {
 
 def show(console: Console) -> None:
     """Print a row per rule; bytes are of one square layer, in units of its factors together."""
-    table = Table(
-        "strategy", "sum of B A", "up", "down", "server\noptimizer", "mixed\nranks", "a sum*", "without\nfactors"
-    )
+    heads = ("sum of B A", "up", "down", "server\noptimizer", "mixed\nranks", "a sum*", "another\nbasis**")
+    table = Table("strategy", *heads)
     for name in sorted(RULES):
         rule = make_rule(name)
         properties = rule.properties
         up, down = _traffic(rule)
         cells = (_yes(properties.fixed_space), _yes(properties.mixed_ranks), _yes(properties.linear))
-        table.add_row(name, _CLAIMS[properties.exactness], up, down, *cells, _yes(not properties.needs_lora))
+        claim = _CLAIMS[properties.exactness] + (", own B" if properties.personal else "")
+        table.add_row(name, claim, up, down, *cells, properties.gauge)
     console.print(table)
-    console.print("Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
-    console.print(
-        "Without factors: takes adapters that are no LoRA (adapter=ia3, layernorm, head, full, prompt) as well."
-    )
+    _say(console, "Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
+    any_adapter = ", ".join(name for name in sorted(RULES) if not make_rule(name).properties.needs_lora)
+    _say(console, f"Adapters without factors (adapter=ia3, layernorm, head, full, prompt) go with: {any_adapter}.")
     for name in sorted(RULES):
-        console.print(f"{name}: {make_rule(name).properties.paper}", highlight=False, soft_wrap=True)
-    console.print("* the server needs only the sum of the updates: the condition of secure aggregation.", markup=False)
+        properties = make_rule(name).properties
+        needs = f"; {properties.min_updates_why}" if properties.min_updates_why else ""
+        _say(console, f"{name}: {properties.paper}; in memory: {properties.memory}{needs}")
+    _say(console, "* the server needs only the sum of the updates: the condition of secure aggregation.")
+    _say(
+        console,
+        "** what (B Q, Q^-1 A), the same update in another basis, does to the result: nothing (immune), it cannot be "
+        "sent because one factor is frozen (refused), or it changes it (exposed).",
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _yes(value: bool) -> str:

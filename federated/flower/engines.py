@@ -17,6 +17,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from federated.aggregation import check_combination, make_rule
 from federated.config import EngineConfig, ExperimentConfig
 from federated.data import check_source
 from federated.errors import ConfigError, FederatedError, RunInterrupted
@@ -69,6 +70,7 @@ def _check_data(config: ExperimentConfig) -> None:
     least, found = config.selection.min_clients, len(source.client_ids)
     if found < least:
         raise ConfigError(f"selection.min_clients = {least}: the data has {found} clients, so no round would start")
+    check_combination(make_rule(config.strategy.rule, config.strategy.options), config, clients=found)
 
 
 def run_inprocess(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int, config: EngineConfig) -> T:

@@ -7,8 +7,9 @@ clients connected, on Flower's node ids or on any global random numbers, and is 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection
+
+from federated.aggregation import cohort_size
 
 __all__ = ["select_cohort"]
 
@@ -29,5 +30,5 @@ def select_cohort(client_ids: Collection[str], *, fraction: float, seed: int, ro
     def rank(client_id: str) -> bytes:
         return hashlib.sha256(f"{seed}\0{round_number}\0{client_id}".encode()).digest()
 
-    size = min(len(client_ids), max(1, math.ceil(fraction * len(client_ids) - 1e-9)))
+    size = cohort_size(len(client_ids), fraction)
     return tuple(sorted(sorted(set(client_ids), key=rank)[:size]))

@@ -6,19 +6,30 @@ from dataclasses import replace
 import pytest
 import torch
 
-from federated.aggregation import RULES, Accumulator, FedIT, FlexLoRA, Result, make_rule
+from federated.aggregation import RULES, Accumulator, FedIT, FlexLoRA, FLoRA, Result, make_rule
 from federated.aggregation.factor_mean import FactorMean
+from federated.errors import AggregationError, NotEnoughUpdates
 from federated.global_state import GlobalState
-from federated.testing import Case, Finding, cases, dense_mean, effective_of, examine
+from federated.testing import Case, Finding, cases, crowded, dense_mean, effective_of, examine, fits
 
+EVERY = {case.name: case for case in cases(rule=FLoRA())}
 CASES = {case.name: case for case in cases()}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@every_case
+def enough(name: str, case: Case) -> Case:
+    """The case, with as many clients as the rule needs."""
+    return crowded(case, make_rule(name).properties.min_updates)
+
+
+@pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_every_rule_keeps_its_claim(name: str, case: Case) -> None:
-    finding = examine(make_rule(name), case)
+def test_every_rule_keeps_its_claim_or_says_what_it_lacks(name: str, case: Case) -> None:
+    if not fits(make_rule(name), case):
+        with pytest.raises(AggregationError, match=f"case '{case.name}' needs .*, which {name} has not"):
+            examine(make_rule(name), case)
+        return
+    finding = examine(make_rule(name), enough(name, case))
     assert finding.passed, finding
     assert torch.isfinite(torch.tensor([finding.error, finding.optimum, finding.dense_error])).all()
 
@@ -26,7 +37,7 @@ def test_every_rule_keeps_its_claim(name: str, case: Case) -> None:
 @pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_on_other_numbers_too(name: str, seed: int) -> None:
-    findings = [examine(make_rule(name), case) for case in cases(seed)]
+    findings = [examine(make_rule(name), enough(name, case)) for case in cases(seed, rule=make_rule(name))]
     assert [finding for finding in findings if not finding.passed] == []
 
 
@@ -42,8 +53,38 @@ def test_the_truncation_is_no_worse_than_factor_averaging(case: Case) -> None:
 
 
 def test_one_client_s_own_result_is_kept_by_all() -> None:
+    """But for a threshold, which cuts even that."""
+    options = {"florist": {"threshold": 1.0}}
     case = CASES["one client"]
-    assert all(examine(make_rule(name), case).error < 1e-6 for name in RULES)
+    rules = [make_rule(name, options.get(name)) for name in RULES]
+    able = [rule for rule in rules if rule.properties.min_updates == 1]
+    assert all(examine(rule, case).error < 1e-6 for rule in able)
+    for rule in rules:
+        if rule not in able:
+            with pytest.raises(NotEnoughUpdates, match=rf"1 good updates: {rule.name} needs at least"):
+                examine(rule, case)
+
+
+class TestCases:
+    def test_without_a_rule_there_are_those_that_every_rule_takes(self):
+        assert len(CASES) == 15
+        assert all(not case.needs for case in CASES.values())
+
+    def test_a_rule_adds_those_that_need_what_it_has(self):
+        needs = {name: {case.needs for case in cases(rule=make_rule(name))} for name in RULES}
+        assert needs["fedit"] == {()}
+        assert needs["flexlora"] == {(), ("mixed_ranks",)}
+        assert needs["fedex"] == {(), ("residual",)}
+        assert needs["flora"] == needs["florist"] == {(), ("mixed_ranks",), ("residual",), ("mixed_ranks", "residual")}
+
+    def test_the_same_seed_gives_the_same_case(self):
+        for one, other in zip(cases(3, rule=FLoRA()), cases(3, rule=FLoRA()), strict=True):
+            assert one.name == other.name
+            for mine, its in ((one.adapter, other.adapter), (one.residual, other.residual)):
+                assert (mine is None) == (its is None)
+                assert mine is None or all(
+                    torch.equal(its.tensors[name], value) for name, value in mine.tensors.items()
+                )
 
 
 class _Wrapped:
@@ -87,6 +128,35 @@ class TestTheSuiteFinds:
         assert not findings["alpha is not r"].passed
         assert not findings["rsLoRA"].passed
 
+    def test_a_residual_that_is_lost(self):
+        class Forgets(FLoRA):
+            def start(self, state: GlobalState, phase: int) -> _Wrapped:
+                def forget(result: Result) -> Result:
+                    return replace(result, state=replace(result.state, residual=None))
+
+                return _Wrapped(super().start(state, phase), forget)
+
+        assert not examine(Forgets(), EVERY["a residual"]).passed
+
+    def test_a_residual_that_is_added_once_too_often(self):
+        class Doubles(FLoRA):
+            def start(self, state: GlobalState, phase: int) -> _Wrapped:
+                inner = super().start(state, phase)
+                inner.mean = lambda layer: type(inner).mean(inner, layer).scaled(2.0)
+                return inner
+
+        assert not examine(Doubles(), EVERY["mixed ranks"]).passed
+
+    def test_a_client_s_own_scaling_that_is_not_heeded(self):
+        """At rank 1 and 2 of 3, alpha / r is not the adapter's."""
+
+        class OneScaling(FlexLoRA):
+            def start(self, state: GlobalState, phase: int):
+                return _OneScaling(super().start(state, phase), state)
+
+        assert examine(OneScaling(), EVERY["alpha is not r"]).passed
+        assert not examine(OneScaling(), EVERY["mixed ranks"]).passed
+
     def test_a_claim_of_exactness_that_is_none(self):
         class Exact(FedIT):
             properties = replace(FedIT.properties, exactness="exact")
@@ -107,6 +177,23 @@ class TestTheSuiteFinds:
                 return _IgnoreA(state)
 
         assert not examine(OwnA(), CASES["alpha is not r"]).passed
+
+
+class _OneScaling:
+    """Takes every client's factors as if they had the adapter's scaling."""
+
+    def __init__(self, inner: Accumulator, state: GlobalState) -> None:
+        self._inner, self._spec = inner, state.adapter.spec
+        self.finish = inner.finish
+
+    def add(self, update, weight: float) -> None:
+        spec = update.received.spec
+        modules = tuple(
+            replace(mine, alpha=its.alpha * mine.rank / its.rank)
+            for mine, its in zip(spec.modules, self._spec.modules, strict=True)
+        )
+        received = replace(update.received, spec=replace(spec, modules=modules))
+        self._inner.add(replace(update, received=received), weight)
 
 
 class _IgnoreA:
@@ -135,3 +222,16 @@ def test_the_truth_is_the_weighted_mean_of_effective_updates() -> None:
 
 def test_a_finding_of_a_wrong_dense_mean_fails_whatever_the_rule_claims() -> None:
     assert not Finding("x", "y", "approximate", error=0.0, optimum=0.0, dense_error=0.1, bound=1e-6).passed
+
+
+def test_more_clients_leave_those_that_are_there() -> None:
+    case = CASES["unequal weights"]
+    more = crowded(case, 5)
+    assert list(more.trained) == [f"client-{number:03d}" for number in range(5)]
+    assert all(more.trained[client_id] is moves for client_id, moves in case.trained.items())
+    assert (more.weights["client-001"], more.weights["client-004"]) == (10.0, 1.0)
+    sizes = [float(moves["layer.q.factor_a"].square().mean().sqrt()) for moves in more.trained.values()]
+    assert max(sizes) < 3 * min(sizes)
+    still = crowded(CASES["nobody learns anything"], 4).trained["client-003"]
+    assert not any(tensor.any() for tensor in still.values())
+    assert crowded(case, 2).trained.keys() == case.trained.keys()

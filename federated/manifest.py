@@ -166,8 +166,7 @@ class AdapterSpec:
 
     Args:
         peft_type: ``"lora"``, or without factors ``"ia3"``, ``"layernorm"``, ``"head"``, ``"full"`` or ``"prompt"``.
-        rank: LoRA's r, the largest one where modules differ; 0 without factors.
-        alpha: ``lora_alpha``; 0 without factors.
+        rank, alpha: LoRA's r, the largest one where modules differ, and ``lora_alpha``; 0 without factors.
         use_rslora: scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``.
         modules: the layers that have factors, sorted by name.
         head: the task head, if any.
@@ -197,8 +196,9 @@ class AdapterSpec:
 
     @cached_property
     def plain(self) -> Mapping[str, Any]:
-        """Plain data, made once, as `from_dict` reads it: shared, so it may not be changed; see `_LATER`."""
-        return {key: value for key, value in asdict(self).items() if value or key not in _LATER}
+        """Plain data, made once, as `from_dict` reads it: shared, so it may not be changed."""
+        later = ("trained", "virtual_tokens")  # left out where unused: specs of the first form keep their digests
+        return {key: value for key, value in asdict(self).items() if value or key not in later}
 
     @cached_property
     def digest(self) -> str:
@@ -217,10 +217,6 @@ class AdapterSpec:
         parts["head"] = HeadSpec(**parts["head"]) if parts.get("head") else None
         parts["trained"] = tuple(str(name) for name in parts.get("trained", ()))
         return cls(**parts)
-
-
-_LATER = ("trained", "virtual_tokens")
-"""Fields that an `AdapterSpec` of the first form had not: left out where unused, so that its digest stays."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 
 from federated.aggregation.protocol import Rule
 from federated.config import AdapterConfig, ExperimentConfig, SelectionConfig, StrategyConfig
+from federated.config.parts import WITHOUT_FACTORS
 from federated.errors import ConfigError
 
 __all__ = ["check_combination", "clients_needed", "cohort_size"]
@@ -53,7 +54,7 @@ def clients_needed(rule: Rule, fraction: float) -> int:
 
 def _check_kind(rule: Rule, adapter: AdapterConfig) -> None:
     """A rule for factors has nothing to work on where there are none."""
-    if rule.properties.needs_lora and adapter.kind != "lora":
+    if rule.properties.needs_lora and adapter.kind in WITHOUT_FACTORS:
         raise ConfigError(
             f"adapter.kind = {adapter.kind}: {rule.name} works on LoRA's factors, and such an adapter has none; use a "
             "rule that averages tensors as they are, such as strategy=fedit, or adapter=lora"

@@ -22,6 +22,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "MAX_PARAMS",
+    "WITHOUT_FACTORS",
     "STRICT",
 ]
 
@@ -33,6 +34,9 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+WITHOUT_FACTORS = ("ia3", "layernorm", "head", "full", "prompt")
+"""Kinds of adapter whose tensors average as they are; the others are forms of LoRA."""
 
 MAX_PARAMS = 10_000_000
 """Parameters that are sensible to train and send whole, unless somebody says otherwise."""
@@ -95,9 +99,9 @@ class AdapterConfig:
     def _only_of_lora(self) -> Self:
         given = {"use_rslora": self.use_rslora, "dropout": self.dropout, "client_ranks": list(self.client_ranks)}
         for key, value in given.items():
-            if value and self.kind != "lora":
+            if value and self.kind in WITHOUT_FACTORS:
                 raise ValueError(f"{key} = {value}: only adapters of kind lora have it, found kind {self.kind}")
-        if self.target_modules != "auto" and self.kind not in ("lora", "ia3"):
+        if self.target_modules != "auto" and self.kind in WITHOUT_FACTORS and self.kind != "ia3":
             raise ValueError(f"target_modules: {self.kind} chooses what it trains; only lora and ia3 take targets")
         return self
 

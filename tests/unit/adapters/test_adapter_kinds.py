@@ -10,7 +10,9 @@ from torch import nn
 from federated.adapters import attach, base_from_module, load_base, null_model, shell
 from federated.adapters.fingerprint import base_digest
 from federated.adapters.ia3 import ia3_tensors
+from federated.adapters.kinds import FACTORLESS
 from federated.config import AdapterConfig, ModelConfig, TaskConfig
+from federated.config.parts import WITHOUT_FACTORS
 from federated.errors import ModelError
 from federated.manifest import AdapterSpec, canonical_json
 from federated.state import AdapterState, group_of
@@ -148,6 +150,10 @@ def test_two_adapters_over_one_base_do_not_disturb_each_other():
         for other, before in expected.items():
             assert torch.equal(answers(models[other].model, "bert"), before)
     assert torch.equal(answers(null_model(base(), CLASSIFY, seed=1), "bert"), null)
+
+
+def test_one_list_of_the_kinds_without_factors():
+    assert sorted(FACTORLESS) == sorted(WITHOUT_FACTORS) == sorted(KINDS)
 
 
 def test_a_spec_without_the_later_fields_keeps_its_form():

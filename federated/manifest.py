@@ -144,13 +144,15 @@ class AdapterSpec:
     """Everything that must agree before two adapters may be added.
 
     Args:
-        peft_type: ``"lora"``, or ``"lora_xs"``: each module has a core (rank x rank) between its frozen factors.
-        rank: LoRA's r, the largest one where modules differ.
-        alpha: ``lora_alpha``.
+        peft_type: ``"lora"``; ``"lora_xs"``: each module has a core (rank x rank) between its frozen factors; or,
+            without factors, ``"ia3"``, ``"layernorm"``, ``"head"``, ``"full"`` or ``"prompt"``.
+        rank, alpha: LoRA's r, the largest one where modules differ, and ``lora_alpha``; 0 without factors.
         use_rslora: scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``.
-        modules: the adapted layers, sorted by name.
+        modules: the layers that have factors, sorted by name.
         head: the task head, if any.
         dtype: dtype of the tensors that a device holds (``"F32"``, ``"BF16"``, ``"F16"``).
+        trained: the other tensors that are trained on the base, sorted by name (IA3's vectors, norms).
+        virtual_tokens: length of a soft prompt.
     """
 
     peft_type: str
@@ -160,6 +162,8 @@ class AdapterSpec:
     modules: tuple[ModuleSpec, ...]
     head: HeadSpec | None = None
     dtype: str = "F32"
+    trained: tuple[str, ...] = ()
+    virtual_tokens: int = 0
 
     @property
     def has_core(self) -> bool:
@@ -183,7 +187,8 @@ class AdapterSpec:
     @cached_property
     def plain(self) -> Mapping[str, Any]:
         """Plain data, made once, as `from_dict` reads it: shared, so it may not be changed."""
-        return asdict(self)
+        later = ("trained", "virtual_tokens")  # left out where unused: specs of the first form keep their digests
+        return {key: value for key, value in asdict(self).items() if value or key not in later}
 
     @cached_property
     def digest(self) -> str:
@@ -200,6 +205,7 @@ class AdapterSpec:
         parts = dict(value)
         parts["modules"] = tuple(ModuleSpec(**module) for module in parts["modules"])
         parts["head"] = HeadSpec(**parts["head"]) if parts.get("head") else None
+        parts["trained"] = tuple(str(name) for name in parts.get("trained", ()))
         return cls(**parts)
 
 
@@ -379,7 +385,7 @@ class VersionManifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for canonical JSON."""
-        return asdict(self)
+        return asdict(self) | {"spec": getattr(self.spec, "plain", self.spec)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:

@@ -1,4 +1,4 @@
-"""LoRA through peft: the one file that imports it.
+"""LoRA through peft, which is imported here and in `federated.adapters.ia3` alone.
 
 peft only swaps the layers in. What is adapted, at which rank and with which scaling comes from a checked
 `AdapterSpec`, never from an ``adapter_config.json``; factors are read and written by exact name here, never through

@@ -29,6 +29,7 @@ class RuleProperties:
         mixed_ranks: clients may hold different ranks.
         needs_individual_updates: must see updates one beside the other (robust rules).
         phases: exchanges in a round, when nobody is lost between them.
+        needs_lora: works on LoRA's factors; without it any adapter will do, since its tensors are averaged as they are.
         own_payloads: clients of one rank may be sent different adapters.
         residual: keeps a frozen residual, which goes down whole in each round.
         adapter: the kind of adapter that it works on.
@@ -51,6 +52,7 @@ class RuleProperties:
     mixed_ranks: bool = False
     needs_individual_updates: bool = False
     phases: int = 1
+    needs_lora: bool = True
     own_payloads: bool = False
     residual: bool = False
     adapter: Literal["lora", "lora_xs"] = "lora"

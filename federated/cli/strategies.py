@@ -37,6 +37,8 @@ def show(console: Console) -> None:
         table.add_row(name, claim, up, down, *cells, properties.gauge)
     console.print(table)
     _say(console, "Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
+    any_adapter = ", ".join(name for name in sorted(RULES) if not make_rule(name).properties.needs_lora)
+    _say(console, f"Adapters without factors (adapter=ia3, layernorm, head, full, prompt) go with: {any_adapter}.")
     for name in sorted(RULES):
         properties = make_rule(name).properties
         needs = f"; {properties.min_updates_why}" if properties.min_updates_why else ""

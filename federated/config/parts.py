@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
+    "MAX_PARAMS",
+    "WITHOUT_FACTORS",
     "STRICT",
 ]
 
@@ -32,6 +34,12 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+WITHOUT_FACTORS = ("ia3", "layernorm", "head", "full", "prompt")
+"""Kinds of adapter whose tensors average as they are; the others are forms of LoRA."""
+
+MAX_PARAMS = 10_000_000
+"""Parameters that are sensible to train and send whole, unless somebody says otherwise."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -58,21 +66,27 @@ class AdapterConfig:
     """The trainable adapter.
 
     Args:
-        kind: PEFT method: ``lora``, or ``lora_xs``, which trains a small core between frozen factors.
+        kind: ``lora``; ``lora_xs`` (a small core between frozen factors); ``ia3`` (scaled keys, values and
+            feed-forwards), ``layernorm`` (norms' weights and biases), ``head`` (the task head alone), ``full`` (every
+            parameter of a small model) or ``prompt`` (a soft prompt). Rank, alpha and whatever else follows from
+            factors are LoRA's; the last five ignore rank and alpha.
         rank: LoRA's r.
         alpha: ``lora_alpha``; the effective update is ``alpha / rank * B @ A``.
         use_rslora: scale by ``alpha / sqrt(rank)``.
         dropout: LoRA dropout in [0, 1).
-        target_modules: module name suffixes, or ``"all-linear"``, or ``"auto"`` (query and value projections).
+        target_modules: for LoRA and IA3: module name suffixes, or ``"all-linear"``, or ``"auto"`` (query and value
+            projections; for IA3 key and value projections and the ends of feed-forwards).
         train_head: whether the task head travels with the adapter or stays frozen.
         dtype: dtype of the trainable tensors on a device.
         core_init: where the frozen factors around a core come from: the leading directions of the layer itself
             (``svd``), or ``random`` ones; ``lora`` has no core.
         client_ranks: ranks that simulated clients declare, given out in turn in the order of their names; each trains
             at the smaller of its own and ``rank``. Empty: all train at ``rank``. Real clients say it in their own file.
+        virtual_tokens: length of a soft prompt.
+        max_params: refuse to train a model of more parameters as ``full``; more than 130 million do not fit a packet.
     """
 
-    kind: Literal["lora", "lora_xs"] = "lora"
+    kind: Literal["lora", "lora_xs", "ia3", "layernorm", "head", "full", "prompt"] = "lora"
     rank: Count = 8
     alpha: Positive = 16.0
     use_rslora: bool = False
@@ -82,6 +96,18 @@ class AdapterConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     core_init: Literal["svd", "random"] = "svd"
     client_ranks: tuple[Count, ...] = ()
+    virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_params: Annotated[int, Field(ge=0, le=130_000_000)] = MAX_PARAMS
+
+    @model_validator(mode="after")
+    def _only_of_lora(self) -> Self:
+        given = {"use_rslora": self.use_rslora, "dropout": self.dropout, "client_ranks": list(self.client_ranks)}
+        for key, value in given.items():
+            if value and self.kind in WITHOUT_FACTORS:
+                raise ValueError(f"{key} = {value}: only adapters of kind lora have it, found kind {self.kind}")
+        if self.target_modules != "auto" and self.kind in WITHOUT_FACTORS and self.kind != "ia3":
+            raise ValueError(f"target_modules: {self.kind} chooses what it trains; only lora and ia3 take targets")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)

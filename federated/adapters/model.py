@@ -19,7 +19,7 @@ from torch import nn
 from federated.adapters.base import BaseModel
 from federated.adapters.heads import build_head
 from federated.adapters.kinds import FACTORLESS
-from federated.adapters.lora import dropouts_of, factors_of, inject, set_rank, set_residual
+from federated.adapters.lora import core_of, dropouts_of, factors_of, inject, set_rank, set_residual
 from federated.adapters.prompt import PROMPT, with_prompt
 from federated.adapters.spec import check_spec, check_task, head_spec, spec_for
 from federated.config import AdapterConfig, TaskConfig
@@ -30,7 +30,7 @@ from federated.state import AdapterState, group_of
 __all__ = ["AdapterModel", "attach", "null_model", "shell", "share"]
 
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-GROUPS = ("factor_a", "factor_b", "dense")
+GROUPS = ("factor_a", "factor_b", "core", "dense")
 
 
 def share(base: BaseModel) -> nn.Module:
@@ -59,7 +59,7 @@ class AdapterModel:
         self._residual: AdapterState | None = None
         self._dropouts = dropouts_of(model)
         self._modules = list(model.modules())
-        self.set_trainable(GROUPS)
+        self.set_trainable(spec.groups)
 
     @property
     def device(self) -> torch.device:
@@ -159,17 +159,20 @@ class AdapterModel:
 
 
 def _factors(tree: nn.Module, spec: AdapterSpec) -> dict[str, nn.Parameter]:
-    """The live factors of a tree by canonical name."""
+    """The live factors and cores of a tree by canonical name."""
     tensors: dict[str, nn.Parameter] = {}
     for module in spec.modules:
         factor_a, factor_b = factors_of(tree, module.name)
         tensors |= {f"{module.name}.factor_a": factor_a, f"{module.name}.factor_b": factor_b}
+        if spec.has_core:
+            tensors[f"{module.name}.core"] = core_of(tree, module.name)
     return tensors
 
 
 def _shapes(spec: AdapterSpec) -> dict[str, tuple[int, int]]:
-    """The factors' shapes by canonical name."""
+    """The factors' and cores' shapes by canonical name."""
     shapes = {f"{one.name}.factor_a": (one.rank, one.d_in) for one in spec.modules}
+    shapes |= {f"{one.name}.core": (one.rank, one.rank) for one in spec.modules if spec.has_core}
     return shapes | {f"{one.name}.factor_b": (one.d_out, one.rank) for one in spec.modules}
 
 
@@ -225,10 +228,13 @@ def attach(base: BaseModel, adapter: AdapterConfig, task: TaskConfig, *, seed: i
     Raises:
         ModelError: if the adapter does not fit the base (see `spec_for`).
     """
-    return shell(base, spec_for(base, adapter, task, seed=seed), dropout=adapter.dropout, seed=seed)
+    spec = spec_for(base, adapter, task, seed=seed)
+    return shell(base, spec, dropout=adapter.dropout, seed=seed, core_init=adapter.core_init)
 
 
-def shell(base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int = 0) -> AdapterModel:
+def shell(
+    base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int = 0, core_init: str = "random"
+) -> AdapterModel:
     """An adapted tree for a spec, to be filled with `AdapterModel.write`: a device's slot.
 
     Raises:
@@ -236,7 +242,11 @@ def shell(base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int
     """
     check_spec(base, spec)
     tree = share(base)
-    tensors = _installed(base, tree, spec, dropout=dropout, seed=seed)
+    if spec.peft_type in FACTORLESS:
+        tensors = FACTORLESS[spec.peft_type].install(base, tree, spec)
+    else:
+        inject(tree, spec, dropout=dropout, seed=seed, core_init=core_init)
+        tensors = _factors(tree, spec)
     model, head = (tree, {}) if spec.head is None else build_head(base, tree, spec.head)
     if spec.virtual_tokens:
         model, tensors[PROMPT] = with_prompt(base, model, tokens=spec.virtual_tokens, seed=seed)
@@ -244,16 +254,6 @@ def shell(base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int
         _check_apart(base, tensors, head)
         tensors |= head
     return AdapterModel(model, spec, base, tensors, tree=tree)
-
-
-def _installed(
-    base: BaseModel, tree: nn.Module, spec: AdapterSpec, *, dropout: float, seed: int
-) -> dict[str, nn.Parameter]:
-    """Put the adapter on a shared tree; returns its live tensors."""
-    if spec.peft_type in FACTORLESS:
-        return FACTORLESS[spec.peft_type].install(base, tree, spec)
-    inject(tree, spec, dropout=dropout, seed=seed)
-    return _factors(tree, spec)
 
 
 def _check_apart(base: BaseModel, tensors: dict[str, nn.Parameter], head: dict[str, nn.Parameter]) -> None:

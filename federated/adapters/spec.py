@@ -27,6 +27,7 @@ _KINDS = {
     "causal_lm": ("decoder",),
     "sensor": ("module",),
 }
+_TYPES = ("lora", "lora_xs")
 _MOST_LABELS = 65_536
 
 
@@ -92,8 +93,8 @@ def check_spec(base: BaseModel, spec: AdapterSpec) -> None:
     Raises:
         ModelError: naming the first thing that does not fit.
     """
-    if spec.peft_type != "lora" and spec.peft_type not in FACTORLESS:
-        known = ", ".join(sorted(["lora", *FACTORLESS]))
+    if spec.peft_type not in _TYPES and spec.peft_type not in FACTORLESS:
+        known = ", ".join(sorted([*_TYPES, *FACTORLESS]))
         raise ModelError(f"adapter type {spec.peft_type!r} is unknown; expected one of {known}")
     if spec.dtype not in _DTYPES.values():
         raise ModelError(f"adapter dtype {spec.dtype!r} is unknown; expected one of {sorted(_DTYPES.values())}")

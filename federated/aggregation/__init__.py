@@ -18,6 +18,7 @@ from federated.aggregation.fedex import FedEx
 from federated.aggregation.fedit import FedIT
 from federated.aggregation.fedrot import FedRotLoRA
 from federated.aggregation.fedsa import FedSALoRA
+from federated.aggregation.fedsb import FedSB
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
 from federated.aggregation.flexlora import FlexLoRA
@@ -49,6 +50,7 @@ __all__ = [
     "FedIT",
     "FedRotLoRA",
     "FedSALoRA",
+    "FedSB",
     "FedSVD",
     "FlexLoRA",
     "GeometricMedian",
@@ -75,6 +77,7 @@ RULES: Mapping[str, Callable[..., Rule]] = {
     "fedit": FedIT,
     "fedrot": FedRotLoRA,
     "fedsa": FedSALoRA,
+    "fedsb": FedSB,
     "fedsvd": FedSVD,
     "ffa": FFALoRA,
     "flexlora": FlexLoRA,

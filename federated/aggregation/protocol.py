@@ -28,9 +28,10 @@ class RuleProperties:
         linear: a sum of messages, which client-level DP and secure aggregation need.
         mixed_ranks: clients may hold different ranks.
         needs_individual_updates: must see updates one beside the other (robust rules).
-        needs_lora: works on LoRA's factors; without it any adapter will do, since its tensors are averaged as they are.
+        needs_lora: works on LoRA's factors; without it adapters that have none will do as well, averaged as they are.
         own_payloads: clients of one rank may be sent different adapters.
         residual: keeps a frozen residual, which goes down whole in each round.
+        adapter: the kind of LoRA that it works on.
         personal: clients keep a part of the model (`TrainPlan.kept`); no version can be served.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
         paper: where it was published.
@@ -52,6 +53,7 @@ class RuleProperties:
     needs_lora: bool = True
     own_payloads: bool = False
     residual: bool = False
+    adapter: Literal["lora", "lora_xs"] = "lora"
     personal: bool = False
     fixed_space: bool = True
     paper: str = ""

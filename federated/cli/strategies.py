@@ -60,13 +60,14 @@ def _yes(value: bool) -> str:
 def _traffic(rule: Rule) -> tuple[str, str]:
     """Tensors up and down in the first round, asked of the rule itself."""
     module = ModuleSpec("layer", _SIDE, _SIDE, _RANK, 2.0 * _RANK)
-    spec = AdapterSpec("lora", _RANK, 2.0 * _RANK, use_rslora=False, modules=(module,))
+    spec = AdapterSpec(rule.properties.adapter, _RANK, 2.0 * _RANK, use_rslora=False, modules=(module,))
     factors = {"layer.factor_a": torch.zeros(_RANK, _SIDE), "layer.factor_b": torch.zeros(_SIDE, _RANK)}
-    state = GlobalState(AdapterState(spec, factors), rule_state=rule.init(spec))
+    core = {"layer.core": torch.zeros(_RANK, _RANK)} if spec.has_core else {}
+    state = GlobalState(AdapterState(spec, {**factors, **core}), rule_state=rule.init(spec))
     plan, payload = rule.plan(state, ClientView("anybody"), 1)
     sent = sum(entry.nbytes for entry in layout(plan, payload)) // 4
     return _share(sent, factors), _share(sum(tensor.numel() for tensor in payload.tensors.values()), factors)
 
 
 def _share(count: int, factors: Tensors) -> str:
-    return f"{count / sum(tensor.numel() for tensor in factors.values()):g}"
+    return f"{count / sum(tensor.numel() for tensor in factors.values()):.2g}"

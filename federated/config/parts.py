@@ -66,9 +66,10 @@ class AdapterConfig:
     """The trainable adapter.
 
     Args:
-        kind: ``lora``; ``ia3`` (scaled keys, values and feed-forwards), ``layernorm`` (norms' weights and biases),
-            ``head`` (the task head alone), ``full`` (every parameter of a small model) or ``prompt`` (a soft prompt).
-            Rank, alpha and whatever else follows from factors are LoRA's; the others ignore rank and alpha.
+        kind: ``lora``; ``lora_xs``, which trains a small core between frozen factors; or without factors, and so
+            without rank and alpha: ``ia3`` (scaled keys, values and feed-forwards), ``layernorm`` (norms' weights and
+            biases), ``head`` (the task head alone), ``full`` (every parameter of a small model) or ``prompt`` (a soft
+            prompt).
         rank: LoRA's r.
         alpha: ``lora_alpha``; the effective update is ``alpha / rank * B @ A``.
         use_rslora: scale by ``alpha / sqrt(rank)``.
@@ -77,13 +78,15 @@ class AdapterConfig:
             projections; for IA3 key and value projections and the ends of feed-forwards).
         train_head: whether the task head travels with the adapter or stays frozen.
         dtype: dtype of the trainable tensors on a device.
+        core_init: where the frozen factors around a core come from: the leading directions of the layer itself
+            (``svd``), or ``random`` ones; ``lora`` has no core.
         client_ranks: ranks that simulated clients declare, given out in turn in the order of their names; each trains
             at the smaller of its own and ``rank``. Empty: all train at ``rank``. Real clients say it in their own file.
         virtual_tokens: length of a soft prompt.
         max_params: refuse to train a model of more parameters as ``full``; more than 130 million do not fit a packet.
     """
 
-    kind: Literal["lora", "ia3", "layernorm", "head", "full", "prompt"] = "lora"
+    kind: Literal["lora", "lora_xs", "ia3", "layernorm", "head", "full", "prompt"] = "lora"
     rank: Count = 8
     alpha: Positive = 16.0
     use_rslora: bool = False
@@ -91,6 +94,7 @@ class AdapterConfig:
     target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
     train_head: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    core_init: Literal["svd", "random"] = "svd"
     client_ranks: tuple[Count, ...] = ()
     virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
     max_params: Annotated[int, Field(ge=0, le=130_000_000)] = MAX_PARAMS

@@ -35,7 +35,8 @@ def of_class(*names: str) -> Any:
 
 
 def case_for(rule: Rule, name: str) -> Case:
-    return crowded(CASES[name], max(3, rule.properties.min_updates + 1))
+    found = {case.name: case for case in cases(rule=rule)}
+    return crowded(found[name], max(3, rule.properties.min_updates + 1))
 
 
 def trained(plan: TrainPlan, moves: Tensors) -> dict[str, Tensor]:

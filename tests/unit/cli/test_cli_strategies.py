@@ -17,6 +17,7 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         "fedit": "1",
         "fedrot": "1",
         "fedsa": "0.5",
+        "fedsb": "0.0039",
         "fedsvd": "0.5",
         "ffa": "0.5",
         "rolora": "0.5",

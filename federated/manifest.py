@@ -144,9 +144,10 @@ class AdapterSpec:
     """Everything that must agree before two adapters may be added.
 
     Args:
-        peft_type: ``"lora"``; ``"lora_xs"``: each module has a core (rank x rank) between its frozen factors; or,
-            without factors, ``"ia3"``, ``"layernorm"``, ``"head"``, ``"full"`` or ``"prompt"``.
-        rank, alpha: LoRA's r, the largest one where modules differ, and ``lora_alpha``; 0 without factors.
+        peft_type: ``"lora"``; ``"lora_xs"``: each module has a core (rank x rank) between its frozen factors; or
+            without factors ``"ia3"``, ``"layernorm"``, ``"head"``, ``"full"`` or ``"prompt"``.
+        rank: LoRA's r, the largest one where modules differ; 0 without factors.
+        alpha: ``lora_alpha``; 0 without factors.
         use_rslora: scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``.
         modules: the layers that have factors, sorted by name.
         head: the task head, if any.

@@ -15,6 +15,7 @@ from federated.adapters.base import BaseModel
 from federated.adapters.heads import backbone_path
 from federated.errors import ModelError
 from federated.manifest import AdapterSpec
+from federated.state import group_of
 
 __all__ = ["all_tensors", "check_copies", "norm_tensors", "own_copies"]
 
@@ -69,6 +70,8 @@ def check_copies(base: BaseModel, spec: AdapterSpec, names: Iterable[str]) -> No
     for name in names:
         if name not in usable:
             raise ModelError(f"the adapter trains {name}, which this base model does not have")
+        if group_of(name) != "dense":
+            raise ModelError(f"{base.source} has a tensor {name}, which is a factor's name; rename it in the base")
         if str(usable[name].dtype) != "torch.float32":
             raise ModelError(f"an adapter of kind {spec.peft_type} needs a float32 base model; set model.dtype=float32")
     if spec.dtype != "F32":

@@ -242,7 +242,11 @@ def shell(
     """
     check_spec(base, spec)
     tree = share(base)
-    tensors = _installed(base, tree, spec, dropout=dropout, seed=seed, core_init=core_init)
+    if spec.peft_type in FACTORLESS:
+        tensors = FACTORLESS[spec.peft_type].install(base, tree, spec)
+    else:
+        inject(tree, spec, dropout=dropout, seed=seed, core_init=core_init)
+        tensors = _factors(tree, spec)
     model, head = (tree, {}) if spec.head is None else build_head(base, tree, spec.head)
     if spec.virtual_tokens:
         model, tensors[PROMPT] = with_prompt(base, model, tokens=spec.virtual_tokens, seed=seed)
@@ -250,16 +254,6 @@ def shell(
         _check_apart(base, tensors, head)
         tensors |= head
     return AdapterModel(model, spec, base, tensors, tree=tree)
-
-
-def _installed(
-    base: BaseModel, tree: nn.Module, spec: AdapterSpec, *, dropout: float, seed: int, core_init: str
-) -> dict[str, nn.Parameter]:
-    """Put the adapter on a shared tree; returns its live tensors."""
-    if spec.peft_type in FACTORLESS:
-        return FACTORLESS[spec.peft_type].install(base, tree, spec)
-    inject(tree, spec, dropout=dropout, seed=seed, core_init=core_init)
-    return _factors(tree, spec)
 
 
 def _check_apart(base: BaseModel, tensors: dict[str, nn.Parameter], head: dict[str, nn.Parameter]) -> None:

@@ -93,7 +93,7 @@ def check_spec(base: BaseModel, spec: AdapterSpec) -> None:
     Raises:
         ModelError: naming the first thing that does not fit.
     """
-    if spec.peft_type not in (*_TYPES, *FACTORLESS):
+    if spec.peft_type not in _TYPES and spec.peft_type not in FACTORLESS:
         known = ", ".join(sorted([*_TYPES, *FACTORLESS]))
         raise ModelError(f"adapter type {spec.peft_type!r} is unknown; expected one of {known}")
     if spec.dtype not in _DTYPES.values():

@@ -52,21 +52,6 @@ def clients_needed(rule: Rule, fraction: float) -> int:
     return max(needed, math.floor((needed - 1 + 1e-9) / fraction) + 1)
 
 
-def _check_kind(rule: Rule, adapter: AdapterConfig) -> None:
-    """A rule for factors has nothing to work on where there are none; one for cores none in a LoRA adapter."""
-    factorless, wanted = adapter.kind in WITHOUT_FACTORS, rule.properties.adapter
-    if factorless and rule.properties.needs_lora:
-        raise ConfigError(
-            f"adapter.kind = {adapter.kind}: {rule.name} works on LoRA's factors, and such an adapter has none; use a "
-            "rule that averages tensors as they are, such as strategy=fedit, or adapter=lora"
-        )
-    if not factorless and adapter.kind != wanted:
-        raise ConfigError(
-            f"adapter.kind = {adapter.kind!r}: {rule.name} is a rule for adapters of kind {wanted}; set "
-            f"adapter.kind={wanted}, or choose another strategy"
-        )
-
-
 def _check_optimizer(rule: Rule, strategy: StrategyConfig) -> None:
     """A server optimizer needs a direction to follow, and a step that is not far from any update's size."""
     optimizer = strategy.server_optimizer
@@ -86,6 +71,21 @@ def _check_optimizer(rule: Rule, strategy: StrategyConfig) -> None:
         f"strategy.server_optimizer = {found}: {rule.name} makes the next adapter itself, {how}, so there is no "
         "pseudo-gradient to follow; use sgd with learning rate 1"
     )
+
+
+def _check_kind(rule: Rule, adapter: AdapterConfig) -> None:
+    """A rule for factors finds none in other adapters; a rule that averages cores none in LoRA, and the reverse."""
+    wanted = rule.properties.adapter
+    if adapter.kind in WITHOUT_FACTORS and rule.properties.needs_lora:
+        raise ConfigError(
+            f"adapter.kind = {adapter.kind}: {rule.name} works on LoRA's factors, and such an adapter has none; use a "
+            f"rule that averages tensors as they are, such as strategy=fedit, or adapter={wanted}"
+        )
+    if adapter.kind not in WITHOUT_FACTORS and adapter.kind != wanted:
+        raise ConfigError(
+            f"adapter.kind = {adapter.kind!r}: {rule.name} is a rule for adapters of kind {wanted}; set "
+            f"adapter.kind={wanted}, or choose another strategy"
+        )
 
 
 def _check_ranks(rule: Rule, adapter: AdapterConfig) -> None:

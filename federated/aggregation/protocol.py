@@ -29,10 +29,10 @@ class RuleProperties:
         mixed_ranks: clients may hold different ranks.
         needs_individual_updates: must see updates one beside the other (robust rules).
         phases: exchanges in a round, when nobody is lost between them.
-        needs_lora: works on LoRA's factors; without it any adapter will do, since its tensors are averaged as they are.
+        needs_lora: works on LoRA's factors; without it adapters that have none will do as well, averaged as they are.
         own_payloads: clients of one rank may be sent different adapters.
         residual: keeps a frozen residual, which goes down whole in each round.
-        adapter: the kind of adapter that it works on.
+        adapter: the kind of LoRA that it works on.
         personal: clients keep a part of the model (`TrainPlan.kept`); no version can be served.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
         paper: where it was published.

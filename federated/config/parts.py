@@ -66,10 +66,10 @@ class AdapterConfig:
     """The trainable adapter.
 
     Args:
-        kind: ``lora``; ``lora_xs`` (a small core between frozen factors); ``ia3`` (scaled keys, values and
-            feed-forwards), ``layernorm`` (norms' weights and biases), ``head`` (the task head alone), ``full`` (every
-            parameter of a small model) or ``prompt`` (a soft prompt). Rank, alpha and whatever else follows from
-            factors are LoRA's; the last five ignore rank and alpha.
+        kind: ``lora``; ``lora_xs``, which trains a small core between frozen factors; or without factors, and so
+            without rank and alpha: ``ia3`` (scaled keys, values and feed-forwards), ``layernorm`` (norms' weights and
+            biases), ``head`` (the task head alone), ``full`` (every parameter of a small model) or ``prompt`` (a soft
+            prompt).
         rank: LoRA's r.
         alpha: ``lora_alpha``; the effective update is ``alpha / rank * B @ A``.
         use_rslora: scale by ``alpha / sqrt(rank)``.

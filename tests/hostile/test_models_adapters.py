@@ -73,8 +73,8 @@ class TestSpecs:
     """A spec may come from a registry or a release: it is checked against the base before anything is allocated."""
 
     def test_another_method(self):
-        expected = "expected one of full, head, ia3, layernorm, lora, lora_xs, prompt"
-        with pytest.raises(ModelError, match=f"'pickle' is unknown; {expected}"):
+        expected = "'pickle' is unknown; expected one of full, head, ia3, layernorm, lora, lora_xs, prompt"
+        with pytest.raises(ModelError, match=expected):
             shell(base(), replace(adapted().spec, peft_type="pickle"))
 
     def test_no_modules(self):

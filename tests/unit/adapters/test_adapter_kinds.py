@@ -361,6 +361,13 @@ class TestCopies:
         with pytest.raises(ModelError, match=r"has a tensor classifier\.bias, and so has the task's head"):
             attach(base_from_module(Odd(), source="odd"), AdapterConfig(kind="full"), SENSOR, seed=0)
 
+    @pytest.mark.parametrize("name", ["core", "factor_a"])
+    def test_a_base_with_a_factor_s_name_is_named(self, name):
+        plain = Recurrent()
+        plain.register_parameter(name, nn.Parameter(torch.ones(2)))
+        with pytest.raises(ModelError, match=f"has a tensor {name}, which is a factor's name"):
+            attach(base_from_module(plain, source="odd"), AdapterConfig(kind="full"), SENSOR, seed=0)
+
 
 class TestHead:
     def test_a_language_model_has_none(self):

@@ -6,8 +6,6 @@ It does not read files and knows no database; `federated.wire`, `federated.regis
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,6 +14,8 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+
+from federated.digests import canonical_json, digest_of, sha256_hex
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -41,28 +41,6 @@ DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64"
 """safetensors' names of the dtypes that may travel or be stored, with their size in bytes."""
 
 _NUMPY: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
-
-
-def canonical_json(value: Any) -> bytes:
-    """Encode as JSON with sorted keys, no spaces, UTF-8 and no NaN: equal values give equal bytes.
-
-    >>> canonical_json({"b": 1, "a": [1.5, None]})
-    b'{"a":[1.5,null],"b":1}'
-
-    Raises:
-        ValueError: for NaN or infinity, which JSON cannot carry.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def sha256_hex(data: bytes | memoryview) -> str:
-    """SHA-256 of ``data`` as 64 lower-case hexadecimal characters."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def digest_of(value: Any) -> str:
-    """Digest of the canonical JSON of ``value``."""
-    return sha256_hex(canonical_json(value))
 
 
 @dataclass(frozen=True)

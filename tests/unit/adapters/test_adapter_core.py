@@ -243,5 +243,5 @@ def test_what_does_not_fit_is_refused_whole():
 
 
 def test_an_unknown_type_is_named_with_what_there_is():
-    with pytest.raises(ModelError, match="adapter type 'core' is unknown; expected one of .*lora, lora_xs"):
+    with pytest.raises(ModelError, match=r"adapter type 'core' is unknown; expected one of .*lora, lora_xs"):
         check_spec(base(), replace(adapted().spec, peft_type="core"))

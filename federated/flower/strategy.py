@@ -31,12 +31,11 @@ from federated.flower.messages import TaskWriter
 from federated.flower.publisher import Publisher, RegistryPublisher, TrainingState
 from federated.flower.records import metric_record
 from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation, whole_round
-from federated.flower.round_report import round_event, train_metrics
+from federated.flower.round_closer import RoundCloser
 from federated.flower.selection import select_cohort
 from federated.flower.server_state import ServerState
 from federated.flower.session import open_session
 from federated.global_state import GlobalState
-from federated.manifest import VersionManifest
 from federated.registry import Registry
 from federated.state import AdapterState
 from federated.tracking import MultiTracker, Tracker
@@ -86,10 +85,11 @@ class DeltaStrategy(Strategy):
         self.server = ServerState(initial, rule=self.rule, optimizer=config.strategy.server_optimizer)
         if resume is not None:
             self.server.take_up(*resume)
-        self._publisher = publisher or RegistryPublisher(
+        publisher = publisher or RegistryPublisher(
             registry, config, run_id=self.run_id, base_digest=base_digest, method=self.method
         )
         self._tracker = tracker or MultiTracker([])
+        self._closer = RoundCloser(self.server, publisher, self._tracker)
         self._directory = Directory(config)
         key = secret or secrets.token_bytes(32)
         self._writer = TaskWriter(config, rule=self.rule, run_id=self.run_id, base_digest=base_digest, secret=key)
@@ -174,10 +174,9 @@ class DeltaStrategy(Strategy):
         return result
 
     def _all_rounds(self, grid: Grid, rounds: int, *, result: FlowerResult, evaluate_fn: EvaluateFn | None) -> None:
-        self._directory.wait(grid)
-        self._report_problems()
+        self._gather(grid)
         if self.version_id is None:
-            self._publish([], 0, servable=True)
+            self._closer.publish([], 0, servable=True)
         self._evaluate_here(result, self.server.finished, evaluate_fn)
         for number in range(self.server.finished + 1, rounds + 1):
             messages = self.configure_train(number, self.server.arrays(), ConfigRecord(), grid)
@@ -189,6 +188,13 @@ class DeltaStrategy(Strategy):
         evaluation = self.aggregate_evaluate(rounds, self._exchange(grid, messages))
         if evaluation is not None:
             result.evaluate_metrics_clientapp[rounds] = evaluation
+
+    def _gather(self, grid: Grid) -> None:
+        """Wait until enough clients are there."""
+        self._directory.wait(grid)
+        for node, text in self._directory.take_problems():
+            _LOG.warning("node %s takes no part: %s", node, text)
+            self._tracker.emit({"event": "node_problem", "node_id": str(node), "message": text})
 
     def _evaluate_here(self, result: FlowerResult, number: int, evaluate_fn: EvaluateFn | None) -> None:
         metrics = evaluate_fn(number, self.server.arrays()) if evaluate_fn else None
@@ -205,11 +211,16 @@ class DeltaStrategy(Strategy):
         """Sample the cohort and write one message per client."""
         del config
         self.server.adopt(arrays)
-        self._directory.wait(grid)
-        self._report_problems()
+        self._gather(grid)
         self._grid = grid
-        known, fraction = list(self._directory.nodes), self.config.selection.fraction
-        cohort = select_cohort(known, fraction=fraction, seed=self.config.seed, round_number=server_round)
+        cohort = select_cohort(
+            list(self._directory.nodes),
+            fraction=self.config.selection.fraction,
+            seed=self.config.seed,
+            round_number=server_round,
+            policy=self.config.selection.policy,
+            standings=self.server.standings,
+        )
         event = {"event": "round_start", "round_number": server_round, "cohort": list(cohort)}
         self._tracker.emit({**event, "version_id": self.version_id})
         return self._write(server_round, cohort, mode="train")
@@ -252,21 +263,13 @@ class DeltaStrategy(Strategy):
         """
         phases = [self._taken(server_round)]
         quorum = max(1, math.ceil(self.config.round.quorum * len(phases[0].cohort) - 1e-9))
+        found: Result | AggregationError
         try:
-            result = self._combine(phases, replies, quorum)
-            moved = self.server.apply(result)
+            found = self._combine(phases, replies, quorum)
         except AggregationError as error:
-            self.server.finished = server_round
-            _LOG.warning("round %d: %s: the global adapter stays as it was", server_round, error)
-            self._tracker.emit(round_event(phases, version_id=self.version_id, missed=str(error)))
-            return None, None
-        good = [outcome for outcome in whole_round(phases) if outcome.status == "ok"]
-        manifest = self._publish(good, server_round, servable=result.servable)
-        self.server.finished = server_round
-        self._tracker.emit(
-            round_event(phases, version_id=self.version_id, manifest=manifest, moved=moved, metrics=result.metrics)
-        )
-        return self.server.arrays(), metric_record(train_metrics(good))
+            found = error
+        metrics = self._closer.close(found, whole_round(phases), number=server_round, seconds=phases[0].seconds)
+        return (None, None) if metrics is None else (self.server.arrays(), metric_record(metrics))
 
     def _combine(self, phases: list[RoundBook], replies: Iterable[Message], quorum: int) -> Result:
         """All exchanges of one round; each one's book goes into ``phases``.
@@ -338,16 +341,3 @@ class DeltaStrategy(Strategy):
         good = [outcome for outcome in outcomes if outcome.status == "ok"]
         self.server.counters |= {outcome.client_id: outcome.counter for outcome in good}
         return good
-
-    def _publish(self, good: list[Outcome], number: int, *, servable: bool) -> VersionManifest:
-        training, metrics = self.server.training_state(number), train_metrics(good)
-        manifest = self._publisher.publish(
-            training, parent=self.version_id, participants=len(good), metrics=metrics, servable=servable
-        )
-        self.server.version_id = manifest.version_id
-        return manifest
-
-    def _report_problems(self) -> None:
-        for node, text in self._directory.take_problems():
-            _LOG.warning("node %s takes no part: %s", node, text)
-            self._tracker.emit({"event": "node_problem", "node_id": str(node), "message": text})

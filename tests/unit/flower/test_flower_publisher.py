@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from federated import __version__
 from federated.errors import RegistryError
 from federated.flower.publisher import RegistryPublisher, TrainingState, recipe_record, weights_digest
+from federated.flower.selection import Standing
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, ModuleSpec, sha256_hex
 from federated.registry import Registry
@@ -34,13 +35,16 @@ def training() -> TrainingState:
     moments = OptimizerState(
         7, {"m/q.factor_a": torch.full((2, 3), 1e-300, dtype=torch.float64), "v/a:b": ODD.double()}, "adam"
     )
-    return TrainingState(4, GlobalState(adapter, rule_state=rule), moments, {"clinic": 9, "other: one": 2})
+    standings = {"clinic": Standing(12, (True, False)), "other: one": Standing()}
+    counters = {"clinic": 9, "other: one": 2}
+    return TrainingState(4, GlobalState(adapter, rule_state=rule), moments, counters, standings)
 
 
 def test_bytes_and_back_bit_for_bit() -> None:
     before = training()
     after = TrainingState.from_bytes(before.to_bytes())
     assert (after.round_number, after.counters) == (4, {"clinic": 9, "other: one": 2})
+    assert after.standings == before.standings
     assert after.global_state.adapter.spec == SPEC
     assert after.global_state.rule_state.scalars == before.global_state.rule_state.scalars
     assert (after.optimizer_state.steps, after.optimizer_state.name) == (7, "adam")

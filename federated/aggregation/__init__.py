@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from federated.aggregation.basis import basis_of
 from federated.aggregation.combine import check_combination
 from federated.aggregation.factor_mean import FactorMean
 from federated.aggregation.fedit import FedIT
@@ -36,6 +37,7 @@ __all__ = [
     "Rule",
     "RuleProperties",
     "WeightedSum",
+    "basis_of",
     "check_combination",
     "make_rule",
 ]

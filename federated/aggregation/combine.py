@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from federated.aggregation.protocol import Rule
-from federated.config import AdapterConfig, ExperimentConfig, StrategyConfig
+from federated.config import AdapterConfig, ExperimentConfig, RoundConfig, StrategyConfig
 from federated.errors import ConfigError
 
 __all__ = ["check_combination"]
@@ -19,6 +19,7 @@ def check_combination(rule: Rule, config: ExperimentConfig) -> None:
     """
     _check_optimizer(rule, config.strategy)
     _check_ranks(rule, config.adapter)
+    _check_mode(rule, config.round)
 
 
 def _check_optimizer(rule: Rule, strategy: StrategyConfig) -> None:
@@ -47,4 +48,22 @@ def _check_ranks(rule: Rule, adapter: AdapterConfig) -> None:
             f"adapter.client_ranks = {list(adapter.client_ranks)}: {rule.name} averages factors of one rank "
             f"(adapter.rank = {adapter.rank}); give all clients that rank, or use a rule that takes mixed ranks "
             "(see fedpeft strategies)"
+        )
+
+
+def _check_mode(rule: Rule, policy: RoundConfig) -> None:
+    """Buffered rounds mix updates of several versions: a rule must be able to, or few may be at work at a flush."""
+    if policy.mode == "sync" or rule.properties.asynchronous == "any":
+        return
+    if rule.properties.asynchronous == "no":
+        raise ConfigError(
+            f"round.mode = 'buffered': {rule.name} needs a cohort that starts together and answers together; use "
+            "round.mode=sync, or a rule that takes updates as they come (see fedpeft strategies)"
+        )
+    if policy.concurrency > policy.buffer:
+        raise ConfigError(
+            f"round.concurrency = {policy.concurrency} above round.buffer = {policy.buffer}: each version of "
+            f"{rule.name} has a basis of its own, so what is still in training when one is made would be refused, up "
+            f"to {policy.concurrency - 1} updates for {policy.buffer} that are taken; use a concurrency of at most "
+            "round.buffer, or round.mode=sync"
         )

@@ -28,6 +28,7 @@ class FedIT:
         exactness="approximate",
         space="factor",
         linear=True,
+        asynchronous="any",
         paper="Zhang et al. 2023, arXiv:2305.05644",
     )
 

@@ -30,6 +30,10 @@ class RuleProperties:
         needs_individual_updates: must see updates one beside the other (robust rules).
         own_payloads: clients of one rank may be sent different adapters.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
+        asynchronous: whether an update may go into another version than the next after the one that it started from.
+            ``any``: into later ones too, since all are relative to the same (`federated.aggregation.basis`).
+            ``same_basis``: no, each version has a basis of its own, but rounds need no fixed cohort.
+            ``no``: rounds need one; also for rules of which nobody showed that they do not.
         paper: where it was published.
     """
 
@@ -40,6 +44,7 @@ class RuleProperties:
     needs_individual_updates: bool = False
     own_payloads: bool = False
     fixed_space: bool = True
+    asynchronous: Literal["any", "same_basis", "no"] = "no"
     paper: str = ""
 
 

@@ -15,6 +15,7 @@ from federated.uploads import layout
 __all__ = ["show"]
 
 _RANK, _SIDE = 8, 1024
+_BUFFERED = {"any": "yes", "same_basis": "fresh", "no": "no"}
 _CLAIMS = {
     "exact": "exact",
     "truncation": "truncated",
@@ -24,17 +25,27 @@ _CLAIMS = {
 
 def show(console: Console) -> None:
     """Print a row per rule; bytes are of one square layer, in units of its factors together."""
-    table = Table("strategy", "sum of B A", "up", "down", "server\noptimizer", "mixed\nranks", "a sum*")
+    table = Table(
+        "strategy", "sum of B A", "up", "down", "server\noptimizer", "mixed\nranks", "a sum*", "buffered\nrounds"
+    )
     for name in sorted(RULES):
         rule = make_rule(name)
         properties = rule.properties
         up, down = _traffic(rule)
-        cells = (_yes(properties.fixed_space), _yes(properties.mixed_ranks), _yes(properties.linear))
+        cells = (
+            _yes(properties.fixed_space),
+            _yes(properties.mixed_ranks),
+            _yes(properties.linear),
+            _BUFFERED[properties.asynchronous],
+        )
         table.add_row(name, _CLAIMS[properties.exactness], up, down, *cells)
     console.print(table)
     console.print("Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
     for name in sorted(RULES):
         console.print(f"{name}: {make_rule(name).properties.paper}", highlight=False, soft_wrap=True)
+    console.print(
+        "Buffered rounds: with updates from older versions too, from the newest alone (fresh), or not at all."
+    )
     console.print("* the server needs only the sum of the updates: the condition of secure aggregation.", markup=False)
 
 

@@ -45,6 +45,7 @@ class TrainingState:
         optimizer_state: moments.
         counters: last message counter seen from each client.
         standings: what is known of each client, for its selection.
+        at_work: clients that were in training when the version was made, and whose work a resumed run does not get.
     """
 
     round_number: int
@@ -52,6 +53,7 @@ class TrainingState:
     optimizer_state: OptimizerState
     counters: Mapping[str, int] = field(default_factory=dict)
     standings: Mapping[str, Standing] = field(default_factory=dict)
+    at_work: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Pack for the registry."""
@@ -63,6 +65,7 @@ class TrainingState:
             "steps": self.optimizer_state.steps,
             "counters": dict(self.counters),
             "standings": {client_id: asdict(one) for client_id, one in self.standings.items()},
+            "at_work": self.at_work,
             "rule": dict(rule.scalars),
             "spec": self.global_state.adapter.spec.plain,
             "residual": residual.spec.plain if residual else None,
@@ -96,7 +99,8 @@ class TrainingState:
             moments = OptimizerState(int(header["steps"]), groups["optimizer"], str(header["optimizer"]))
             counters = {str(client_id): int(last) for client_id, last in header["counters"].items()}
             standings = {str(client_id): _standing(one) for client_id, one in header.get("standings", {}).items()}
-            return cls(int(header["round_number"]), state, moments, counters, standings)
+            at_work = tuple(str(client_id) for client_id in header.get("at_work", ()))
+            return cls(int(header["round_number"]), state, moments, counters, standings, at_work)
         except (WireError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise RegistryError(f"the stored training state cannot be read ({error}); start a new run") from None
 

@@ -1,6 +1,6 @@
-"""The end of a round: move the global adapter, publish its version, tell the trackers.
+"""The end of a round, however it was filled: move the global adapter, publish its version, tell the trackers.
 
-Called by `federated.flower.strategy`; it asks no client.
+Called by `federated.flower.strategy` for cohorts and by `federated.flower.buffered` for buffers; it asks no client.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class RoundCloser:
         *,
         number: int,
         seconds: float,
+        measured: Sequence[Outcome] | None = None,
     ) -> dict[str, float] | None:
         """Apply and publish a round's result; without one, the global adapter stays as it was.
 
@@ -63,6 +64,7 @@ class RoundCloser:
             outcomes: what became of each client.
             number: of the round, 1-based.
             seconds: how long it took.
+            measured: those who measured the version that the round started from; default: all.
 
         Returns:
             Training metrics of the good clients; None when there is no new version.
@@ -79,7 +81,9 @@ class RoundCloser:
             self._server.finished = number
             _LOG.warning("round %d: %s: the global adapter stays as it was", number, error)
             version = self._server.version_id
-            event = round_event(outcomes, round_number=number, seconds=seconds, version_id=version, missed=str(error))
+            event = round_event(
+                outcomes, round_number=number, seconds=seconds, version_id=version, missed=str(error), measured=measured
+            )
             self._tracker.emit(event)
             return None
         good = [outcome for outcome in outcomes if outcome.status == "ok"]
@@ -93,6 +97,7 @@ class RoundCloser:
             manifest=manifest,
             moved=moved,
             metrics=found.metrics,
+            measured=measured,
         )
         self._tracker.emit(event)
         return train_metrics(good)

@@ -31,6 +31,7 @@ def round_event(
     moved: float = 0.0,
     metrics: Mapping[str, float] | None = None,
     missed: str = "",
+    measured: Sequence[Outcome] | None = None,
 ) -> dict[str, Any]:
     """The ``round`` event.
 
@@ -43,10 +44,11 @@ def round_event(
         moved: L2 norm of the global adapter's move.
         metrics: what the rule reports of itself.
         missed: why there is no version.
+        measured: those who measured the version that the round started from; default: all.
     """
     good = [outcome for outcome in outcomes if outcome.status == "ok"]
     started_from = manifest.parent if manifest else version_id
-    evaluation = pooled_evaluation(list(outcomes))
+    evaluation = pooled_evaluation(list(outcomes if measured is None else measured))
     return {
         "event": "round",
         "round_number": round_number,

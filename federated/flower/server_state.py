@@ -41,6 +41,7 @@ class ServerState:
         version_id: id of the version that holds the global adapter; None before the first is published.
         counters: last message counter of each client.
         standings: what earlier rounds taught about each client, for its selection.
+        at_work: clients in training while the last version was made (buffered rounds).
     """
 
     def __init__(self, initial: AdapterState, *, rule: Rule, optimizer: ServerOptimizerConfig) -> None:
@@ -49,6 +50,7 @@ class ServerState:
         self.version_id: str | None = None
         self.counters: dict[str, int] = {}
         self.standings: dict[str, Standing] = {}
+        self.at_work: tuple[str, ...] = ()
         self._optimizer = optimizer
         self._moments = server_optimizers.init(optimizer, self.adapter)
 
@@ -113,6 +115,7 @@ class ServerState:
             self._moments,
             counters=dict(self.counters),
             standings=dict(self.standings),
+            at_work=self.at_work,
         )
 
     def take_up(self, training: TrainingState, version_id: str) -> None:
@@ -121,5 +124,6 @@ class ServerState:
         self._moments = training.optimizer_state
         self.counters = dict(training.counters)
         self.standings = dict(training.standings)
+        self.at_work = training.at_work
         self.finished = training.round_number
         self.version_id = version_id

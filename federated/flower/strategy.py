@@ -2,7 +2,8 @@
 
 A round: sample a cohort, send each client the global adapter and its plan in one message, admit replies one by one
 as they arrive, let the rule combine them, let the server optimizer move the adapter, publish a version. It runs in
-any Flower ServerApp: in-process, Ray or a deployment, through the Grid that it is given.
+any Flower ServerApp: in-process, Ray or a deployment, through the Grid that it is given. Under ``round.mode=buffered``
+`federated.flower.buffered` fills the rounds in place of cohorts.
 
 It knows no rule by name, and of model and data only `DeltaStrategy.from_config` does.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self
 
@@ -25,6 +27,7 @@ from federated.aggregation import Accumulator, NextPhase, Result, Rule, check_co
 from federated.config import ExperimentConfig
 from federated.delta import Update
 from federated.errors import AggregationError, NotEnoughUpdates, RunInterrupted
+from federated.flower.buffered import BufferedRounds, name_lost
 from federated.flower.directory import Directory
 from federated.flower.exchange import exchange
 from federated.flower.messages import TaskWriter
@@ -177,17 +180,44 @@ class DeltaStrategy(Strategy):
         self._gather(grid)
         if self.version_id is None:
             self._closer.publish([], 0, servable=True)
+        name_lost(self.server, self._tracker)
         self._evaluate_here(result, self.server.finished, evaluate_fn)
-        for number in range(self.server.finished + 1, rounds + 1):
-            messages = self.configure_train(number, self.server.arrays(), ConfigRecord(), grid)
-            _, metrics = self.aggregate_train(number, self._exchange(grid, messages))
-            if metrics is not None:
-                result.train_metrics_clientapp[number] = metrics
-            self._evaluate_here(result, number, evaluate_fn)
+        with self._filling(grid) as fill:
+            for number in range(self.server.finished + 1, rounds + 1):
+                metrics = fill(number)
+                if metrics is not None:
+                    result.train_metrics_clientapp[number] = metrics
+                self._evaluate_here(result, number, evaluate_fn)
         messages = self.configure_evaluate(rounds, self.server.arrays(), ConfigRecord(), grid)
         evaluation = self.aggregate_evaluate(rounds, self._exchange(grid, messages))
         if evaluation is not None:
             result.evaluate_metrics_clientapp[rounds] = evaluation
+
+    @contextmanager
+    def _filling(self, grid: Grid) -> Iterator[Callable[[int], MetricRecord | None]]:
+        """What runs the round of a number, in the mode that the config names, and gives its metrics."""
+        if self.config.round.mode == "sync":
+            yield lambda number: self._cohort(grid, number)
+            return
+        with BufferedRounds(
+            grid,
+            self.config,
+            rule=self.rule,
+            server=self.server,
+            writer=self._writer,
+            directory=self._directory,
+            closer=self._closer,
+            tracker=self._tracker,
+        ) as rounds:
+            yield lambda number: self._buffer(rounds, grid, number)
+
+    def _cohort(self, grid: Grid, number: int) -> MetricRecord | None:
+        messages = self.configure_train(number, self.server.arrays(), ConfigRecord(), grid)
+        return self.aggregate_train(number, self._exchange(grid, messages))[1]
+
+    def _buffer(self, rounds: BufferedRounds, grid: Grid, number: int) -> MetricRecord | None:
+        self._gather(grid)
+        return rounds.run(number)
 
     def _gather(self, grid: Grid) -> None:
         """Wait until enough clients are there."""

@@ -25,5 +25,8 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         assert row[5:8] == [
             "yes" if is_so else "no" for is_so in (properties.fixed_space, properties.mixed_ranks, properties.linear)
         ]
+    assert {name: row[8] for name, row in rows.items() if row[8] != "no"} == {
+        "fedit": "yes", "ffa": "yes", "fedsvd": "fresh", "flexlora": "fresh", "rolora": "fresh"
+    }  # fmt: skip
     assert rows["flexlora"][2] == "truncated"
     assert "arXiv:2402.11505" in out

@@ -37,14 +37,14 @@ def training() -> TrainingState:
     )
     standings = {"clinic": Standing(12, (True, False)), "other: one": Standing()}
     counters = {"clinic": 9, "other: one": 2}
-    return TrainingState(4, GlobalState(adapter, rule_state=rule), moments, counters, standings)
+    return TrainingState(4, GlobalState(adapter, rule_state=rule), moments, counters, standings, ("clinic",))
 
 
 def test_bytes_and_back_bit_for_bit() -> None:
     before = training()
     after = TrainingState.from_bytes(before.to_bytes())
     assert (after.round_number, after.counters) == (4, {"clinic": 9, "other: one": 2})
-    assert after.standings == before.standings
+    assert (after.standings, after.at_work) == (before.standings, ("clinic",))
     assert after.global_state.adapter.spec == SPEC
     assert after.global_state.rule_state.scalars == before.global_state.rule_state.scalars
     assert (after.optimizer_state.steps, after.optimizer_state.name) == (7, "adam")

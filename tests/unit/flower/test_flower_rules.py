@@ -177,6 +177,47 @@ def test_a_run_stopped_after_any_round_goes_on_as_if_it_was_not(
         assert again.server.global_state.rule_state.scalars == whole.server.global_state.rule_state.scalars
 
 
+def buffered(config: ExperimentConfig, **policy: Any) -> ExperimentConfig:
+    everybody = replace(config.selection, fraction=1.0)
+    return replace(config, selection=everybody, round=replace(config.round, mode="buffered", **policy))
+
+
+takes_buffers = pytest.mark.parametrize(
+    "name", [name for name in sorted(RULES) if make_rule(name).properties.asynchronous != "no"]
+)
+
+
+@takes_buffers
+def test_with_one_client_at_a_time_buffered_rounds_are_the_synchronous_ones(
+    three_rounds: ExperimentConfig, real_session: Session, name: str
+) -> None:
+    sync, _ = run(three_rounds, real_session, make_rule(name))
+    one_by_one = buffered(three_rounds, buffer=2, concurrency=1)
+    found, tracker = run(one_by_one, real_session, make_rule(name))
+    assert [event["participants"] for event in tracker.of("round")] == [2, 2, 2]
+    for tensor, value in sync.server.adapter.tensors.items():
+        assert torch.equal(found.server.adapter.tensors[tensor], value)
+    assert found.version_id == sync.version_id
+
+
+@takes_buffers
+def test_a_buffer_takes_stale_updates_where_the_basis_is_the_same_and_names_the_others(
+    three_rounds: ExperimentConfig, real_session: Session, name: str
+) -> None:
+    """Two at work for a buffer of two: one of three clients is in training whenever a version is made."""
+    rule, rounds = make_rule(name), replace(three_rounds, rounds=4)
+    strategy, tracker = run(buffered(rounds, buffer=2, concurrency=2), real_session, rule)
+    assert all(event["published"] for event in tracker.of("round"))
+    stale = [event for event in tracker.of("client") if event["staleness"] > 0]
+    assert stale
+    expected = "ok" if rule.properties.asynchronous == "any" else "refused"
+    assert {event["status"] for event in stale} == {expected}
+    assert {event["reason"] for event in stale} <= {None, "stale_basis"}
+    assert all(event["status"] == "ok" for event in tracker.of("client") if event["staleness"] == 0)
+    if name == "rolora":
+        assert strategy.server.global_state.rule_state.scalars["turn"] == "factor_b"  # four turns were taken
+
+
 def test_a_rule_that_factorises_reports_what_the_rank_could_keep(
     real_config: ExperimentConfig, real_session: Session
 ) -> None:

@@ -297,6 +297,9 @@ class TrainPlan:
         rank: LoRA rank of the payload for this client.
         trainable: the groups that move: any of ``"factor_a"``, ``"factor_b"``, ``"dense"``.
         kept: those of them that stay on the client, which goes on from its own the next time (FedSA-LoRA).
+        align: turn both factors, before they are sent, so that this one is near the received one: ``"factor_a"`` or
+            ``"factor_b"`` (FedRot-LoRA); empty leaves them as they are.
+        align_strength: how far, in [0, 1].
         proximal_mu: FedProx's mu.
         evaluate_before: measure the received adapter on the client's held-out data before training.
         evaluate_after: measure the trained one too.
@@ -307,6 +310,8 @@ class TrainPlan:
     rank: int = 0
     trainable: tuple[str, ...] = ("factor_a", "factor_b", "dense")
     kept: tuple[str, ...] = ()
+    align: str = ""
+    align_strength: float = 1.0
     proximal_mu: float = 0.0
     evaluate_before: bool = True
     evaluate_after: bool = False

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from federated.errors import AggregationError
-from federated.lowrank import LowRank, Spectrum, balanced_factors, decompose, effective, stack
+from federated.lowrank import LowRank, Spectrum, balanced_factors, decompose, effective, norm_of, stack
 from federated.manifest import AdapterSpec, ModuleSpec
 from federated.state import AdapterState, LoraPair, Tensors
 
@@ -21,6 +21,9 @@ __all__ = ["Growth", "at_rank", "factors_from", "grow", "merged", "product_of"]
 
 _IDLE = 1e-10
 """A singular value below this share of the largest is no direction, but what rounding left."""
+
+_ROUNDED = 2.0**-24
+"""Below this share of a layer's update, a direction of the residual is what float32 rounds off in the others."""
 
 
 def product_of(adapter: AdapterState) -> dict[str, LowRank]:
@@ -86,14 +89,22 @@ class Growth:
 
 
 def grow(
-    residual: AdapterState | None, additions: Mapping[str, LowRank], like: AdapterSpec, *, max_rank: int, truncate: bool
+    residual: AdapterState | None,
+    additions: Mapping[str, LowRank],
+    beside: AdapterState,
+    *,
+    max_rank: int,
+    truncate: bool,
 ) -> Growth:
     """``residual + additions``, compacted without loss by QR and a small SVD: never above a layer's smaller side.
+
+    Without loss up to float32, in which it is kept: directions that are smaller than what rounding moves in the
+    adapter, in the old residual or in what is added are left out. Differences of nearly equal products have many.
 
     Args:
         residual: as it was.
         additions: layer name to what is added to its effective update.
-        like: the adapter beside it, for the layers.
+        beside: the adapter beside it: its layers, and how large their updates are.
         max_rank: bound of its rank; 0 means none.
         truncate: what to do above the bound: keep the closest matrix of that rank, or refuse.
 
@@ -104,23 +115,28 @@ def grow(
     tensors: dict[str, torch.Tensor] = {}
     modules: list[ModuleSpec] = []
     kept = energy = 0.0
-    for module in like.modules:
+    for pair in beside.pairs():
+        module = pair.module
         parts = [one[module.name] for one in (before, additions) if module.name in one]
         if not parts:
             continue
         found = decompose(stack(parts))
-        rank = _bounded(used_rank(found), max_rank, module=module, truncate=truncate)
+        floor = _ROUNDED * max(norm_of(part) for part in (*parts, effective(pair)))
+        rank = _bounded(int((found.s > floor).sum()), max_rank, module=module, truncate=truncate)
         kept, energy = kept + found.kept(rank) * found.energy, energy + found.energy
         if rank:
             modules.append(replace(module, rank=rank, alpha=float(rank)))
-            factor_a, factor_b = balanced_factors(found, rank=rank, scaling=1.0)
-            tensors[f"{module.name}.factor_a"] = factor_a.float()
-            tensors[f"{module.name}.factor_b"] = factor_b.float()
+            tensors |= _plain_factors(module.name, found, rank)
     if not modules:
         return Growth(None, 0, 1.0)
     largest = max(module.rank for module in modules)
     spec = AdapterSpec("lora", largest, float(largest), use_rslora=False, modules=tuple(modules))
-    return Growth(AdapterState(spec, tensors), largest, kept / energy if energy else 1.0)
+    return Growth(AdapterState(spec, tensors), largest, kept / energy)
+
+
+def _plain_factors(name: str, found: Spectrum, rank: int) -> Tensors:
+    factor_a, factor_b = balanced_factors(found, rank=rank, scaling=1.0)
+    return {f"{name}.factor_a": factor_a.float(), f"{name}.factor_b": factor_b.float()}
 
 
 def _bounded(rank: int, most: int, *, module: ModuleSpec, truncate: bool) -> int:

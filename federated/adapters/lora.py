@@ -99,10 +99,14 @@ def set_rank(root: nn.Module, module: ModuleSpec, scaling: float) -> None:
     """Give an injected layer factors of another rank; their values are not set."""
     layer: Any = root.get_submodule(module.name)
     factor_a, factor_b = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
-    factor_a.weight = nn.Parameter(factor_a.weight.new_zeros(module.rank, module.d_in))
-    factor_b.weight = nn.Parameter(factor_b.weight.new_zeros(module.d_out, module.rank))
+    factor_a.weight = _zeros_like(factor_a.weight, module.rank, module.d_in)
+    factor_b.weight = _zeros_like(factor_b.weight, module.d_out, module.rank)
     factor_a.out_features = factor_b.in_features = layer.r[_ADAPTER] = module.rank
     layer.lora_alpha[_ADAPTER], layer.scaling[_ADAPTER] = module.alpha, scaling
+
+
+def _zeros_like(weight: nn.Parameter, rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(weight.new_zeros(rows, columns), requires_grad=weight.requires_grad)
 
 
 def set_residual(root: nn.Module, names: Iterable[str], residual: AdapterState | None) -> None:
@@ -119,6 +123,7 @@ def set_residual(root: nn.Module, names: Iterable[str], residual: AdapterState |
         for part in (layer.lora_A, layer.lora_B, layer.lora_dropout):
             if _RESIDUAL in part:
                 del part[_RESIDUAL]
+        layer.scaling.pop(_RESIDUAL, None)
         layer._active_adapter = [_ADAPTER]
         if name in pairs:
             _add_residual(layer, pairs[name])

@@ -13,10 +13,15 @@ from pydantic import ValidationError
 from federated.aggregation.basis import basis_of
 from federated.aggregation.combine import check_combination
 from federated.aggregation.factor_mean import FactorMean
+from federated.aggregation.fedex import FedEx
 from federated.aggregation.fedit import FedIT
+from federated.aggregation.fedrot import FedRotLoRA
+from federated.aggregation.fedsa import FedSALoRA
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
 from federated.aggregation.flexlora import FlexLoRA
+from federated.aggregation.flora import FLoRA
+from federated.aggregation.florist import FLoRIST
 from federated.aggregation.protocol import Accumulator, ClientView, NextPhase, Result, Rule, RuleProperties
 from federated.aggregation.rolora import RoLoRA
 from federated.aggregation.sums import WeightedSum
@@ -27,8 +32,13 @@ __all__ = [
     "Accumulator",
     "ClientView",
     "FFALoRA",
+    "FLoRA",
+    "FLoRIST",
     "FactorMean",
+    "FedEx",
     "FedIT",
+    "FedRotLoRA",
+    "FedSALoRA",
     "FedSVD",
     "FlexLoRA",
     "NextPhase",
@@ -43,10 +53,15 @@ __all__ = [
 ]
 
 RULES: Mapping[str, Callable[..., Rule]] = {
+    "fedex": FedEx,
     "fedit": FedIT,
+    "fedrot": FedRotLoRA,
+    "fedsa": FedSALoRA,
     "fedsvd": FedSVD,
     "ffa": FFALoRA,
     "flexlora": FlexLoRA,
+    "flora": FLoRA,
+    "florist": FLoRIST,
     "rolora": RoLoRA,
 }
 """Rule names that a config may use; what each is called with are its options."""

@@ -34,9 +34,12 @@ def _check_optimizer(rule: Rule, strategy: StrategyConfig) -> None:
     if rule.properties.fixed_space or (optimizer.name == "sgd" and optimizer.learning_rate == 1.0):
         return
     found = f"{optimizer.name} with learning rate {optimizer.learning_rate:g}"
+    how = "by a factorisation whose directions change from round to round"
+    if rule.properties.residual:
+        how = "and a residual that holds what it does not"
     raise ConfigError(
-        f"strategy.server_optimizer = {found}: {rule.name} makes the next adapter itself, by a factorisation whose "
-        "directions change from round to round, so there is no pseudo-gradient to follow; use sgd with learning rate 1"
+        f"strategy.server_optimizer = {found}: {rule.name} makes the next adapter itself, {how}, so there is no "
+        "pseudo-gradient to follow; use sgd with learning rate 1"
     )
 
 

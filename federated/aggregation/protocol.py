@@ -29,6 +29,8 @@ class RuleProperties:
         mixed_ranks: clients may hold different ranks.
         needs_individual_updates: must see updates one beside the other (robust rules).
         own_payloads: clients of one rank may be sent different adapters.
+        residual: keeps a frozen residual, which goes down whole in each round.
+        personal: clients keep a part of the model (`TrainPlan.kept`); no version can be served.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
         asynchronous: whether an update may go into another version than the next after the one that it started from.
             ``any``: into later ones too, since all are relative to the same (`federated.aggregation.basis`).
@@ -43,6 +45,8 @@ class RuleProperties:
     mixed_ranks: bool = False
     needs_individual_updates: bool = False
     own_payloads: bool = False
+    residual: bool = False
+    personal: bool = False
     fixed_space: bool = True
     asynchronous: Literal["any", "same_basis", "no"] = "no"
     paper: str = ""

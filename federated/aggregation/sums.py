@@ -49,9 +49,10 @@ class WeightedSum:
         """
         if not (math.isfinite(weight) and weight > 0):
             raise AggregationError(f"weight {weight} of an update: expected a finite number > 0")
-        self._check(delta, weight)
-        for name, tensor in delta.items():
-            _grow(self._parts.setdefault(name, []), tensor.double() * weight)
+        terms = {name: tensor.double() * weight for name, tensor in delta.items()}
+        self._check(terms)
+        for name, term in terms.items():
+            _grow(self._parts.setdefault(name, []), term)
         self._total += Fraction(weight)
         self.count += 1
 
@@ -65,21 +66,21 @@ class WeightedSum:
             raise NotEnoughUpdates("no update to average: expected at least one good update")
         return {name: _rounded(parts) / self.total_weight for name, parts in self._parts.items()}
 
-    def _check(self, delta: Tensors, weight: float) -> None:
-        if not delta:
+    def _check(self, terms: Tensors) -> None:
+        if not terms:
             raise AggregationError("an update without tensors: expected the adapter's tensors")
-        for name, tensor in delta.items():
-            if not ((tensor.double() * weight).abs() < _LARGEST).all():
+        for name, term in terms.items():
+            if not float(term.abs().max()) < _LARGEST:  # not a NaN either
                 raise AggregationError(f"tensor {name} holds values that are not finite")
         if not self._parts:
             return
-        if delta.keys() != self._parts.keys():
-            odd = sorted(delta.keys() ^ self._parts.keys())
+        if terms.keys() != self._parts.keys():
+            odd = sorted(terms.keys() ^ self._parts.keys())
             raise AggregationError(f"tensor names differ from the first update's: {odd[:3]}")
-        for name, tensor in delta.items():
+        for name, term in terms.items():
             expected = tuple(self._parts[name][0].shape)
-            if tensor.shape != expected:
-                raise AggregationError(f"tensor {name}: found shape {tuple(tensor.shape)}, expected {expected}")
+            if term.shape != expected:
+                raise AggregationError(f"tensor {name}: found shape {tuple(term.shape)}, expected {expected}")
 
 
 def _two_sum(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,8 @@ def show(console: Console) -> None:
             _yes(properties.linear),
             _BUFFERED[properties.asynchronous],
         )
-        table.add_row(name, _CLAIMS[properties.exactness], up, down, *cells)
+        claim = _CLAIMS[properties.exactness] + (", own B" if properties.personal else "")
+        table.add_row(name, claim, up, down, *cells)
     console.print(table)
     console.print("Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
     for name in sorted(RULES):

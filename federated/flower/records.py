@@ -94,9 +94,14 @@ def _check_types(task: Assignment) -> None:
     plan = task.plan
     if any(type(number) is not int or number < 0 for number in (task.round_number, plan.phase, plan.rank)):
         raise ValueError("round_number, phase and rank are integers of at least 0")
-    names = (task.run_id, task.client_id, task.task_token, task.parent_version, task.base_digest, *plan.trainable)
-    if any(type(name) is not str for name in names) or plan.mode not in ("train", "evaluate"):
+    names = (task.run_id, task.client_id, task.task_token, task.parent_version, task.base_digest)
+    if any(type(name) is not str for name in (*names, *plan.trainable, *plan.kept)) or plan.mode not in (
+        "train",
+        "evaluate",
+    ):
         raise ValueError("names are strings, and the mode is train or evaluate")
+    if plan.align not in ("", "factor_a", "factor_b") or not 0 <= plan.align_strength <= 1:
+        raise ValueError("factors are aligned to factor_a or factor_b, by a share from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -193,10 +198,21 @@ def _adapter(data: bytes) -> AdapterState:
     for name, tensor in from_raw(raw).items():
         prefix = next((one for one in (_RESIDUAL, _EXTRA) if name.startswith(one)), "")
         groups[prefix][name.removeprefix(prefix)] = tensor
-    if groups[_RESIDUAL] and residual is None:
-        raise WireError("the packet holds tensors of a residual, and no spec of one")
-    frozen = AdapterState(residual, groups[_RESIDUAL]) if residual else None
+    frozen = _residual(residual, groups[_RESIDUAL])
     return AdapterState(spec, groups[""], residual=frozen, extra=groups[_EXTRA])
+
+
+def _residual(spec: AdapterSpec | None, tensors: dict[str, Tensor]) -> AdapterState | None:
+    """Spec and tensors come together; whether they fit each other and the base, `AdapterModel.write` checks."""
+    if spec is None:
+        if tensors:
+            raise WireError("the packet holds tensors of a residual, and no spec of one")
+        return None
+    factors = {f"{module.name}.{factor}" for module in spec.modules for factor in ("factor_a", "factor_b")}
+    if factors - tensors.keys():
+        missing = sorted(factors - tensors.keys())[:3]
+        raise WireError(f"the packet holds a residual's spec, and not its tensors: missing {missing}")
+    return AdapterState(spec, tensors)
 
 
 def _packet_record(packet: bytes) -> ArrayRecord:

@@ -35,6 +35,7 @@ from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, T
 __all__ = ["Run", "RunSummary", "run_trackers", "write_versions"]
 
 _LOG = logging.getLogger(__name__)
+_PERSONAL = "each client keeps a part of the model and is measured with its own: no version of this run can be served"
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,10 @@ class Run:
                 status, message = "failed", ""
                 try:
                     strategy = self._strategy(registry, tracker)
-                    tracker.emit(self.description(strategy.method, resumed_after=strategy.server.finished))
+                    personal = strategy.rule.properties.personal
+                    tracker.emit(
+                        self.description(strategy.method, resumed_after=strategy.server.finished, personal=personal)
+                    )
                     self._all_rounds(strategy, grid)
                     self.warn(tracker)
                     status = "completed"
@@ -210,8 +214,14 @@ class Run:
             raise VersionNotFound(f"version {last.version_id[:12]} has no training state; start a new run")
         return TrainingState.from_bytes(state), last.version_id
 
-    def description(self, method: str, *, resumed_after: int = 0) -> dict[str, Any]:
-        """The ``run`` event: what runs, and how large base and adapter are."""
+    def description(self, method: str, *, resumed_after: int = 0, personal: bool = False) -> dict[str, Any]:
+        """The ``run`` event: what runs, and how large base and adapter are.
+
+        Args:
+            method: rule and server optimizer, in words.
+            resumed_after: the last round that was finished before.
+            personal: whether clients keep a part of the model, and are measured with it.
+        """
         base = self.session.adapter.base
         tensors = self.session.initial.tensors.values()
         return {
@@ -230,7 +240,8 @@ class Run:
             "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
             "adapter_params": sum(tensor.numel() for tensor in tensors),
             "resumed_after": resumed_after,
-            "notes": list(self.session.source.notes),
+            "personal": personal,
+            "notes": [*self.session.source.notes, *([_PERSONAL] if personal else [])],
         }
 
     def leave(self, registry: Registry) -> None:

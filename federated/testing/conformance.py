@@ -1,26 +1,32 @@
 """Does a rule do what it claims? Every rule is held against the dense float64 definition of what it should compute.
 
 The truth is ``dW* = sum_k p_k scaling * B_k A_k`` of what the clients hold after training, formed densely and in
-float64, with the layer's own scaling (alpha / r, or alpha / sqrt(r) for rsLoRA). `examine` runs a rule on a case, as a
-strategy would (plan, start, add, finish, and the plain step of averaging), and measures how far the adapter that it
-makes is from the truth:
+float64, with the layer's own scaling (alpha / r, or alpha / sqrt(r) for rsLoRA), and with the frozen residual where
+there is one. `examine` runs a rule on a case, as a strategy would (plan, start, add, finish, and the plain step of
+averaging), and measures how far the adapter that it makes, residual included, is from the truth:
 
     exact         within 1e-6 of the truth, relative to it
     truncation    as close as any adapter of that rank can be (Eckart and Young), within 1e-6 of the truth's norm
     approximate   no bound: the gap is what the rule costs, and is reported
 
+Updates pass through `federated.uploads`, as on the wire. Under a rule that lets tensors stay on the client, the truth
+is each client's own: the mean of what all hold, with the tensors that it keeps in everybody's place; the worst counts.
+
 Where the truth is zero the bounds are absolute. With bfloat16 adapters, what clients receive is rounded to 8 bits, and
 the bounds are 2^-6. Run it on a rule of your own:
 
-    for case in cases():
+    for case in cases(rule=MyRule()):
         finding = examine(MyRule(), case)
         assert finding.passed, finding
+
+Without a rule, `cases` gives those that every rule takes. Some need what only some rules have (`Case.needs`: clients of
+different ranks, a residual); `fits` says whether a rule takes one, and `examine` refuses it otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,8 +37,9 @@ from federated.errors import AggregationError
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec
 from federated.state import AdapterState, Tensors, group_of
+from federated.uploads import pack, unpack
 
-__all__ = ["Case", "Finding", "cases", "dense_mean", "effective_of", "examine"]
+__all__ = ["Case", "Finding", "cases", "dense_mean", "effective_of", "examine", "fits"]
 
 _BOUND = {"F32": 1e-6, "BF16": 2.0**-6, "F16": 2.0**-9}
 _MEAN = "mean_pool"
@@ -46,13 +53,23 @@ class Case:
         name: what is special about it.
         adapter: the global adapter before the round, float32.
         trained: client id to what that client would move, for all groups; a rule's plan decides which of it counts.
+            Factors of the adapter's rank: a client of a smaller one moves their first rows and columns.
         weights: client id to weight.
+        residual: the frozen residual before the round.
+        ranks: client id to rank, where it is smaller than the adapter's.
     """
 
     name: str
     adapter: AdapterState
     trained: Mapping[str, Tensors]
     weights: Mapping[str, float]
+    residual: AdapterState | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The properties that a rule must have for this case: of ``mixed_ranks`` and ``residual``."""
+        return ("mixed_ranks",) * bool(self.ranks) + ("residual",) * (self.residual is not None)
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,7 @@ class Finding:
         exactness: what the rule claims.
         error: distance of the new effective update from the truth, relative to the truth's norm (absolute where
             that is zero), over all layers.
-        optimum: the same for the best adapter of that rank.
+        optimum: the same for the best adapter of that rank, beside the residual as it was.
         dense_error: largest relative error of the dense tensors' mean.
         bound: what ``error - optimum`` (or ``error``) may be.
     """
@@ -105,28 +122,63 @@ def dense_mean(adapters: Mapping[str, AdapterState], weights: Mapping[str, float
     return means
 
 
+def fits(rule: Rule, case: Case) -> bool:
+    """Whether a rule has what a case needs."""
+    return all(getattr(rule.properties, name) for name in case.needs)
+
+
 def examine(rule: Rule, case: Case) -> Finding:
     """Run a rule on a case and measure it.
 
     Raises:
-        AggregationError: if the rule refuses the case, or asks for a second phase.
+        AggregationError: if the rule does not fit the case, refuses it, or asks for a second phase.
     """
-    before = GlobalState(case.adapter, rule_state=rule.init(case.adapter.spec))
+    if not fits(rule, case):
+        raise AggregationError(f"case {case.name!r} needs {' and '.join(case.needs)}, which {rule.name} has not")
+    before = GlobalState(case.adapter, case.residual, rule_state=rule.init(case.adapter.spec))
     accumulator = rule.start(before, 1)
     after: dict[str, AdapterState] = {}
     for client_id, moves in case.trained.items():
-        plan, payload = rule.plan(before, ClientView(client_id), 1)
-        delta = {name: move for name, move in moves.items() if group_of(name) in plan.trainable}
+        plan, payload = rule.plan(before, ClientView(client_id, case.ranks.get(client_id)), 1)
+        delta = {
+            name: _first(move, payload.tensors[name].shape)
+            for name, move in moves.items()
+            if group_of(name) in plan.trainable
+        }
         moved = {name: tensor.float() + delta.get(name, 0.0) for name, tensor in payload.tensors.items()}
         after[client_id] = replace(payload, tensors=moved)
-        accumulator.add(Update(client_id, delta, num_examples=1, received=payload), case.weights[client_id])
+        sent = unpack(plan, payload, pack(plan, payload, delta))
+        accumulator.add(Update(client_id, sent, num_examples=1, received=payload), case.weights[client_id])
     result = accumulator.finish()
     if isinstance(result, NextPhase):
         raise AggregationError(f"{rule.name} asks for a second phase, which this suite does not run")
     state = result.state or before
     made = state.adapter if result.state else _moved(case.adapter, result.mean_delta or {})
     made = replace(made, residual=state.residual)
-    return _measured(rule, case, made=made, after=after)
+    findings = [
+        _measured(rule, case, made=_with(own, made), after={name: _with(own, one) for name, one in after.items()})
+        for own in _kept(after, plan.kept)
+    ]
+    return max(findings, key=lambda finding: (not finding.passed, finding.error))
+
+
+def _kept(after: Mapping[str, AdapterState], groups: Sequence[str]) -> list[Tensors]:
+    """What each client keeps; the one empty set for a rule under which nobody keeps anything."""
+    if not groups:
+        return [{}]
+    return [
+        {name: tensor for name, tensor in adapter.tensors.items() if group_of(name) in groups}
+        for adapter in after.values()
+    ]
+
+
+def _with(own: Tensors, adapter: AdapterState) -> AdapterState:
+    return replace(adapter, tensors={**adapter.tensors, **own})
+
+
+def _first(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The first rows and columns of a matrix."""
+    return tensor[tuple(slice(size) for size in shape)]
 
 
 def _moved(adapter: AdapterState, mean_delta: Tensors) -> AdapterState:
@@ -139,7 +191,10 @@ def _measured(rule: Rule, case: Case, *, made: AdapterState, after: Mapping[str,
     truth, found = dense_mean(after, case.weights), effective_of(made)
     ranks = {module.name: module.rank for module in made.spec.modules}
     size = _norm(truth) or 1.0
-    missed = [torch.linalg.svdvals(matrix)[ranks[name] :].square().sum() for name, matrix in truth.items()]
+    frozen = effective_of(replace(_still(case.adapter), residual=case.residual))
+    missed = [
+        torch.linalg.svdvals(matrix - frozen[name])[ranks[name] :].square().sum() for name, matrix in truth.items()
+    ]
     total = sum(case.weights[client_id] for client_id in after)
     dense_errors = [0.0]
     for name, tensor in made.dense().items():
@@ -156,12 +211,29 @@ def _measured(rule: Rule, case: Case, *, made: AdapterState, after: Mapping[str,
     )
 
 
+def _still(adapter: AdapterState) -> AdapterState:
+    """An adapter whose own update is zero."""
+    return replace(adapter, tensors={name: torch.zeros_like(tensor) for name, tensor in adapter.tensors.items()})
+
+
 def _norm(matrices: Mapping[str, Tensor]) -> float:
     return float(torch.stack([matrix.double().square().sum() for matrix in matrices.values()]).sum().sqrt())
 
 
-def cases(seed: int = 0) -> Iterator[Case]:
-    """The grid: scalings, layouts, shapes, weights, participation, zero updates, bfloat16; two layers each."""
+def cases(seed: int = 0, *, rule: Rule | None = None) -> Iterator[Case]:
+    """The grid: scalings, layouts, shapes, weights, participation, zero updates, bfloat16; two layers each.
+
+    Args:
+        seed: of all numbers.
+        rule: also the cases that need what this rule has: clients of different ranks, a residual before the round.
+            None gives those that every rule takes.
+    """
+    for case in _grid(seed):
+        if not case.needs or (rule is not None and fits(rule, case)):
+            yield case
+
+
+def _grid(seed: int) -> Iterator[Case]:
     yield _case("alpha is r", seed, alpha=3.0)
     yield _case("alpha is not r", seed)
     yield _case("rsLoRA", seed, use_rslora=True)
@@ -177,6 +249,36 @@ def cases(seed: int = 0) -> Iterator[Case]:
     yield _case("one client learns nothing", seed, still=("client-000",))
     yield _case("nobody learns anything", seed, fresh=True, still=("client-000", "client-001", "client-002"))
     yield _case("bfloat16", seed, dtype="BF16")
+    yield _mixed(_case("mixed ranks", seed), (1, 2, 3))
+    yield _mixed(_case("mixed ranks, rsLoRA, unequal weights", seed, use_rslora=True, weights=(1.0, 0.25, 9.0)), (2, 1))
+    yield _mixed(_case("mixed ranks, nobody has the whole", seed), (1, 1, 2))
+    yield _mixed(_case("mixed ranks, a fresh adapter", seed, fresh=True), (1, 2, 3))
+    yield _mixed(_case("mixed ranks, bfloat16", seed, dtype="BF16"), (1, 2, 3))
+    yield _beside(_case("a residual", seed), seed)
+    yield _beside(_case("a residual, Conv1D", seed, fan_in_fan_out=True), seed)
+    yield _beside(_case("a residual, nobody learns anything", seed, fresh=True, still=("client-000",)), seed)
+    yield _beside(_case("a residual of one layer", seed, shape=(4, 11)), seed, layers=("layer.q",))
+    yield _beside(_case("a residual as large as the layer", seed, shape=(3, 9)), seed, rank=3)
+    yield _beside(_case("a residual, bfloat16", seed, dtype="BF16"), seed)
+    yield _mixed(_beside(_case("a residual and mixed ranks", seed), seed), (3, 1, 2))
+
+
+def _mixed(case: Case, ranks: tuple[int, ...]) -> Case:
+    """The first clients at smaller ranks."""
+    given = dict(zip(case.trained, ranks, strict=False))
+    return replace(case, ranks={one: rank for one, rank in given.items() if rank < case.adapter.spec.rank})
+
+
+def _beside(case: Case, seed: int, *, rank: int = 2, layers: tuple[str, ...] = ("layer.k", "layer.q")) -> Case:
+    """With a residual of that rank in some layers, drawn from its own numbers."""
+    generator = torch.Generator().manual_seed(seed + 1_000_003)
+    modules = [replace(one, rank=rank, alpha=float(rank)) for one in case.adapter.spec.modules if one.name in layers]
+    tensors: dict[str, Tensor] = {}
+    for one in modules:
+        tensors[f"{one.name}.factor_a"] = torch.randn(rank, one.d_in, generator=generator)
+        tensors[f"{one.name}.factor_b"] = torch.randn(one.d_out, rank, generator=generator)
+    spec = AdapterSpec("lora", rank, float(rank), use_rslora=False, modules=tuple(modules))
+    return replace(case, residual=AdapterState(spec, tensors))
 
 
 def _case(

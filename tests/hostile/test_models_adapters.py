@@ -176,6 +176,90 @@ class TestStates:
         self.refused(model, state, match="spec differs in its adapted layers")
 
 
+QUERY = "encoder.layer.0.attention.self.query"
+
+
+class TestResiduals:
+    """A residual comes from afar with every round: it is checked as the adapter is, before anything is written."""
+
+    @pytest.fixture
+    def model(self):
+        return adapted()
+
+    def residual(self, model, names=None, tensors=None, **changes) -> AdapterState:
+        """A right residual of rank 2, or one with some fields of its modules or tensors changed."""
+        kept = [one for one in model.spec.modules if names is None or one.name in names]
+        modules = tuple(replace(one, **{"rank": 2, "alpha": 2.0, **changes}) for one in kept)
+        spec = replace(model.spec, rank=2, alpha=2.0, modules=modules, head=None)
+        made = {f"{one.name}.factor_a": torch.ones(2, one.d_in) for one in kept}
+        made |= {f"{one.name}.factor_b": torch.ones(one.d_out, 2) for one in kept}
+        return AdapterState(spec, made if tensors is None else tensors(made))
+
+    def refused(self, model, residual, match):
+        before, answer = model.read(), answers(model)
+        state = replace(before, tensors={name: tensor + 1.0 for name, tensor in before.tensors.items()})
+        with pytest.raises(ModelError, match=match):
+            model.write(replace(state, residual=residual))
+        after = model.read()
+        assert all(torch.equal(before.tensors[name], tensor) for name, tensor in after.tensors.items())
+        assert after.residual is before.residual
+        assert torch.equal(answers(model), answer)
+
+    def test_a_right_one_is_taken(self, model):
+        before = answers(model)
+        model.write(replace(model.read(), residual=self.residual(model)))
+        assert not torch.equal(answers(model), before)
+
+    def test_tensors_that_are_not_there(self, model):
+        self.refused(model, self.residual(model, tensors=lambda made: {}), "do not have the names and shapes")
+
+    def test_a_foreign_key(self, model):
+        foreign = {"embeddings.word_embeddings.weight": torch.zeros(260, 32)}
+        self.refused(model, self.residual(model, tensors=lambda made: made | foreign), "names and shapes")
+
+    @pytest.mark.parametrize("shape", [(32, 2), (3, 32), (64,)])
+    def test_another_shape(self, model, shape):
+        odd = {f"{QUERY}.factor_a": torch.zeros(shape)}
+        self.refused(model, self.residual(model, tensors=lambda made: made | odd), "names and shapes")
+
+    @pytest.mark.parametrize("rank", [0, -1, 33, 10**9])
+    def test_a_rank_that_no_layer_has(self, model, rank):
+        self.refused(model, self.residual(model, rank=rank), f"rank {rank} ")
+
+    @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0, -1.0])
+    def test_an_alpha_that_is_no_positive_number(self, model, alpha):
+        self.refused(model, self.residual(model, alpha=alpha), "alpha")
+
+    @pytest.mark.parametrize("change", [{"d_in": 31}, {"fan_in_fan_out": True}])
+    def test_a_layer_of_other_sizes(self, model, change):
+        self.refused(model, self.residual(model, **change), "the adapter expects")
+
+    def test_a_layer_of_the_base_that_is_not_adapted(self, model):
+        name = "encoder.layer.0.intermediate.dense"
+        spec = shell(base(), replace(model.spec, modules=(replace(model.spec.modules[0], name=name, d_out=64),))).spec
+        tensors = {f"{name}.factor_a": torch.ones(4, 32), f"{name}.factor_b": torch.ones(64, 4)}
+        self.refused(model, AdapterState(spec, tensors), rf"the residual adapts {name}, which the adapter")
+
+    def test_a_layer_that_is_not_there(self, model):
+        residual = self.residual(model)
+        odd = replace(residual.spec, modules=(replace(residual.spec.modules[0], name="(a+)+$"),))
+        self.refused(model, AdapterState(odd, residual.tensors), "does not have")
+
+    def test_no_layer_and_one_twice(self, model):
+        residual = self.residual(model)
+        for modules, match in (((), "adapts no layer"), ((residual.spec.modules[0],) * 2, "twice")):
+            self.refused(model, AdapterState(replace(residual.spec, modules=modules), {}), match)
+
+    def test_a_second_one_that_is_wrong_leaves_the_first(self, model):
+        model.write(replace(model.read(), residual=self.residual(model)))
+        self.refused(model, self.residual(model, rank=33), "rank 33 ")
+
+
+def answers(model):
+    with torch.no_grad():
+        return model.model(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
+
+
 @pytest.mark.parametrize("groups", [(), ("factor_c",), ("everything", "dense")])
 def test_groups_that_train_nothing_are_refused(groups):
     with pytest.raises(ModelError, match="nothing to train in groups"):

@@ -1,15 +1,13 @@
-"""Adapter states: bytes and back bit for bit, factors by module, casts, what the server hands out."""
+"""Adapter states: bytes and back bit for bit, factors by module, casts."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from federated.errors import AggregationError
-from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec
-from federated.state import AdapterState, RuleState, from_raw, group_of, to_raw
+from federated.state import AdapterState, from_raw, group_of, to_raw
 
 MODULES = (ModuleSpec("layer.k", 3, 2, 2, 8.0), ModuleSpec("layer.q", 4, 2, 1, 8.0))
 SPEC = AdapterSpec("lora", 2, 8.0, use_rslora=False, modules=MODULES, head=HeadSpec("mean_pool", 2, True, 0))
@@ -123,26 +121,8 @@ def test_cast_changes_the_dtype_and_leaves_the_original() -> None:
     assert {tensor.dtype for tensor in adapter.tensors.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-def test_a_client_gets_the_spec_s_dtype(rank: int | None) -> None:
-    spec = replace(SPEC, dtype="F16")
-    given = GlobalState(state(spec)).materialise(rank)
-    assert {tensor.dtype for tensor in given.tensors.values()} == {torch.float16}
-    assert given.spec == spec
-
-
-@pytest.mark.parametrize("rank", [0, 1, 3])
-def test_another_rank_is_refused(rank: int) -> None:
-    with pytest.raises(AggregationError, match=f"rank {rank} was asked of an adapter of rank 2"):
-        GlobalState(state()).materialise(rank)
-
-
-def test_a_device_gets_what_a_client_gets() -> None:
-    spec = replace(SPEC, dtype="BF16")
-    world = GlobalState(state(spec))
-    assert to_raw(world.export().tensors) == to_raw(world.materialise().tensors)
-
-
-def test_a_rule_s_memory_starts_empty() -> None:
-    assert GlobalState(state()).rule_state == RuleState({}, {})
-    assert GlobalState(state()).residual is None
+def test_a_cast_leaves_the_residual_and_what_is_extra_as_they_are() -> None:
+    beside, extra = state(), {"control": torch.ones(2)}
+    half = AdapterState(SPEC, state().tensors, residual=beside, extra=extra).cast("BF16")
+    assert half.residual is beside
+    assert half.extra is extra

@@ -32,8 +32,13 @@ def state_of(rule: Rule, **moved: float) -> GlobalState:
         ("fedit", {"a", "b", "head"}),
         ("ffa", {"b", "head"}),
         ("rolora", {"b", "head"}),
+        ("fedrot", {"a", "b", "head"}),
+        ("fedsa", {"a", "b", "head"}),
         ("fedsvd", set()),
         ("flexlora", set()),
+        ("fedex", set()),
+        ("flora", set()),
+        ("florist", set()),
     ],
 )
 def test_a_version_keeps_the_basis_when_only_what_is_trained_moved(name: str, kept: set[str]) -> None:

@@ -6,18 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from federated.aggregation import RULES, Accumulator, FedIT, FlexLoRA, Result, make_rule
+from federated.aggregation import RULES, Accumulator, FedIT, FlexLoRA, FLoRA, Result, make_rule
 from federated.aggregation.factor_mean import FactorMean
+from federated.errors import AggregationError
 from federated.global_state import GlobalState
-from federated.testing import Case, Finding, cases, dense_mean, effective_of, examine
+from federated.testing import Case, Finding, cases, dense_mean, effective_of, examine, fits
 
+EVERY = {case.name: case for case in cases(rule=FLoRA())}
 CASES = {case.name: case for case in cases()}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@every_case
+@pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_every_rule_keeps_its_claim(name: str, case: Case) -> None:
+def test_every_rule_keeps_its_claim_or_says_what_it_lacks(name: str, case: Case) -> None:
+    if not fits(make_rule(name), case):
+        with pytest.raises(AggregationError, match=f"case '{case.name}' needs .*, which {name} has not"):
+            examine(make_rule(name), case)
+        return
     finding = examine(make_rule(name), case)
     assert finding.passed, finding
     assert torch.isfinite(torch.tensor([finding.error, finding.optimum, finding.dense_error])).all()
@@ -26,7 +32,7 @@ def test_every_rule_keeps_its_claim(name: str, case: Case) -> None:
 @pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_on_other_numbers_too(name: str, seed: int) -> None:
-    findings = [examine(make_rule(name), case) for case in cases(seed)]
+    findings = [examine(make_rule(name), case) for case in cases(seed, rule=make_rule(name))]
     assert [finding for finding in findings if not finding.passed] == []
 
 
@@ -42,8 +48,32 @@ def test_the_truncation_is_no_worse_than_factor_averaging(case: Case) -> None:
 
 
 def test_one_client_s_own_result_is_kept_by_all() -> None:
+    """But for a threshold, which cuts even that."""
+    options = {"florist": {"threshold": 1.0}}
     case = CASES["one client"]
-    assert all(examine(make_rule(name), case).error < 1e-6 for name in RULES)
+    assert all(examine(make_rule(name, options.get(name)), case).error < 1e-6 for name in RULES)
+
+
+class TestCases:
+    def test_without_a_rule_there_are_those_that_every_rule_takes(self):
+        assert len(CASES) == 15
+        assert all(not case.needs for case in CASES.values())
+
+    def test_a_rule_adds_those_that_need_what_it_has(self):
+        needs = {name: {case.needs for case in cases(rule=make_rule(name))} for name in RULES}
+        assert needs["fedit"] == {()}
+        assert needs["flexlora"] == {(), ("mixed_ranks",)}
+        assert needs["fedex"] == {(), ("residual",)}
+        assert needs["flora"] == needs["florist"] == {(), ("mixed_ranks",), ("residual",), ("mixed_ranks", "residual")}
+
+    def test_the_same_seed_gives_the_same_case(self):
+        for one, other in zip(cases(3, rule=FLoRA()), cases(3, rule=FLoRA()), strict=True):
+            assert one.name == other.name
+            for mine, its in ((one.adapter, other.adapter), (one.residual, other.residual)):
+                assert (mine is None) == (its is None)
+                assert mine is None or all(
+                    torch.equal(its.tensors[name], value) for name, value in mine.tensors.items()
+                )
 
 
 class _Wrapped:
@@ -87,6 +117,35 @@ class TestTheSuiteFinds:
         assert not findings["alpha is not r"].passed
         assert not findings["rsLoRA"].passed
 
+    def test_a_residual_that_is_lost(self):
+        class Forgets(FLoRA):
+            def start(self, state: GlobalState, phase: int) -> _Wrapped:
+                def forget(result: Result) -> Result:
+                    return replace(result, state=replace(result.state, residual=None))
+
+                return _Wrapped(super().start(state, phase), forget)
+
+        assert not examine(Forgets(), EVERY["a residual"]).passed
+
+    def test_a_residual_that_is_added_once_too_often(self):
+        class Doubles(FLoRA):
+            def start(self, state: GlobalState, phase: int) -> _Wrapped:
+                inner = super().start(state, phase)
+                inner.mean = lambda layer: type(inner).mean(inner, layer).scaled(2.0)
+                return inner
+
+        assert not examine(Doubles(), EVERY["mixed ranks"]).passed
+
+    def test_a_client_s_own_scaling_that_is_not_heeded(self):
+        """At rank 1 and 2 of 3, alpha / r is not the adapter's."""
+
+        class OneScaling(FlexLoRA):
+            def start(self, state: GlobalState, phase: int):
+                return _OneScaling(super().start(state, phase), state)
+
+        assert examine(OneScaling(), EVERY["alpha is not r"]).passed
+        assert not examine(OneScaling(), EVERY["mixed ranks"]).passed
+
     def test_a_claim_of_exactness_that_is_none(self):
         class Exact(FedIT):
             properties = replace(FedIT.properties, exactness="exact")
@@ -107,6 +166,23 @@ class TestTheSuiteFinds:
                 return _IgnoreA(state)
 
         assert not examine(OwnA(), CASES["alpha is not r"]).passed
+
+
+class _OneScaling:
+    """Takes every client's factors as if they had the adapter's scaling."""
+
+    def __init__(self, inner: Accumulator, state: GlobalState) -> None:
+        self._inner, self._spec = inner, state.adapter.spec
+        self.finish = inner.finish
+
+    def add(self, update, weight: float) -> None:
+        spec = update.received.spec
+        modules = tuple(
+            replace(mine, alpha=its.alpha * mine.rank / its.rank)
+            for mine, its in zip(spec.modules, self._spec.modules, strict=True)
+        )
+        received = replace(update.received, spec=replace(spec, modules=modules))
+        self._inner.add(replace(update, received=received), weight)
 
 
 class _IgnoreA:

@@ -10,6 +10,7 @@ import torch
 from federated.aggregation import (
     RULES,
     ClientView,
+    FedSALoRA,
     FedSVD,
     FFALoRA,
     FlexLoRA,
@@ -25,6 +26,7 @@ from federated.errors import AggregationError, ConfigError, NotEnoughUpdates
 from federated.global_state import GlobalState
 from federated.state import AdapterState, RuleState, Tensors, group_of
 from federated.testing import Case, cases, dense_mean, effective_of, examine
+from federated.uploads import pack, unpack
 
 CASES = {case.name: case for case in cases()}
 CASE = CASES["unequal weights"]
@@ -36,11 +38,12 @@ def begun(rule: Rule, case: Case = CASE) -> GlobalState:
 
 
 def updates(rule: Rule, state: GlobalState, case: Case = CASE) -> list[Update]:
-    plan, _ = rule.plan(state, CLIENT, 1)
-    return [
-        Update(client, {name: move for name, move in moves.items() if group_of(name) in plan.trainable}, 1)
+    plan, payload = rule.plan(state, CLIENT, 1)
+    trained = {
+        client: {name: move for name, move in moves.items() if group_of(name) in plan.trainable}
         for client, moves in case.trained.items()
-    ]
+    }
+    return [Update(client, unpack(plan, payload, pack(plan, payload, delta)), 1) for client, delta in trained.items()]
 
 
 def combined(rule: Rule, state: GlobalState, given: list[Update], case: Case = CASE) -> Result:
@@ -53,8 +56,12 @@ def combined(rule: Rule, state: GlobalState, given: list[Update], case: Case = C
 
 
 def made_by(result: Result) -> Tensors:
-    """Whichever of the two a rule yields."""
-    return result.mean_delta or result.state.adapter.tensors
+    """Whichever of the two a rule yields, with the residual."""
+    if result.mean_delta:
+        return result.mean_delta
+    residual = result.state.residual
+    beside = {f"residual:{name}": tensor for name, tensor in residual.tensors.items()} if residual else {}
+    return {**result.state.adapter.tensors, **beside}
 
 
 def test_ffa_trains_and_sends_b_and_the_dense_tensors_only() -> None:
@@ -65,6 +72,20 @@ def test_ffa_trains_and_sends_b_and_the_dense_tensors_only() -> None:
     mean = combined(rule, begun(rule), updates(rule, begun(rule))).mean_delta
     assert mean is not None
     assert {group_of(name) for name in mean} == {"factor_b", "dense"}
+
+
+def test_fedsa_trains_all_and_sends_a_only() -> None:
+    rule = FedSALoRA()
+    plan, payload = rule.plan(begun(rule), CLIENT, 1)
+    assert plan.trainable == ("factor_a", "factor_b", "dense")
+    assert (plan.sent, plan.kept) == (("factor_a",), ("factor_b", "dense"))
+    assert payload.tensors.keys() == CASE.adapter.tensors.keys()
+    result = combined(rule, begun(rule), updates(rule, begun(rule)))
+    assert {group_of(name) for name in result.mean_delta or {}} == {"factor_a"}
+    assert not result.servable
+    moves, weights = [CASE.trained[client]["layer.q.factor_a"].double() for client in CASE.trained], CASE.weights
+    mean = sum(weights[client] * move for client, move in zip(CASE.trained, moves, strict=True)) / sum(weights.values())
+    torch.testing.assert_close(result.mean_delta["layer.q.factor_a"], mean, rtol=1e-12, atol=1e-12)
 
 
 def test_rolora_s_turns_change_with_each_finished_round() -> None:
@@ -132,13 +153,13 @@ class TestFedSVD:
         assert examine(rule, case).passed
 
 
-@pytest.mark.parametrize("name", ["fedsvd", "ffa", "rolora"])
+@pytest.mark.parametrize("name", ["fedsa", "fedsvd", "ffa", "rolora"])
 def test_an_update_of_a_frozen_factor_is_refused_and_not_mixed_in(name: str) -> None:
     rule = make_rule(name)
     state = begun(rule)
     good = updates(rule, state)
     accumulator = rule.start(state, 1)
-    with pytest.raises(AggregationError, match=r"update of mallory does not fit .*factor_a"):
+    with pytest.raises(AggregationError, match=r"update of mallory does not fit .*factor_"):
         accumulator.add(Update("mallory", CASE.trained["client-000"], 1), 1.0)
     for update in good:
         accumulator.add(update, CASE.weights[update.client_id])
@@ -262,7 +283,9 @@ def test_server_optimizers_go_with_rules_that_yield_a_delta(name: str, optimizer
     if rule.properties.fixed_space or optimizer == ("sgd", 1.0):
         check_combination(rule, config)
     else:
-        with pytest.raises(ConfigError, match=f"{name} makes the next adapter itself.*use sgd with learning rate 1"):
+        how = "and a residual" if rule.properties.residual else "by a factorisation"
+        expected = f"{name} makes the next adapter itself, {how}.*use sgd with learning rate 1"
+        with pytest.raises(ConfigError, match=expected):
             check_combination(rule, config)
 
 

@@ -13,11 +13,16 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
     }
     assert set(rows) == set(RULES)
     assert {name: row[3] for name, row in rows.items()} == {
+        "fedex": "1",
         "fedit": "1",
+        "fedrot": "1",
+        "fedsa": "0.5",
         "fedsvd": "0.5",
         "ffa": "0.5",
         "rolora": "0.5",
         "flexlora": "1",
+        "flora": "1",
+        "florist": "1",
     }
     assert {row[4] for row in rows.values()} == {"1"}
     for name, row in rows.items():
@@ -25,8 +30,7 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         assert row[5:8] == [
             "yes" if is_so else "no" for is_so in (properties.fixed_space, properties.mixed_ranks, properties.linear)
         ]
-    assert {name: row[8] for name, row in rows.items() if row[8] != "no"} == {
-        "fedit": "yes", "ffa": "yes", "fedsvd": "fresh", "flexlora": "fresh", "rolora": "fresh"
-    }  # fmt: skip
+        assert row[8] == {"any": "yes", "same_basis": "fresh", "no": "no"}[properties.asynchronous]
+    assert {rows[name][8] for name in ("fedit", "ffa")} == {"yes"}
     assert rows["flexlora"][2] == "truncated"
     assert "arXiv:2402.11505" in out

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from federated.config import DataConfig, TaskConfig
+from federated.config import DataConfig, PartitionConfig, TaskConfig
 from federated.data import sources
 from federated.data.assets import ASSETS, is_fetched
 from federated.data.bundled import bundled_pool
@@ -51,6 +52,18 @@ def tweets(tmp_path: Path) -> Path:
         newline="",
     )
     return path
+
+
+def test_newsgroups_are_one_pool_of_the_beginnings_of_posts(tmp_path: Path) -> None:
+    path = tmp_path / "posts.tab"
+    long = "word " * 1000
+    head = "Category\tText\nd\tstring\nclass\t\n\n"
+    path.write_text(f"{head}sci.med\ta  cold\nsci.space\t\nsci.med\tA COLD\nsci.space\t{long}\n")
+    pool = bundled_pool(DataConfig(name="newsgroups"), TaskConfig(labels=("sci.med", "sci.space")), path=path)
+    (rows,) = rows_of(pool).values()
+    found = [(row["text"][:7], len(row["text"]), row["label"]) for row in rows]
+    assert found == [("a  cold", 7, 0), ("word wo", 2000, 1)]
+    assert "dropped 1 repeated texts" in pool.notes[0]
 
 
 def test_an_airline_owns_the_tweets_that_start_with_its_handle(tweets: Path) -> None:
@@ -141,7 +154,7 @@ def test_a_role_as_chat_is_asked_to_speak(plays: Path) -> None:
     assert (prompt["content"], answer["content"]) == ("Speak as Ophelia in Hamlet.", "My lord?")
 
 
-@pytest.mark.parametrize("name", ["airlines", "reviews", "shakespeare"])
+@pytest.mark.parametrize("name", ["airlines", "reviews", "newsgroups", "shakespeare"])
 def test_a_damaged_file_says_how_to_get_it_again(tmp_path: Path, name: str) -> None:
     path = tmp_path / "damaged"
     path.write_bytes(b"text,confidence\n@united late,1\n")
@@ -183,3 +196,14 @@ def test_the_real_shakespeare_has_235_large_roles() -> None:
     source = open_source(DataConfig(name="shakespeare", min_per_client=40), TEXT)
     assert len(source.client_ids) == 235
     assert "othello/IAGO" in source.client_ids
+
+
+@pytest.mark.parametrize("_original", ["newsgroups"], indirect=True)
+@pytest.mark.usefixtures("_original")
+def test_the_real_newsgroups_are_twenty() -> None:
+    labels = tuple(yaml.safe_load(Path("conf/experiment/newsgroups.yaml").read_text())["task"]["labels"])
+    config = DataConfig(name="newsgroups", partition=PartitionConfig("iid", num_clients=2))
+    source = open_source(config, TaskConfig(labels=labels))
+    loaded = [source.load(client_id) for client_id in source.client_ids]
+    assert sum(len(data.train) + len(data.test) for data in loaded) == 11_273
+    assert {row["label"] for data in loaded for row in data.train} == set(range(20))

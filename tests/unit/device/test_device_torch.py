@@ -5,15 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from federated.adapters import attach, load_base
-from federated.config import AdapterConfig, ModelConfig, TaskConfig
+from federated.config import AdapterConfig, ExperimentConfig, ModelConfig, TaskConfig
 from federated.device import NULL, AdapterRuntime, TorchBackend, open_runtime
 from federated.errors import BaseMismatch, DeviceError, ModelError
+from federated.flower.publisher import RegistryPublisher, TrainingState
+from federated.global_state import GlobalState
+from federated.manifest import AdapterSpec
+from federated.registry import Registry
+from federated.server_optimizers import OptimizerState
 from federated.state import AdapterState, from_raw
 from federated.tasks import make_task
 from federated.wire import decode_tensors
@@ -112,6 +118,51 @@ def test_every_kind_of_adapter_serves(adapter: AdapterConfig, recipe: Make, real
     runtime = open_runtime(version.manifest)
     served = runtime.predict(TEXTS, digest=version.install(runtime).digest)
     assert served.predictions == make_task(made.task, base.tokenizer).predict(trained.model, TEXTS)
+
+
+def test_a_version_made_of_adapter_and_residual_answers_as_the_model_that_trains_on_both(
+    any_recipe: Any, tmp_path: Path
+) -> None:
+    """What a rule with a residual publishes is one plain adapter, whose layers differ in rank and alpha."""
+    base = load_base(any_recipe.model)
+    trained = attach(base, any_recipe.adapter, any_recipe.task, seed=any_recipe.seed)
+    generator = torch.Generator().manual_seed(4)
+    own = {name: torch.randn(t.shape, generator=generator) for name, t in trained.read().tensors.items()}
+    modules = tuple(replace(one, rank=3, alpha=3.0) for one in trained.spec.modules[::2])
+    frozen = {f"{one.name}.factor_a": torch.randn(3, one.d_in, generator=generator) for one in modules}
+    frozen |= {f"{one.name}.factor_b": torch.randn(one.d_out, 3, generator=generator) for one in modules}
+    residual = AdapterState(AdapterSpec("lora", 3, 3.0, use_rslora=False, modules=modules), frozen)
+    state = GlobalState(AdapterState(trained.spec, own), residual)
+    config = ExperimentConfig(model=any_recipe.model, adapter=any_recipe.adapter, task=any_recipe.task, seed=5)
+    with Registry.open(tmp_path / "registry") as registry:
+        registry.require_base(base.base_digest)
+        publisher = RegistryPublisher(
+            registry, config, run_id="run", base_digest=base.base_digest, method="flora + sgd"
+        )
+        manifest = publisher.publish(TrainingState(1, state, OptimizerState()), parent=None, participants=1, metrics={})
+        weights = registry.weights(manifest.version_id)
+    assert len({one.rank for one in manifest.spec.modules}) > 1
+    runtime, source = open_runtime(manifest), any_recipe.model.source
+    slot = runtime.install(manifest, weights, version_id=manifest.version_id)
+    trained.write(state.materialise())
+    expected = make_task(any_recipe.task, base.tokenizer).predict(trained.model, ROWS[source])
+    found = runtime.predict(ROWS[source], digest=slot.digest).predictions
+    assert [one.label for one in found] == [one.label for one in expected]
+    with runtime.pin(slot.digest) as pinned:
+        served, trains = answers(pinned.handle, source), answers(trained.model, source)
+    torch.testing.assert_close(served, trains, rtol=1e-3, atol=1e-3)
+    trained.write(replace(state.materialise(), residual=None))
+    assert float((answers(trained.model, source) - trains).abs().max()) > 0.01
+
+
+def answers(model: torch.nn.Module, source: str) -> torch.Tensor:
+    """Of a task's model, for fixed inputs."""
+    mask = torch.ones(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        if source == "tiny:sensor":
+            return model(values=torch.linspace(-1, 1, 12).reshape(1, 4, 3), attention_mask=mask)
+        output = model(input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=mask)
+    return getattr(output, "logits", output)
 
 
 def test_slots_share_the_base_and_cost_only_their_adapter(any_recipe: Any, real_version: Make) -> None:

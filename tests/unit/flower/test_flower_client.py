@@ -14,10 +14,10 @@ from federated.config import ExperimentConfig
 from federated.delta import norm, subtract
 from federated.flower import Session, handle_query, handle_train
 from federated.flower.records import Assignment, Reply, adapter_packet, query_content, task_content
-from federated.manifest import TrainPlan, canonical_json
-from federated.state import AdapterState, from_raw
+from federated.manifest import AdapterSpec, TrainPlan, canonical_json
+from federated.state import AdapterState, from_raw, group_of
 from federated.training import client_seed
-from federated.wire import Expectation, admit
+from federated.wire import Expectation, admit, decode_packet
 
 CLIENT = "client-001"
 PLAN = TrainPlan(rank=2)
@@ -68,6 +68,14 @@ def admitted(reply: Reply, task: Assignment, session: Session) -> Any:
     return admit(reply.packet, expected, layout=session.initial.layout())
 
 
+def residual_of(session: Session) -> AdapterState:
+    """One of rank 1 that fits the tiny model."""
+    modules = tuple(replace(one, rank=1, alpha=1.0) for one in session.initial.spec.modules)
+    tensors = {f"{one.name}.factor_a": torch.ones(1, one.d_in) for one in modules}
+    tensors |= {f"{one.name}.factor_b": torch.ones(one.d_out, 1) for one in modules}
+    return AdapterState(AdapterSpec("lora", 1, 1.0, use_rslora=False, modules=modules), tensors)
+
+
 class TestQuery:
     def test_a_client_says_its_name(self, real_config: ExperimentConfig):
         reply = Reply.from_message(handle_query(Message(query_content(real_config), 2, "query"), context()))
@@ -111,6 +119,39 @@ class TestTraining:
         again = replace(task, run_id="a third run")
         second = admitted(ask(again), again, real_session)
         assert first.envelope.payload_digest == second.envelope.payload_digest
+
+    def test_beside_a_residual_only_the_adapter_s_own_delta_goes_up(
+        self, ask: Reply_, task: Assignment, real_session: Session
+    ):
+        beside = replace(real_session.initial, residual=residual_of(real_session))
+        with_it = admitted(ask(packet=adapter_packet(beside)), task, real_session)
+        again = replace(task, run_id="other run")
+        without = admitted(ask(again), again, real_session)
+        assert with_it.tensors.keys() == without.tensors.keys() == beside.tensors.keys()
+        assert with_it.envelope.payload_digest != without.envelope.payload_digest
+        assert real_session.adapter.read().residual is None
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda one: replace(one, spec=replace(one.spec, modules=one.spec.modules[:1])), "ModelError"),
+            (lambda one: replace(one, tensors=dict.fromkeys(one.tensors, torch.ones(1))), "ModelError"),
+            (lambda one: replace(one, tensors={}), "WireError"),
+            (lambda one: replace(one, tensors={k: t * torch.nan for k, t in one.tensors.items()}), "FederatedError"),
+        ],
+        ids=["stray tensors", "shapes", "no tensors", "not finite"],
+    )
+    def test_a_residual_that_does_not_fit_is_refused_and_the_next_task_is_as_ever(
+        self, ask: Reply_, task: Assignment, real_session: Session, change: Callable[[AdapterState], AdapterState],
+        reason: str,
+    ):  # fmt: skip
+        expected = admitted(ask(), task, real_session).envelope.payload_digest
+        other = replace(task, run_id="other run")
+        odd = replace(real_session.initial, residual=change(residual_of(real_session)))
+        reply = ask(other, packet=adapter_packet(odd))
+        assert (reply.reason, reply.packet) == (reason, None)
+        again = replace(task, run_id="a third run")
+        assert admitted(ask(again), again, real_session).envelope.payload_digest == expected
 
     def test_clients_and_rounds_differ(self, ask: Reply_, task: Assignment, real_session: Session):
         other, later = replace(task, client_id="client-002"), replace(task, round_number=2)
@@ -177,6 +218,47 @@ class TestSentAgain:
         assert after.packet is not None
         assert before.packet is not None
         assert kept.read_bytes() != whole[:20]
+
+
+KEEPING = TrainPlan(rank=2, kept=("factor_b", "dense"))
+
+
+class TestKept:
+    """A client that keeps B and its head, asked by hand."""
+
+    def delta(self, reply: Reply) -> dict[str, torch.Tensor]:
+        assert reply.packet is not None, reply.message
+        return from_raw(decode_packet(reply.packet)[1])
+
+    def test_only_the_rest_is_sent(self, ask: Reply_, task: Assignment):
+        found = self.delta(ask(replace(task, plan=KEEPING)))
+        assert {group_of(name) for name in found} == {"factor_a"}
+
+    def test_the_same_task_twice_gives_the_same_bytes(self, ask: Reply_, task: Assignment):
+        keeping = replace(task, plan=KEEPING)
+        assert ask(keeping) == ask(keeping)
+
+    def test_a_resumed_server_gets_the_same_update(self, ask: Reply_, task: Assignment):
+        """Its token is new, so that the answer is computed again: from what the client held before it."""
+        ask(replace(task, plan=KEEPING, parent_version="o" * 64))
+        second = replace(task, plan=KEEPING, round_number=2)
+        first, again = self.delta(ask(second)), self.delta(ask(replace(second, task_token="e" * 64)))
+        assert norm(first) > 0
+        assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+    def test_the_next_round_starts_from_its_own(self, ask: Reply_, task: Assignment):
+        second = replace(task, plan=KEEPING, round_number=2, parent_version="q" * 64)
+        fresh = self.delta(ask(replace(second, run_id="other")))
+        ask(replace(task, plan=KEEPING))
+        assert norm(subtract(self.delta(ask(second)), fresh)) > 0
+
+    def test_an_evaluation_is_of_its_own(self, ask: Reply_, task: Assignment):
+        def measured(**change: Any) -> float:
+            asked = replace(task, plan=replace(KEEPING, mode="evaluate"), parent_version="q" * 64, **change)
+            return ask(asked).metrics["eval_before_loss"]
+
+        ask(replace(task, plan=KEEPING))
+        assert measured() != measured(run_id="other")
 
 
 def _own(config: ExperimentConfig, folder: Path) -> dict[str, Any]:

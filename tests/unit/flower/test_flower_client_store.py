@@ -52,14 +52,39 @@ def test_a_client_that_was_left_out_for_long_keeps_its_own_last_two_rounds(tmp_p
     assert rounds(store) == {"2", "40"}
 
 
-def test_the_latest_entry_before_a_round(tmp_path: Path) -> None:
+def test_the_latest_entry_of_a_key(tmp_path: Path) -> None:
     store = make(tmp_path)
-    assert store.latest("kept", before=9) is None
-    store.put(2, "kept", b"two")
-    store.put(7, "other", b"x")
-    assert [store.latest("kept", before=number) for number in (2, 3, 7, 8)] == [None, b"two", b"two", b"two"]
-    store.put(7, "kept", b"seven")
-    assert [store.latest("kept", before=number) for number in (7, 8)] == [b"two", b"seven"]
+    assert store.latest("kept") is None
+    store.put(9, "kept", b"nine")
+    store.put(10, "other", b"x")
+    assert store.latest("kept") == b"nine"
+    store.put(10, "kept", b"ten")
+    assert store.latest("kept") == b"ten"
+    assert store.latest("nothing") is None
+
+
+def test_rounds_that_are_done_again_replace_what_came_after_them(tmp_path: Path) -> None:
+    """Rounds 3 to 6 missed their quorum and were never published: the resumed run starts at 3 once more."""
+    store = make(tmp_path)
+    for number in (1, 3, 4, 5, 6):
+        store.put(number, "kept", str(number).encode())
+    store.put(3, "kept", b"again")
+    assert (rounds(store), store.latest("kept")) == ({"3"}, b"again")
+    store.put(4, "kept", b"again")
+    assert rounds(store) == {"3", "4"}
+
+
+def test_an_entry_that_cannot_be_read_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make(tmp_path)
+    store.put(1, "kept", b"x")
+
+    def refuses(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuses)
+    for read in (lambda: store.get(1, "kept"), lambda: store.latest("kept")):
+        with pytest.raises(DataError, match=r"cannot read the client's store in .*: Permission denied"):
+            read()
 
 
 def test_forgetting_leaves_the_counter(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, ModuleSpec, sha256_hex
 from federated.registry import Registry
 from federated.server_optimizers import OptimizerState
-from federated.state import AdapterState, RuleState, to_raw
-from federated.wire import encode_packet, encode_tensors
+from federated.state import AdapterState, RuleState, from_raw, to_raw
+from federated.testing import effective_of
+from federated.wire import decode_tensors, encode_packet, encode_tensors
 
 Make = Callable[..., Any]
 SPEC = AdapterSpec("lora", 2, 4.0, use_rslora=False, modules=(ModuleSpec("q", 3, 2, 2, 4.0),))
+RESIDUAL = replace(SPEC, rank=1, alpha=1.0, modules=(ModuleSpec("q", 3, 2, 1, 1.0),))
 ODD = torch.tensor([math.nan, -0.0, math.inf, 1e-45], dtype=torch.float32)
 
 
@@ -35,9 +38,11 @@ def training() -> TrainingState:
     moments = OptimizerState(
         7, {"m/q.factor_a": torch.full((2, 3), 1e-300, dtype=torch.float64), "v/a:b": ODD.double()}, "adam"
     )
+    residual = AdapterState(RESIDUAL, {"q.factor_a": torch.full((1, 3), 1 / 7), "q.factor_b": ODD[:2].reshape(2, 1)})
     standings = {"clinic": Standing(12, (True, False)), "other: one": Standing()}
     counters = {"clinic": 9, "other: one": 2}
-    return TrainingState(4, GlobalState(adapter, rule_state=rule), moments, counters, standings, ("clinic",))
+    state = GlobalState(adapter, residual, rule_state=rule)
+    return TrainingState(4, state, moments, counters, standings, ("clinic",))
 
 
 def test_bytes_and_back_bit_for_bit() -> None:
@@ -46,10 +51,12 @@ def test_bytes_and_back_bit_for_bit() -> None:
     assert (after.round_number, after.counters) == (4, {"clinic": 9, "other: one": 2})
     assert (after.standings, after.at_work) == (before.standings, ("clinic",))
     assert after.global_state.adapter.spec == SPEC
+    assert after.global_state.residual.spec == RESIDUAL
     assert after.global_state.rule_state.scalars == before.global_state.rule_state.scalars
     assert (after.optimizer_state.steps, after.optimizer_state.name) == (7, "adam")
     for read in (
         lambda state: state.global_state.adapter.tensors,
+        lambda state: state.global_state.residual.tensors,
         lambda state: state.global_state.rule_state.tensors,
         lambda state: state.optimizer_state.moments,
     ):
@@ -60,6 +67,11 @@ def test_bytes_and_back_bit_for_bit() -> None:
 def test_a_fresh_server_has_one_too(adapter: Make) -> None:
     fresh = TrainingState(0, GlobalState(adapter()), OptimizerState())
     assert TrainingState.from_bytes(fresh.to_bytes()).to_bytes() == fresh.to_bytes()
+    assert TrainingState.from_bytes(fresh.to_bytes()).global_state.residual is None
+
+
+def test_one_that_was_saved_before_there_were_residuals_is_read() -> None:
+    assert TrainingState.from_bytes(encode_packet(HEADER, {})).global_state.residual is None
 
 
 DATA = training().to_bytes()
@@ -104,6 +116,8 @@ HEADER: dict[str, Any] = {
         {"spec": None},
         {"spec": "text"},
         {"spec": {}},
+        {"residual": 5},
+        {"residual": {"modules": []}},
     ],
     ids=str,
 )
@@ -160,6 +174,23 @@ def test_weights_are_published_in_the_devices_dtype_and_the_master_copy_is_kept(
         )
         assert registry.channels() == {}
         assert registry.weights(manifest.version_id) == encode_tensors(to_raw(adapter(1 / 3, "BF16").tensors))
+
+
+def test_a_residual_is_published_as_part_of_one_plain_adapter_and_saved_beside_it(
+    tmp_path: Path, config: Make, adapter: Make
+) -> None:
+    beside = AdapterState(RESIDUAL, {"q.factor_a": torch.eye(3)[:1], "q.factor_b": torch.ones(2, 1)})
+    state = TrainingState(1, GlobalState(adapter(0.5), beside), OptimizerState())
+    with Registry.open(tmp_path / "registry") as registry:
+        registry.require_base("b" * 64)
+        manifest = make_publisher(registry, config()).publish(state, parent=None, participants=1, metrics={})
+        tensors = from_raw(decode_tensors(registry.weights(manifest.version_id)))
+        saved = TrainingState.from_bytes(registry.training_state(manifest.version_id))
+    published = AdapterState(manifest.spec, tensors)
+    assert sorted(tensors) == ["q.factor_a", "q.factor_b"]
+    expected = effective_of(replace(adapter(0.5), residual=beside))["q"]
+    torch.testing.assert_close(effective_of(published)["q"], expected, rtol=1e-6, atol=1e-6)
+    assert to_raw(saved.global_state.residual.tensors) == to_raw(beside.tensors)
 
 
 def test_without_a_registry_there_is_a_manifest_only(config: Make, adapter: Make) -> None:

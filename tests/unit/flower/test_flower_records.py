@@ -28,12 +28,13 @@ from federated.flower.records import (
     task_content,
     task_token,
 )
-from federated.manifest import TrainPlan, canonical_json
+from federated.manifest import AdapterSpec, ModuleSpec, TrainPlan, canonical_json
 from federated.state import AdapterState, to_raw
 from federated.wire import encode_packet
 
 PLAN = TrainPlan(rank=2, trainable=("factor_b",), proximal_mu=0.5)
 TASK = Assignment("run", "clinic", 3, "f" * 64, "p" * 64, "b" * 64, PLAN)
+RESIDUAL = AdapterSpec("lora", 1, 1.0, use_rslora=False, modules=(ModuleSpec("q", 3, 2, 1, 1.0),))
 Make = Callable[..., Any]
 
 
@@ -71,7 +72,12 @@ class TestAssignment:
         with pytest.raises(WireError):
             Assignment.from_json(json.dumps(task))
 
-    @pytest.mark.parametrize("change", [{"mode": "erase"}, {"mode": 1}, {"trainable": [1]}, {"surprise": 1}], ids=str)
+    @pytest.mark.parametrize(
+        "change",
+        [{"mode": "erase"}, {"mode": 1}, {"trainable": [1]}, {"kept": [1]}, {"surprise": 1},
+         {"align": "dense"}, {"align_strength": 2}, {"align_strength": "1"}],
+        ids=str,
+    )  # fmt: skip
     def test_plans_of_another_kind_are_refused(self, change):
         task = plain()
         task["plan"] |= change
@@ -131,6 +137,38 @@ class TestAdapterPacket:
         back = parse_adapter_packet(adapter_packet(state))
         assert back.spec == state.spec
         assert to_raw(back.tensors) == to_raw(state.tensors)
+
+    def test_a_residual_and_what_is_extra_travel_beside_it(self, adapter: Make):
+        beside = AdapterState(RESIDUAL, {"q.factor_a": torch.full((1, 3), 1 / 7), "q.factor_b": torch.ones(2, 1)})
+        extra = {"control:q.factor_a": torch.ones(2, 3), "seen": torch.arange(3)}
+        sent = replace(adapter(1 / 3, "BF16"), residual=beside, extra=extra)
+        back = parse_adapter_packet(adapter_packet(sent))
+        assert back.residual is not None
+        assert (back.spec, back.residual.spec) == (sent.spec, RESIDUAL)
+        for found, expected in (
+            (back.tensors, sent.tensors), (back.residual.tensors, beside.tensors), (back.extra, extra)
+        ):  # fmt: skip
+            assert to_raw(found) == to_raw(expected)
+        bare = parse_adapter_packet(adapter_packet(adapter()))
+        assert (bare.residual, bare.extra) == (None, {})
+
+    def test_tensors_of_a_residual_without_its_spec_are_refused(self, adapter: Make):
+        header = {"kind": "adapter", "spec": adapter().spec.plain}
+        tensors = {**adapter().tensors, "residual:q.factor_a": torch.ones(1, 3)}
+        with pytest.raises(WireError, match="tensors of a residual, and no spec of one"):
+            parse_adapter_packet(encode_packet(header, to_raw(tensors)))
+
+    def test_a_spec_of_a_residual_without_its_tensors_is_refused(self, adapter: Make):
+        header = {"kind": "adapter", "spec": adapter().spec.plain, "residual": RESIDUAL.plain}
+        for tensors in ({}, {"residual:q.factor_a": torch.ones(1, 3)}):
+            with pytest.raises(WireError, match=r"residual's spec, and not its tensors: missing \['q\.factor_"):
+                parse_adapter_packet(encode_packet(header, to_raw({**adapter().tensors, **tensors})))
+
+    @pytest.mark.parametrize("spec", [5, [], "text", {}, {"modules": 5}, {"modules": [5]}, None], ids=str)
+    def test_a_residual_s_spec_of_another_shape_is_refused(self, adapter: Make, spec: Any):
+        header = {"kind": "adapter", "spec": adapter().spec.plain, "residual": spec}
+        with pytest.raises(WireError, match=r"^the packet holds no adapter: \w+$"):
+            parse_adapter_packet(encode_packet(header, to_raw(adapter().tensors)))
 
     @pytest.mark.parametrize("spec", [None, 5, [], "text", {}, {"modules": 5}, {"modules": [5]}, [[1, 2], [3, 4]]])
     def test_a_packet_without_an_adapter_is_refused(self, adapter: Make, spec: Any):

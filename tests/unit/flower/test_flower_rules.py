@@ -1,23 +1,42 @@
 """Every rule in whole rounds: real clients with a trained head, changing cohorts, real messages, resume and export."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from flwr.clientapp import ClientApp
 
+from federated.adapters import shell
 from federated.aggregation import RULES, Accumulator, ClientView, Result, Rule, make_rule
 from federated.config import ExperimentConfig
 from federated.delta import Update, apply
 from federated.flower import DeltaStrategy, InProcessGrid, Session, TrainingState, handle_query, handle_train
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, TrainPlan
-from federated.state import AdapterState, RuleState
+from federated.state import AdapterState, RuleState, Tensors
 from federated.testing import dense_mean, effective_of
 from federated.tracking import MemoryTracker
 
-every_rule = pytest.mark.parametrize("name", sorted(RULES))
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flora, warm": ("flora", {"start": "warm"}),
+    "fedex, truncated": ("fedex", {"residual": "truncated", "residual_rank": 1}),
+    "florist, all": ("florist", {"threshold": 1.0}),
+}
+"""Rules under other options than their own."""
+NAMES = [*sorted(RULES), *VARIANTS]
+
+
+def make(name: str) -> Rule:
+    return make_rule(*VARIANTS.get(name, (name, {})))
+
+
+every_rule = pytest.mark.parametrize("name", NAMES)
+mixing_rule = pytest.mark.parametrize("name", [name for name in NAMES if make(name).properties.mixed_ranks])
+every_shared_rule = pytest.mark.parametrize("name", [name for name in NAMES if not make(name).properties.personal])
+"""Rules with one adapter for all; of the others see `test_flower_personal`."""
 FEDIT = "fedit"
 
 
@@ -27,6 +46,7 @@ class Round:
 
     before: AdapterState
     trainable: tuple[str, ...]
+    whole: AdapterState
     after: dict[str, AdapterState] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
@@ -49,19 +69,25 @@ class Recorded:
 
     def start(self, state: GlobalState, phase: int) -> Accumulator:
         plan, payload = self._planned
-        book, inner = Round(payload, plan.trainable), self._rule.start(state, phase)
+        book, inner = Round(payload, plan.trainable, state.materialise()), self._rule.start(state, phase)
         self.rounds.append(book)
 
         class Recording:
             finish = inner.finish
 
             def add(self, update: Update, weight: float) -> None:
-                still = {name: torch.zeros_like(tensor) for name, tensor in payload.tensors.items()}
-                book.after[update.client_id] = apply(payload, {**still, **update.delta})
+                received = update.received
+                still = {name: torch.zeros_like(tensor) for name, tensor in received.tensors.items()}
+                book.after[update.client_id] = apply(received, {**still, **update.delta})
                 book.weights[update.client_id] = weight
                 inner.add(update, weight)
 
         return Recording()
+
+
+def residual_of(strategy: DeltaStrategy) -> Tensors:
+    residual = strategy.server.global_state.residual
+    return residual.tensors if residual else {}
 
 
 def client_app() -> ClientApp:
@@ -90,25 +116,50 @@ def run(config: ExperimentConfig, session: Session, rule: Rule, **parts: Any) ->
 
 
 @pytest.fixture
-def three_rounds(real_config: ExperimentConfig, name: str) -> ExperimentConfig:
+def three_rounds(real_config: ExperimentConfig, request: pytest.FixtureRequest) -> ExperimentConfig:
     """Two of three clients a round, and enough of a learning rate to move everything."""
+    name = request.getfixturevalue("name") if "name" in request.fixturenames else FEDIT
     return replace(
         real_config,
         rounds=3,
-        strategy=replace(real_config.strategy, rule=name),
+        strategy=replace(real_config.strategy, rule=VARIANTS.get(name, (name,))[0]),
         selection=replace(real_config.selection, fraction=0.6),
         train=replace(real_config.train, learning_rate=0.05, steps=2),
     )
 
 
-@every_rule
+@pytest.fixture
+def fresh_store(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], None]:
+    """Clients that were never in a run of this name."""
+    return lambda: monkeypatch.setenv("FEDPEFT_CLIENT_STORE", str(tmp_path_factory.mktemp("clients")))
+
+
+@every_shared_rule
 def test_what_the_next_round_starts_from_is_what_the_rule_claims(
     three_rounds: ExperimentConfig, real_session: Session, name: str
 ) -> None:
-    rule = Recorded(make_rule(name))
+    rule = Recorded(make(name))
     strategy, tracker = run(three_rounds, real_session, rule)
     starts = [book.before for book in rule.rounds[1:]] + [strategy.server.global_state.export()]
     assert len({tuple(event["cohort"]) for event in tracker.of("round_start")}) > 1
+    keeps_its_claim(rule, starts)
+
+
+@mixing_rule
+def test_clients_of_different_ranks_are_combined_as_the_rule_claims(
+    three_rounds: ExperimentConfig, real_session: Session, name: str
+) -> None:
+    rule = Recorded(make(name))
+    mixed = replace(three_rounds, adapter=replace(three_rounds.adapter, client_ranks=(1, 2, 1)))
+    strategy, tracker = run(mixed, real_session, rule)
+    assert {event["status"] for event in tracker.of("client")} == {"ok"}
+    ranks = [{after.spec.rank for after in book.after.values()} for book in rule.rounds]
+    assert {1, 2} in ranks
+    keeps_its_claim(rule, [book.whole for book in rule.rounds[1:]] + [strategy.server.global_state.materialise()])
+
+
+def keeps_its_claim(rule: Recorded, starts: list[AdapterState]) -> None:
+    """What was made of each round is what the rule's class says of the dense sum of what its clients held."""
     for book, made in zip(rule.rounds, starts, strict=True):
         truth, found = dense_mean(book.after, book.weights), effective_of(made)
         ranks = {module.name: module.rank for module in made.spec.modules}
@@ -132,7 +183,7 @@ def test_what_the_next_round_starts_from_is_what_the_rule_claims(
 
 @every_rule
 def test_what_is_not_trained_does_not_move(three_rounds: ExperimentConfig, real_session: Session, name: str) -> None:
-    rule = Recorded(make_rule(name))
+    rule = Recorded(make(name))
     run(three_rounds, real_session, rule)
     for book in rule.rounds:
         for after in book.after.values():
@@ -148,7 +199,7 @@ def test_what_is_not_trained_does_not_move(three_rounds: ExperimentConfig, real_
 
 @every_rule
 def test_only_what_is_trained_goes_up(three_rounds: ExperimentConfig, real_session: Session, name: str) -> None:
-    _, tracker = run(three_rounds, real_session, make_rule(name))
+    _, tracker = run(three_rounds, real_session, make(name))
     whole = max(
         event["bytes_up"]
         for event in run(
@@ -157,7 +208,7 @@ def test_only_what_is_trained_goes_up(three_rounds: ExperimentConfig, real_sessi
     )
     for event in tracker.of("client"):
         assert event["status"] == "ok"
-        if name in ("fedsvd", "ffa", "rolora"):
+        if name in ("fedsa", "fedsvd", "ffa", "rolora"):
             assert event["bytes_up"] < 0.8 * whole
         else:
             assert event["bytes_up"] == pytest.approx(whole, abs=64)
@@ -165,16 +216,70 @@ def test_only_what_is_trained_goes_up(three_rounds: ExperimentConfig, real_sessi
 
 @every_rule
 def test_a_run_stopped_after_any_round_goes_on_as_if_it_was_not(
-    three_rounds: ExperimentConfig, real_session: Session, name: str
+    three_rounds: ExperimentConfig, real_session: Session, name: str, fresh_store: Callable[[], None]
 ) -> None:
-    whole, _ = run(three_rounds, real_session, make_rule(name))
+    whole, _ = run(three_rounds, real_session, make(name))
     for stop in (1, 2):
-        first, _ = run(replace(three_rounds, rounds=stop), real_session, make_rule(name))
+        fresh_store()
+        first, _ = run(replace(three_rounds, rounds=stop), real_session, make(name))
         saved = TrainingState.from_bytes(first.server.training_state(stop).to_bytes())
-        again, _ = run(three_rounds, real_session, make_rule(name), resume=(saved, first.version_id))
+        again, _ = run(three_rounds, real_session, make(name), resume=(saved, first.version_id))
         for tensor, value in whole.server.adapter.tensors.items():
             assert torch.equal(again.server.adapter.tensors[tensor], value)
+        assert residual_of(again).keys() == residual_of(whole).keys()
+        for tensor, value in residual_of(whole).items():
+            assert torch.equal(residual_of(again)[tensor], value)
         assert again.server.global_state.rule_state.scalars == whole.server.global_state.rule_state.scalars
+
+
+@every_rule
+def test_a_device_serves_what_clients_are_given_next(
+    three_rounds: ExperimentConfig, real_session: Session, name: str
+) -> None:
+    """The published adapter, in a tree of its own: the same weights, and the same answers as the training model's."""
+    strategy, _ = run(three_rounds, real_session, make(name))
+    exported, given = strategy.server.global_state.export(), strategy.server.global_state.materialise()
+    for layer, matrix in effective_of(given).items():
+        torch.testing.assert_close(effective_of(exported)[layer], matrix, rtol=1e-5, atol=1e-6)
+    served = shell(real_session.adapter.base, exported.spec)
+    served.write(exported)
+    real_session.adapter.write(given)
+    inputs = real_session.task.collate(real_session.local_data(real_session.source.client_ids[0]).test)
+    inputs.pop("labels")
+    with torch.no_grad():
+        answers = [model(**inputs) for model in (served.model, real_session.adapter.model)]
+    assert float(answers[1].std()) > 0
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if make(name).properties.residual])
+def test_a_residual_goes_down_whole_and_its_size_is_reported(
+    three_rounds: ExperimentConfig, real_session: Session, name: str
+) -> None:
+    strategy, tracker = run(three_rounds, real_session, make(name))
+    rounds = tracker.of("round")
+    assert all(event["published"] for event in rounds)
+    adapter = 4 * sum(tensor.numel() for tensor in real_session.initial.tensors.values())
+    sizes = [0.0, *(event["rule"]["residual_bytes"] for event in rounds)]
+    for number, event in enumerate(rounds):
+        headers = event["bytes_down"] / event["cohort"] - adapter - sizes[number]
+        assert 0 < headers < 4096
+    assert sizes[-1] == 4 * sum(tensor.numel() for tensor in residual_of(strategy).values())
+    assert (sizes[-1] > 0) == (rounds[-1]["rule"]["residual_rank"] > 0)
+
+
+def test_a_residual_beyond_its_bound_costs_the_round_and_nothing_else(
+    three_rounds: ExperimentConfig, real_session: Session
+) -> None:
+    strategy, tracker = run(three_rounds, real_session, make_rule("flora", {"max_residual_rank": 5}))
+    assert [event["published"] for event in tracker.of("round")] == [True, False, False]
+    assert "at most 5 is allowed" in tracker.of("round")[1]["message"]
+    first, _ = run(replace(three_rounds, rounds=1), real_session, make_rule("flora"))
+    assert all(torch.equal(residual_of(strategy)[key], value) for key, value in residual_of(first).items())
+    cut, tracker = run(three_rounds, real_session, make_rule("flora", {"max_residual_rank": 5, "overflow": "truncate"}))
+    assert [event["rule"]["residual_rank"] for event in tracker.of("round")] == [4.0, 5.0, 5.0]
+    assert 0.5 < tracker.of("round")[-1]["rule"]["residual_kept"] < 1.0
+    assert len(residual_of(cut)) == len(residual_of(first))
 
 
 def buffered(config: ExperimentConfig, **policy: Any) -> ExperimentConfig:
@@ -182,21 +287,20 @@ def buffered(config: ExperimentConfig, **policy: Any) -> ExperimentConfig:
     return replace(config, selection=everybody, round=replace(config.round, mode="buffered", **policy))
 
 
-takes_buffers = pytest.mark.parametrize(
-    "name", [name for name in sorted(RULES) if make_rule(name).properties.asynchronous != "no"]
-)
+takes_buffers = pytest.mark.parametrize("name", [name for name in NAMES if make(name).properties.asynchronous != "no"])
 
 
 @takes_buffers
 def test_with_one_client_at_a_time_buffered_rounds_are_the_synchronous_ones(
-    three_rounds: ExperimentConfig, real_session: Session, name: str
+    three_rounds: ExperimentConfig, real_session: Session, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, _ = run(three_rounds, real_session, make_rule(name))
-    one_by_one = buffered(three_rounds, buffer=2, concurrency=1)
-    found, tracker = run(one_by_one, real_session, make_rule(name))
+    sync, _ = run(three_rounds, real_session, make(name))
+    monkeypatch.setenv("FEDPEFT_CLIENT_STORE", str(tmp_path / "other"))  # clients may keep factors there
+    found, tracker = run(buffered(three_rounds, buffer=2, concurrency=1), real_session, make(name))
     assert [event["participants"] for event in tracker.of("round")] == [2, 2, 2]
     for tensor, value in sync.server.adapter.tensors.items():
         assert torch.equal(found.server.adapter.tensors[tensor], value)
+    assert all(torch.equal(residual_of(found)[tensor], value) for tensor, value in residual_of(sync).items())
     assert found.version_id == sync.version_id
 
 
@@ -205,7 +309,7 @@ def test_a_buffer_takes_stale_updates_where_the_basis_is_the_same_and_names_the_
     three_rounds: ExperimentConfig, real_session: Session, name: str
 ) -> None:
     """Two at work for a buffer of two: one of three clients is in training whenever a version is made."""
-    rule, rounds = make_rule(name), replace(three_rounds, rounds=4)
+    rule, rounds = make(name), replace(three_rounds, rounds=4)
     strategy, tracker = run(buffered(rounds, buffer=2, concurrency=2), real_session, rule)
     assert all(event["published"] for event in tracker.of("round"))
     stale = [event for event in tracker.of("client") if event["staleness"] > 0]

@@ -11,8 +11,10 @@ from flwr.app import ArrayRecord
 from federated.aggregation import FedIT, Result
 from federated.config import ServerOptimizerConfig
 from federated.errors import AggregationError
+from federated.flower.publisher import TrainingState
 from federated.flower.server_state import ServerState
 from federated.global_state import GlobalState
+from federated.manifest import AdapterSpec, ModuleSpec
 from federated.state import AdapterState, RuleState
 
 Make = Callable[..., Any]
@@ -44,6 +46,57 @@ def test_arrays_are_copies(server: Make) -> None:
     for tensor in taken.values():
         tensor.add_(1.0)
     assert state.adapter.tensors["q.factor_a"].unique().tolist() == [0.25]
+
+
+RESIDUAL = AdapterState(
+    AdapterSpec("lora", 1, 1.0, use_rslora=False, modules=(ModuleSpec("q", 3, 2, 1, 1.0),)),
+    {"q.factor_a": torch.full((1, 3), 1 / 3), "q.factor_b": torch.full((2, 1), 3.0)},
+)
+
+
+class TestResidual:
+    @pytest.fixture
+    def state(self, server: Make, adapter: Make) -> ServerState:
+        state: ServerState = server()
+        state.apply(Result(state=GlobalState(adapter(0.5), RESIDUAL)))
+        return state
+
+    def test_its_arrays_stand_beside_the_adapter_s(self, state: ServerState):
+        taken = state.arrays().to_torch_state_dict()
+        assert sorted(taken) == ["q.factor_a", "q.factor_b", "residual:q.factor_a", "residual:q.factor_b"]
+        assert torch.equal(taken["residual:q.factor_a"], RESIDUAL.tensors["q.factor_a"])
+        taken["residual:q.factor_a"].add_(1.0)
+        assert RESIDUAL.tensors["q.factor_a"].unique().tolist() == pytest.approx([1 / 3])
+
+    def test_its_own_arrays_change_nothing(self, state: ServerState):
+        before = state.global_state
+        state.adopt(state.arrays())
+        assert state.global_state is before
+
+    def test_other_arrays_replace_the_adapter_alone(self, state: ServerState):
+        state.adopt(arrays(**{"residual:q.factor_a": torch.zeros(1, 3), "q.factor_a": torch.full((2, 3), 0.75)}))
+        assert state.adapter.tensors["q.factor_a"].unique().tolist() == [0.75]
+        assert state.global_state.residual is RESIDUAL
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_one_that_is_not_finite_is_refused_and_changes_nothing(
+        self, state: ServerState, adapter: Make, value: float
+    ):
+        before = state.training_state(0).to_bytes()
+        odd = AdapterState(RESIDUAL.spec, {**RESIDUAL.tensors, "q.factor_b": torch.full((2, 1), value)})
+        with pytest.raises(AggregationError, match="beyond F32"):
+            state.apply(Result(state=GlobalState(adapter(0.5), odd)))
+        assert state.training_state(0).to_bytes() == before
+
+    def test_going_on_from_a_saved_state_has_it(self, state: ServerState, server: Make):
+        saved = TrainingState.from_bytes(state.training_state(1).to_bytes())
+        resumed: ServerState = server()
+        resumed.take_up(saved, "v" * 64)
+        assert resumed.global_state.residual is not None
+        assert resumed.global_state.residual.spec == RESIDUAL.spec
+        found, expected = resumed.arrays().to_torch_state_dict(), state.arrays().to_torch_state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_arrays_handed_in_are_taken_over(server: Make) -> None:

@@ -1,0 +1,263 @@
+"""LoRA's aggregation rules under label skew: a neutral comparison, on one text task, with one budget for every arm.
+
+    python -m simulations.reproductions.lora_under_skew [--quick] [--budget-minutes N] [--results FILE] [--plot SVG]
+
+Task: which of 20 newsgroups a post is from (MiniLM, LoRA on query and value, mean-pooled head). Clients are made by
+Dirichlet over the labels. Settings: 10 clients at skew 0.5 and 0.01 with rank 1 and 8; 3 and 30 clients at 0.01 with
+rank 8. Every arm has the same clients, examples, first adapter, rounds and steps, and the same search: three learning
+rates on posts and a seed that the results never see, by the accuracy after the last round. The result is the last
+round's, not the best one's: mean and standard deviation over three seeds, each with its own partition, on the clients'
+held-out posts together. A FedSA client answers with its own B and head, which is an easier task under skew: it is
+marked.
+
+Resumable: each finished run is one line of ``--results``, and is not run again; stop it at any time. One run takes at
+most about a minute of processor time, all of them several hours. The last line of standard output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from federated.aggregation import RULES
+from federated.cli.apps import enter_app, load_client_app
+from federated.cli.compose import compose
+from federated.data import open_source
+from federated.flower import simulate
+from federated.plots import Series, line_chart
+from federated.tracking import read_events
+
+APP = Path(__file__).resolve().parent.parent.parent
+RESULTS = Path(__file__).resolve().parent / "lora_under_skew.jsonl"
+ARMS = ("fedit", "ffa", "rolora", "flora", "fedex", "flexlora", "fedsa", "fedsvd", "fedask")
+RATES = (0.001, 0.003, 0.01)
+SEEDS, SEARCH_SEED = (0, 1, 2), 1000
+ROUNDS, STEPS, BATCH, POSTS = 5, 64, 8, 2400
+"""Per run: rounds, optimizer steps of all clients together in each of them, posts per step, posts of all clients."""
+PERSONAL = ("fedsa",)
+COLORS = ("#2b6cb0", "#2f855a", "#b7791f", "#c53030", "#6b46c1", "#0987a0", "#97266d", "#4a5568", "#dd6b20")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How posts are divided, and at which rank they are learnt."""
+
+    clients: int
+    skew: float
+    rank: int
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        return f"{self.clients} clients, Dir({self.skew:g}), r={self.rank}"
+
+
+SETTINGS = (
+    Setting(10, 0.5, 1),
+    Setting(10, 0.5, 8),
+    Setting(10, 0.01, 1),
+    Setting(10, 0.01, 8),
+    Setting(3, 0.01, 8),
+    Setting(30, 0.01, 8),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    arm: str
+    setting: Setting
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Names the run, with all that decides its result."""
+        return json.dumps([asdict(self), ROUNDS, STEPS, BATCH, POSTS], sort_keys=True)
+
+
+def main() -> None:
+    """Run what is missing, as long as there is time, and show what there is."""
+    options = _options()
+    arms = [arm for arm in options.arms if arm in RULES]
+    settings, seeds = (SETTINGS[3:4], SEEDS[:1]) if options.quick else (SETTINGS, SEEDS)
+    done = read(options.results)
+    end = time.monotonic() + 60 * options.budget_minutes
+    for job in jobs(arms, settings, seeds, done):
+        if time.monotonic() > end:
+            print("out of time: start again to go on", file=sys.stderr)
+            break
+        done[job.key] = run(job, quick=options.quick)
+        write(options.results, job, done[job.key])
+        print(f"{job.arm}, {job.setting.label}, {job.rate:g}, seed {job.seed}: {done[job.key]}", file=sys.stderr)
+    found = summary(arms, settings, seeds, done)
+    Console(stderr=True, width=140).print(table(found))
+    if options.plot:
+        options.plot.write_text(plot(found))
+    print(json.dumps({"finished": found["finished"], "wanted": found["wanted"], "results": found["rows"]}))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one setting, one seed, few posts: does it run?")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--budget-minutes", type=float, default=1e6, help="start no further run after that")
+    parser.add_argument("--results", type=Path, help="JSON lines (default: beside this script; none with --quick)")
+    parser.add_argument("--plot", type=Path, help="write the comparison to this SVG file")
+    options = parser.parse_args()
+    options.results = options.results or (None if options.quick else RESULTS)
+    return options
+
+
+def jobs(
+    arms: Sequence[str], settings: Sequence[Setting], seeds: Sequence[int], done: dict[str, dict[str, float]]
+) -> Iterator[Job]:
+    """What is missing, setting by setting: first the searches, then the seeds at the rate that won."""
+    for setting in settings:
+        for arm in arms:
+            yield from (job for job in searches(arm, setting) if job.key not in done)
+        for seed in seeds:
+            for arm in arms:
+                job = Job(arm, setting, best_rate(arm, setting, done), seed)
+                if job.key not in done:
+                    yield job
+
+
+def searches(arm: str, setting: Setting) -> list[Job]:
+    """The learning rates of one arm, on the search's own posts."""
+    return [Job(arm, setting, rate, SEARCH_SEED) for rate in RATES]
+
+
+def best_rate(arm: str, setting: Setting, done: dict[str, dict[str, float]]) -> float:
+    """The rate with the highest accuracy after the last round; the smaller one where two are equal."""
+    return max(searches(arm, setting), key=lambda job: (done[job.key]["accuracy"], -job.rate)).rate
+
+
+def run(job: Job, *, quick: bool) -> dict[str, float]:
+    """One federation: accuracy and loss after the last round, and the processor time."""
+    began, setting = time.process_time(), job.setting
+    folder = enter_app(APP)
+    with tempfile.TemporaryDirectory(prefix="skew-") as place:
+        posts = write_posts(Path(place) / "posts.jsonl", search=job.seed == SEARCH_SEED, count=200 if quick else POSTS)
+        config = compose(
+            folder,
+            [
+                "experiment=newsgroups", f"name=skew-{job.arm}", f"strategy={job.arm}", f"seed={job.seed}",
+                f"rounds={2 if quick else ROUNDS}", "data=table", f"data.path={posts}", f"data.seed={job.seed}",
+                "data.partition.kind=dirichlet", f"data.partition.num_clients={setting.clients}",
+                f"data.partition.alpha={setting.skew}", f"adapter.rank={setting.rank}",
+                f"adapter.alpha={2.0 * setting.rank}", f"train.learning_rate={job.rate}", f"train.batch_size={BATCH}",
+                f"train.steps={max(1, STEPS // setting.clients)}", "data.max_test_per_client=0",
+                "data.max_train_per_client=0", "selection.min_clients=1", "strategy.weighted=false",
+                "tracking.progress=false", "engine.workers=1", f"run_dir={place}/run",
+            ],
+        )  # fmt: skip
+        made = simulate(config, load_client_app(folder))
+        (final,) = (event for event in read_events(made.run_dir / "metrics.jsonl") if event["event"] == "final")
+    evaluation = final["evaluation"]
+    return {
+        "accuracy": round(evaluation["accuracy"], 4),
+        "loss": round(evaluation["loss"], 4),
+        "examples": evaluation["num_examples"],
+        "cpu_seconds": round(time.process_time() - began, 1),
+    }
+
+
+def write_posts(path: Path, *, search: bool, count: int) -> Path:
+    """Half of the newsgroups' posts, by a hash of their text: the search's half or the results' half."""
+    config = compose(APP, ["experiment=newsgroups", "data.partition.kind=iid", "data.partition.num_clients=1",
+                           "data.max_train_per_client=0", "data.max_test_per_client=0"])  # fmt: skip
+    data = open_source(config.data, config.task).load("client-000")
+    halves: list[tuple[str, str, int]] = []
+    for row in [*data.train, *data.test]:
+        digest = hashlib.sha256(str(row["text"]).encode()).hexdigest()
+        if (int(digest[0], 16) % 2 == 0) == search:
+            halves.append((digest, str(row["text"])[:300], int(row["label"])))
+    labels = config.task.labels
+    rows = [{"text": text, "label": labels[label]} for _, text, label in sorted(halves)[:count]]
+    path.write_text("".join(json.dumps({"client": "all", **row}) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path | None) -> dict[str, dict[str, float]]:
+    """Finished runs by key."""
+    if path is None or not path.is_file():
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["key"]: line["found"] for line in lines}
+
+
+def write(path: Path | None, job: Job, found: dict[str, float]) -> None:
+    """Add one finished run."""
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps({"key": job.key, "found": found}) + "\n")
+
+
+def summary(
+    arms: Sequence[str], settings: Sequence[Setting], seeds: Sequence[int], done: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """Mean and standard deviation of every arm in every setting that is finished."""
+    rows: list[dict[str, Any]] = []
+    finished = 0
+    for setting in settings:
+        for arm in arms:
+            searched = [job.key in done for job in searches(arm, setting)]
+            finished += sum(searched)
+            if not all(searched):
+                continue
+            rate = best_rate(arm, setting, done)
+            found = [done[job.key] for seed in seeds if (job := Job(arm, setting, rate, seed)).key in done]
+            finished += len(found)
+            if len(found) == len(seeds):
+                numbers = [one["accuracy"] for one in found]
+                rows.append({
+                    "arm": arm, "setting": setting.label, "rate": rate, "seeds": len(found),
+                    "accuracy": round(statistics.fmean(numbers), 4), "std": round(statistics.pstdev(numbers), 4),
+                    "cpu_seconds": round(statistics.fmean(one["cpu_seconds"] for one in found), 1),
+                })  # fmt: skip
+    wanted = len(arms) * len(settings) * (len(RATES) + len(seeds))
+    return {"rows": rows, "finished": finished, "wanted": wanted, "settings": [setting.label for setting in settings]}
+
+
+def table(found: dict[str, Any]) -> Table:
+    """Arms as rows, settings as columns."""
+    made = Table("rule", *found["settings"], title="Held-out accuracy after the last round, mean (std) over seeds")
+    arms = list(dict.fromkeys(row["arm"] for row in found["rows"]))
+    for arm in arms:
+        cells = []
+        for setting in found["settings"]:
+            row = next((one for one in found["rows"] if (one["arm"], one["setting"]) == (arm, setting)), None)
+            cells.append("-" if row is None else f"{row['accuracy']:.1%} ({row['std']:.1%})")
+        made.add_row(f"{arm} *" if arm in PERSONAL else arm, *cells)
+    made.caption = f"{found['finished']} of {found['wanted']} runs. * each client answers with its own B and head"
+    return made
+
+
+def plot(found: dict[str, Any]) -> str:
+    """One line per arm over the settings, in the order of the table's columns."""
+    order = {label: number for number, label in enumerate(found["settings"], start=1)}
+    arms = list(dict.fromkeys(row["arm"] for row in found["rows"]))
+    lines = [
+        Series(arm, {order[row["setting"]]: row["accuracy"] for row in found["rows"] if row["arm"] == arm}, color)
+        for arm, color in zip(arms, COLORS, strict=False)
+    ]
+    chart = line_chart(lines, ylabel="held-out accuracy", percent=True)
+    return chart if chart.startswith("<?xml") else f'<?xml version="1.0" encoding="utf-8"?>\n{chart}'
+
+
+if __name__ == "__main__":
+    main()

@@ -35,6 +35,7 @@ __all__ = [
     "balanced_factors",
     "decompose",
     "effective",
+    "gram",
     "inner",
     "norm_of",
     "rank_for_energy",
@@ -247,6 +248,22 @@ def inner(one: LowRank, other: LowRank) -> float:
     if one.shape != other.shape:
         raise AggregationError(f"products of shapes {one.shape} and {other.shape} have no inner product")
     return float(((one.left.T @ other.left) * (one.right @ other.right.T)).sum())
+
+
+def gram(products: Sequence[LowRank]) -> Tensor:
+    """`inner` of every two matrices, float64 [n, n] and exactly symmetric: one row of cores in memory at a time.
+
+    Raises:
+        AggregationError: for none, or for different shapes.
+    """
+    every = stack(products)
+    sizes = [product.stacked_rank for product in products]
+    rows = []
+    for product in products:
+        cores = (product.left.T @ every.left) * (product.right @ every.right.T)
+        rows.append(torch.stack([part.sum() for part in torch.split(cores.sum(dim=0), sizes)]))
+    found = torch.stack(rows)
+    return (found + found.T) / 2
 
 
 def norm_of(product: LowRank) -> float:

@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from federated.aggregation.basis import basis_of
-from federated.aggregation.combine import check_combination
+from federated.aggregation.bulyan import Bulyan
+from federated.aggregation.centered_clipping import CenteredClipping
+from federated.aggregation.combine import check_combination, clients_needed, cohort_size
 from federated.aggregation.factor_mean import FactorMean
 from federated.aggregation.fedex import FedEx
 from federated.aggregation.fedit import FedIT
@@ -22,15 +24,24 @@ from federated.aggregation.ffa import FFALoRA
 from federated.aggregation.flexlora import FlexLoRA
 from federated.aggregation.flora import FLoRA
 from federated.aggregation.florist import FLoRIST
+from federated.aggregation.geometric_median import GeometricMedian
+from federated.aggregation.krum import Krum
+from federated.aggregation.median import CoordinateMedian
+from federated.aggregation.multi_krum import MultiKrum
+from federated.aggregation.norm_bound import NormBound
 from federated.aggregation.protocol import Accumulator, ClientView, NextPhase, Result, Rule, RuleProperties
 from federated.aggregation.rolora import RoLoRA
 from federated.aggregation.sums import WeightedSum
+from federated.aggregation.trimmed_mean import TrimmedMean
 from federated.errors import ConfigError
 
 __all__ = [
     "RULES",
     "Accumulator",
+    "Bulyan",
+    "CenteredClipping",
     "ClientView",
+    "CoordinateMedian",
     "FFALoRA",
     "FLoRA",
     "FLoRIST",
@@ -41,19 +52,28 @@ __all__ = [
     "FedSALoRA",
     "FedSVD",
     "FlexLoRA",
+    "GeometricMedian",
+    "Krum",
+    "MultiKrum",
     "NextPhase",
+    "NormBound",
     "Result",
     "RoLoRA",
     "Rule",
     "RuleProperties",
+    "TrimmedMean",
     "WeightedSum",
     "basis_of",
     "check_combination",
+    "clients_needed",
+    "cohort_size",
     "make_rule",
 ]
 
 RULES: Mapping[str, Callable[..., Rule]] = {
     "fedex": FedEx,
+    "bulyan": Bulyan,
+    "centered_clipping": CenteredClipping,
     "fedit": FedIT,
     "fedrot": FedRotLoRA,
     "fedsa": FedSALoRA,
@@ -62,7 +82,13 @@ RULES: Mapping[str, Callable[..., Rule]] = {
     "flexlora": FlexLoRA,
     "flora": FLoRA,
     "florist": FLoRIST,
+    "geometric_median": GeometricMedian,
+    "krum": Krum,
+    "median": CoordinateMedian,
+    "multi_krum": MultiKrum,
+    "norm_bound": NormBound,
     "rolora": RoLoRA,
+    "trimmed_mean": TrimmedMean,
 }
 """Rule names that a config may use; what each is called with are its options."""
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 from federated.aggregation.protocol import Rule
-from federated.config import AdapterConfig, ExperimentConfig, RoundConfig, StrategyConfig
+from federated.config import AdapterConfig, ExperimentConfig, RoundConfig, SelectionConfig, StrategyConfig
 from federated.errors import ConfigError
 
-__all__ = ["check_combination"]
+__all__ = ["check_combination", "clients_needed", "cohort_size"]
 
 _ADAPTIVE = ("adam", "yogi", "adagrad")
 
 
-def check_combination(rule: Rule, config: ExperimentConfig) -> None:
+def check_combination(rule: Rule, config: ExperimentConfig, *, clients: int | None = None) -> None:
     """Refuse what a rule cannot do: before anything starts, in one place, from its properties.
+
+    Args:
+        rule: made from ``config.strategy``, or the user's own.
+        config: the experiment.
+        clients: how many there will be, where that is known: in a simulation.
 
     Raises:
         ConfigError: naming the parts and the reason.
@@ -20,6 +27,28 @@ def check_combination(rule: Rule, config: ExperimentConfig) -> None:
     _check_optimizer(rule, config.strategy)
     _check_ranks(rule, config.adapter)
     _check_mode(rule, config.round)
+    _check_weights(rule, config.strategy)
+    _check_cohort(rule, config.selection, clients)
+
+
+def cohort_size(clients: int, fraction: float) -> int:
+    """Clients in a round when so many are there: ``ceil(fraction * clients)``, at least one.
+
+    >>> cohort_size(10, 0.25), cohort_size(10, 0.01)
+    (3, 1)
+    """
+    return min(clients, max(1, math.ceil(fraction * clients - 1e-9)))
+
+
+def clients_needed(rule: Rule, fraction: float) -> int:
+    """Fewest clients whose cohort can give the rule as many updates as it needs.
+
+    Args:
+        rule: says how many in its properties.
+        fraction: share of the clients in a round, in (0, 1].
+    """
+    needed = rule.properties.min_updates
+    return max(needed, math.floor((needed - 1 + 1e-9) / fraction) + 1)
 
 
 def _check_optimizer(rule: Rule, strategy: StrategyConfig) -> None:
@@ -52,6 +81,33 @@ def _check_ranks(rule: Rule, adapter: AdapterConfig) -> None:
             f"(adapter.rank = {adapter.rank}); give all clients that rank, or use a rule that takes mixed ranks "
             "(see fedpeft strategies)"
         )
+
+
+def _check_weights(rule: Rule, strategy: StrategyConfig) -> None:
+    """A number of examples is a claim, and a weight that a hostile client chooses is a way in."""
+    if rule.properties.robust and strategy.weighted:
+        raise ConfigError(
+            f"strategy.weighted = true: {rule.name} counts each client once, because a number of examples is what the "
+            f"client claims; set strategy.weighted=false, as strategy={rule.name} does"
+        )
+
+
+def _check_cohort(rule: Rule, selection: SelectionConfig, clients: int | None) -> None:
+    """A rule's guarantee holds from some number of updates on, and no update comes from outside of the cohort.
+
+    Where the number of clients is not known, ``selection.min_clients`` is what the user promises; its default of 1 is
+    no promise, and the strategy waits for as many as the rule needs.
+    """
+    promised = selection.min_clients if clients is None else clients
+    size, needed = cohort_size(promised, selection.fraction), rule.properties.min_updates
+    if size >= needed or (clients is None and promised == 1):
+        return
+    found = f"selection.min_clients = {promised}" if clients is None else f"{promised} clients"
+    raise ConfigError(
+        f"{found} at selection.fraction = {selection.fraction:g}: a cohort of {size}, and {rule.name} needs at least "
+        f"{needed} updates in each round ({rule.properties.min_updates_why}); that takes "
+        f"{clients_needed(rule, selection.fraction)} clients, or a smaller strategy.options.byzantine"
+    )
 
 
 def _check_mode(rule: Rule, policy: RoundConfig) -> None:

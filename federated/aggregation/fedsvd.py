@@ -40,6 +40,7 @@ class FedSVD:
         fixed_space=False,
         asynchronous="same_basis",
         paper="Lee et al. 2025, arXiv:2505.12805",
+        gauge="refused",
     )
 
     def init(self, spec: AdapterSpec) -> RuleState:  # noqa: ARG002 - the protocol's signature

@@ -31,6 +31,7 @@ class FFALoRA:
         linear=True,
         asynchronous="any",
         paper="Sun et al. 2024, arXiv:2403.12313",
+        gauge="refused",
     )
 
     def init(self, spec: AdapterSpec) -> RuleState:  # noqa: ARG002 - the protocol's signature

@@ -47,6 +47,8 @@ class FlexLoRA:
         fixed_space=False,
         asynchronous="same_basis",
         paper="Bai et al. 2024, arXiv:2402.11505",
+        gauge="immune",
+        memory="one layer's factors of all clients",
     )
 
     def init(self, spec: AdapterSpec) -> RuleState:  # noqa: ARG002 - the protocol's signature

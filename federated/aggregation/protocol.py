@@ -37,6 +37,14 @@ class RuleProperties:
             ``same_basis``: no, each version has a basis of its own, but rounds need no fixed cohort.
             ``no``: rounds need one; also for rules of which nobody showed that they do not.
         paper: where it was published.
+        gauge: what another basis of the same update, ``(B Q, Q^-1 A)``, does to the result: nothing (``immune``); it
+            cannot be sent, because one factor is frozen and not in the update (``refused``); or it changes it
+            (``exposed``).
+        robust: withstands some hostile clients. Each client counts once, whatever it claims, and dense tensors take
+            the rule's own statistic in place of the mean.
+        min_updates: fewest updates of one round that it can combine.
+        min_updates_why: the same as a formula, for messages.
+        memory: what it holds while a round runs, in words.
     """
 
     exactness: Literal["exact", "truncation", "approximate"]
@@ -50,6 +58,11 @@ class RuleProperties:
     fixed_space: bool = True
     asynchronous: Literal["any", "same_basis", "no"] = "no"
     paper: str = ""
+    gauge: Literal["immune", "refused", "exposed"] = "exposed"
+    robust: bool = False
+    min_updates: int = 1
+    min_updates_why: str = ""
+    memory: str = "one update"
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class RoLoRA:
         linear=True,
         asynchronous="same_basis",
         paper="Chen et al. 2025, arXiv:2502.01755",
+        gauge="refused",
     )
 
     def init(self, spec: AdapterSpec) -> RuleState:  # noqa: ARG002 - the protocol's signature

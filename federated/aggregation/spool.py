@@ -59,3 +59,7 @@ class Spool:
         self._file.seek(place)
         data = bytearray(self._file.read(4 * math.prod(shape)))
         return torch.from_numpy(np.frombuffer(data, dtype=np.float32).reshape(shape))
+
+    def stacked(self, name: str) -> Tensor:
+        """One tensor of all clients, float64 [n, ...], in canonical order."""
+        return torch.stack([self.get(client_id, name).double() for client_id in self.client_ids])

@@ -25,9 +25,17 @@ _CLAIMS = {
 
 def show(console: Console) -> None:
     """Print a row per rule; bytes are of one square layer, in units of its factors together."""
-    table = Table(
-        "strategy", "sum of B A", "up", "down", "server\noptimizer", "mixed\nranks", "a sum*", "buffered\nrounds"
+    heads = (
+        "sum of B A",
+        "up",
+        "down",
+        "server\noptimizer",
+        "mixed\nranks",
+        "a sum*",
+        "another\nbasis**",
+        "buffered\nrounds",
     )
+    table = Table("strategy", *heads)
     for name in sorted(RULES):
         rule = make_rule(name)
         properties = rule.properties
@@ -36,18 +44,30 @@ def show(console: Console) -> None:
             _yes(properties.fixed_space),
             _yes(properties.mixed_ranks),
             _yes(properties.linear),
+            properties.gauge,
             _BUFFERED[properties.asynchronous],
         )
         claim = _CLAIMS[properties.exactness] + (", own B" if properties.personal else "")
         table.add_row(name, claim, up, down, *cells)
     console.print(table)
-    console.print("Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
+    _say(console, "Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
     for name in sorted(RULES):
-        console.print(f"{name}: {make_rule(name).properties.paper}", highlight=False, soft_wrap=True)
-    console.print(
-        "Buffered rounds: with updates from older versions too, from the newest alone (fresh), or not at all."
+        properties = make_rule(name).properties
+        needs = f"; {properties.min_updates_why}" if properties.min_updates_why else ""
+        _say(console, f"{name}: {properties.paper}; in memory: {properties.memory}{needs}")
+    _say(
+        console, "Buffered rounds: with updates from older versions too, from the newest alone (fresh), or not at all."
     )
-    console.print("* the server needs only the sum of the updates: the condition of secure aggregation.", markup=False)
+    _say(console, "* the server needs only the sum of the updates: the condition of secure aggregation.")
+    _say(
+        console,
+        "** what (B Q, Q^-1 A), the same update in another basis, does to the result: nothing (immune), it cannot be "
+        "sent because one factor is frozen (refused), or it changes it (exposed).",
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _yes(value: bool) -> str:

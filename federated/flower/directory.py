@@ -28,14 +28,19 @@ def _usable(client_id: str) -> bool:
 class Directory:
     """Which client is at which node.
 
+    Args:
+        config: the experiment.
+        least: clients without which no round of its rule can succeed.
+
     Attributes:
         nodes: client id to node id.
         ranks: client id to the largest rank that it says it trains; those that do not say are not in it.
         problems: nodes that gave no usable name, with the reason: ``(node id, text)``.
     """
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: ExperimentConfig, *, least: int = 1) -> None:
         self._config = config
+        self._least = max(least, config.selection.min_clients)
         self._tries: dict[int, tuple[int, int]] = {}  # node: times asked, look at which it is asked again
         self._looks = 0
         self.nodes: dict[str, int] = {}
@@ -48,7 +53,7 @@ class Directory:
         return found
 
     def wait(self, grid: Grid) -> None:
-        """Ask until at least ``selection.min_clients`` clients are known.
+        """Ask until at least ``selection.min_clients`` clients are known, or as many as the rule needs.
 
         Raises:
             NotEnoughUpdates: if ``selection.wait`` seconds pass before.
@@ -56,9 +61,9 @@ class Directory:
         selection = self._config.selection
         end = time.monotonic() + selection.wait
         self.refresh(grid)
-        while len(self.nodes) < selection.min_clients:
+        while len(self.nodes) < self._least:
             if time.monotonic() >= end:
-                raise NotEnoughUpdates(self._too_few(selection.min_clients))
+                raise NotEnoughUpdates(self._too_few(self._least))
             time.sleep(self._config.round.poll_interval)
             self.refresh(grid)
 
@@ -66,7 +71,8 @@ class Directory:
         causes = "; ".join(f"node {node}: {text}" for node, text in self.problems[:3])
         tail = f". {causes}" if causes else ""
         seconds = self._config.selection.wait
-        return f"{len(self.nodes)} clients answered within {seconds:g} s, expected {expected}{tail}"
+        why = " (the rule needs so many)" if expected > self._config.selection.min_clients else ""
+        return f"{len(self.nodes)} clients answered within {seconds:g} s, expected {expected}{why}{tail}"
 
     def refresh(self, grid: Grid) -> None:
         """Drop nodes that are gone and ask those without a name for their client id.

@@ -17,6 +17,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from federated.aggregation import check_combination, make_rule
 from federated.config import EngineConfig, ExperimentConfig
 from federated.data import check_source
 from federated.errors import ConfigError, FederatedError, RunInterrupted
@@ -74,6 +75,7 @@ def _check_data(config: ExperimentConfig) -> None:
             f"round.buffer = {config.round.buffer}: the data has {found} clients, and each is in a buffer at most "
             "once, so none would fill"
         )
+    check_combination(make_rule(config.strategy.rule, config.strategy.options), config, clients=found)
 
 
 def run_inprocess(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int, config: EngineConfig) -> T:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from federated.aggregation import cohort_size
+
 __all__ = ["POLICIES", "Standing", "order_clients", "select_cohort"]
 
 _REMEMBERED = 8
@@ -79,7 +81,7 @@ def select_cohort(
         policy: one of `POLICIES`.
         standings: client id to what is known of it.
     """
-    size = min(len(client_ids), max(1, math.ceil(fraction * len(client_ids) - 1e-9)))
+    size = cohort_size(len(client_ids), fraction)
     order = order_clients(
         client_ids, size=size, seed=seed, round_number=round_number, policy=policy, standings=standings
     )

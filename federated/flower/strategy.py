@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy import Strategy
 
-from federated.aggregation import Accumulator, NextPhase, Result, Rule, check_combination, make_rule
+from federated.aggregation import Accumulator, NextPhase, Result, Rule, check_combination, clients_needed, make_rule
 from federated.config import ExperimentConfig
 from federated.delta import Update
 from federated.errors import AggregationError, NotEnoughUpdates, RunInterrupted
@@ -93,7 +93,7 @@ class DeltaStrategy(Strategy):
         )
         self._tracker = tracker or MultiTracker([])
         self._closer = RoundCloser(self.server, publisher, self._tracker)
-        self._directory = Directory(config)
+        self._directory = Directory(config, least=clients_needed(self.rule, config.selection.fraction))
         key = secret or secrets.token_bytes(32)
         self._writer = TaskWriter(config, rule=self.rule, run_id=self.run_id, base_digest=base_digest, secret=key)
         self._book: RoundBook | None = None

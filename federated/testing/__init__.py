@@ -1,5 +1,20 @@
-"""For those who write or check aggregation: a conformance suite against dense truth. Nothing in the library uses it."""
+"""For those who write or check aggregation: dense truth, and hostile clients. Nothing in the library uses it."""
 
-from federated.testing.conformance import Case, Finding, cases, dense_mean, effective_of, examine, fits
+from federated.testing.adversaries import ADVERSARIES, GAUGES, Scene, hostile, in_another_basis
+from federated.testing.conformance import Case, Finding, cases, crowded, dense_mean, effective_of, examine, fits
 
-__all__ = ["Case", "Finding", "cases", "dense_mean", "effective_of", "examine", "fits"]
+__all__ = [
+    "ADVERSARIES",
+    "Case",
+    "Finding",
+    "GAUGES",
+    "Scene",
+    "cases",
+    "crowded",
+    "dense_mean",
+    "effective_of",
+    "examine",
+    "fits",
+    "hostile",
+    "in_another_basis",
+]

@@ -12,8 +12,9 @@ averaging), and measures how far the adapter that it makes, residual included, i
 Updates pass through `federated.uploads`, as on the wire. Under a rule that lets tensors stay on the client, the truth
 is each client's own: the mean of what all hold, with the tensors that it keeps in everybody's place; the worst counts.
 
-Where the truth is zero the bounds are absolute. With bfloat16 adapters, what clients receive is rounded to 8 bits, and
-the bounds are 2^-6. Run it on a rule of your own:
+Rules that withstand hostile clients weigh all alike and take a statistic of their own for dense tensors: their truth is
+the mean with equal weights, and dense tensors are not held against it. Where the truth is zero the bounds are absolute.
+With bfloat16 adapters, what clients receive is rounded to 8 bits, and the bounds are 2^-6. Run it on your own rule:
 
     for case in cases(rule=MyRule()):
         finding = examine(MyRule(), case)
@@ -39,7 +40,7 @@ from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec
 from federated.state import AdapterState, Tensors, group_of
 from federated.uploads import pack, unpack
 
-__all__ = ["Case", "Finding", "cases", "dense_mean", "effective_of", "examine", "fits"]
+__all__ = ["Case", "Finding", "cases", "crowded", "dense_mean", "effective_of", "examine", "fits"]
 
 _BOUND = {"F32": 1e-6, "BF16": 2.0**-6, "F16": 2.0**-9}
 _MEAN = "mean_pool"
@@ -85,6 +86,7 @@ class Finding:
         optimum: the same for the best adapter of that rank, beside the residual as it was.
         dense_error: largest relative error of the dense tensors' mean.
         bound: what ``error - optimum`` (or ``error``) may be.
+        dense_claim: whether the rule claims to average dense tensors.
     """
 
     rule: str
@@ -94,12 +96,13 @@ class Finding:
     optimum: float
     dense_error: float
     bound: float
+    dense_claim: bool = True
 
     @property
     def passed(self) -> bool:
         """Whether the claim holds."""
         allowed = {"exact": self.bound, "truncation": self.optimum + self.bound}.get(self.exactness, float("inf"))
-        return self.error <= allowed and self.dense_error <= self.bound
+        return self.error <= allowed and (self.dense_error <= self.bound or not self.dense_claim)
 
 
 def effective_of(adapter: AdapterState) -> dict[str, Tensor]:
@@ -135,6 +138,8 @@ def examine(rule: Rule, case: Case) -> Finding:
     """
     if not fits(rule, case):
         raise AggregationError(f"case {case.name!r} needs {' and '.join(case.needs)}, which {rule.name} has not")
+    if rule.properties.robust:
+        case = replace(case, weights=dict.fromkeys(case.weights, 1.0))
     before = GlobalState(case.adapter, case.residual, rule_state=rule.init(case.adapter.spec))
     accumulator = rule.start(before, 1)
     after: dict[str, AdapterState] = {}
@@ -208,6 +213,7 @@ def _measured(rule: Rule, case: Case, *, made: AdapterState, after: Mapping[str,
         optimum=float(torch.stack(missed).sum().sqrt()) / size,
         dense_error=max(dense_errors),
         bound=_BOUND[case.adapter.spec.dtype],
+        dense_claim=not rule.properties.robust,
     )
 
 
@@ -312,3 +318,23 @@ def _case(
     names = [f"client-{number:03d}" for number in range(len(weights))]
     moves = {client: drawn(0.0 if client in still else 0.7) for client in names}
     return Case(name, AdapterState(spec, start), moves, dict(zip(names, weights, strict=True)))
+
+
+def crowded(case: Case, clients: int, *, seed: int = 0) -> Case:
+    """The same round with at least that many clients, for rules that need them; those that are there stay.
+
+    Further clients move as far as the others, elsewhere; where nobody moves, they do not either. They weigh 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {
+        name: float(torch.stack([moves[name].float() for moves in case.trained.values()]).square().mean().sqrt())
+        for name in case.adapter.tensors
+    }
+    trained: dict[str, Tensors] = dict(case.trained)
+    for number in range(len(trained), clients):
+        trained[f"client-{number:03d}"] = {
+            name: sizes[name] * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in case.adapter.tensors.items()
+        }
+    weights = {client_id: case.weights.get(client_id, 1.0) for client_id in trained}
+    return replace(case, trained=trained, weights=weights)

@@ -8,13 +8,18 @@ import torch
 
 from federated.aggregation import RULES, Accumulator, FedIT, FlexLoRA, FLoRA, Result, make_rule
 from federated.aggregation.factor_mean import FactorMean
-from federated.errors import AggregationError
+from federated.errors import AggregationError, NotEnoughUpdates
 from federated.global_state import GlobalState
-from federated.testing import Case, Finding, cases, dense_mean, effective_of, examine, fits
+from federated.testing import Case, Finding, cases, crowded, dense_mean, effective_of, examine, fits
 
 EVERY = {case.name: case for case in cases(rule=FLoRA())}
 CASES = {case.name: case for case in cases()}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def enough(name: str, case: Case) -> Case:
+    """The case, with as many clients as the rule needs."""
+    return crowded(case, make_rule(name).properties.min_updates)
 
 
 @pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
@@ -24,7 +29,7 @@ def test_every_rule_keeps_its_claim_or_says_what_it_lacks(name: str, case: Case)
         with pytest.raises(AggregationError, match=f"case '{case.name}' needs .*, which {name} has not"):
             examine(make_rule(name), case)
         return
-    finding = examine(make_rule(name), case)
+    finding = examine(make_rule(name), enough(name, case))
     assert finding.passed, finding
     assert torch.isfinite(torch.tensor([finding.error, finding.optimum, finding.dense_error])).all()
 
@@ -32,7 +37,7 @@ def test_every_rule_keeps_its_claim_or_says_what_it_lacks(name: str, case: Case)
 @pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_on_other_numbers_too(name: str, seed: int) -> None:
-    findings = [examine(make_rule(name), case) for case in cases(seed, rule=make_rule(name))]
+    findings = [examine(make_rule(name), enough(name, case)) for case in cases(seed, rule=make_rule(name))]
     assert [finding for finding in findings if not finding.passed] == []
 
 
@@ -51,7 +56,13 @@ def test_one_client_s_own_result_is_kept_by_all() -> None:
     """But for a threshold, which cuts even that."""
     options = {"florist": {"threshold": 1.0}}
     case = CASES["one client"]
-    assert all(examine(make_rule(name, options.get(name)), case).error < 1e-6 for name in RULES)
+    rules = [make_rule(name, options.get(name)) for name in RULES]
+    able = [rule for rule in rules if rule.properties.min_updates == 1]
+    assert all(examine(rule, case).error < 1e-6 for rule in able)
+    for rule in rules:
+        if rule not in able:
+            with pytest.raises(NotEnoughUpdates, match=rf"1 good updates: {rule.name} needs at least"):
+                examine(rule, case)
 
 
 class TestCases:
@@ -211,3 +222,16 @@ def test_the_truth_is_the_weighted_mean_of_effective_updates() -> None:
 
 def test_a_finding_of_a_wrong_dense_mean_fails_whatever_the_rule_claims() -> None:
     assert not Finding("x", "y", "approximate", error=0.0, optimum=0.0, dense_error=0.1, bound=1e-6).passed
+
+
+def test_more_clients_leave_those_that_are_there() -> None:
+    case = CASES["unequal weights"]
+    more = crowded(case, 5)
+    assert list(more.trained) == [f"client-{number:03d}" for number in range(5)]
+    assert all(more.trained[client_id] is moves for client_id, moves in case.trained.items())
+    assert (more.weights["client-001"], more.weights["client-004"]) == (10.0, 1.0)
+    sizes = [float(moves["layer.q.factor_a"].square().mean().sqrt()) for moves in more.trained.values()]
+    assert max(sizes) < 3 * min(sizes)
+    still = crowded(CASES["nobody learns anything"], 4).trained["client-003"]
+    assert not any(tensor.any() for tensor in still.values())
+    assert crowded(case, 2).trained.keys() == case.trained.keys()

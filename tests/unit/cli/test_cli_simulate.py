@@ -96,20 +96,22 @@ def test_sweep_makes_a_run_for_each_value(fedpeft: Callable[..., Any], here: Pat
 
 
 def test_partition_by_its_name_keeps_the_number_of_clients(simulate: Simulate) -> None:
-    assert participants(simulate("data.partition=pathological")) == [4]
+    assert participants(simulate("data.partition=pathological")) == [10]
 
 
 @pytest.mark.parametrize(
     ("overrides", "clients"),
     [
-        (("experiment=sensor",), 4),
-        (("experiment=tiny", "task=causal_lm", "model=tiny_llama"), 4),
-        (("experiment=tiny", "task=chat", "model=tiny_llama", "task.max_length=64"), 4),
+        (("experiment=sensor",), 10),
+        (("experiment=tiny", "task=causal_lm", "model=tiny_llama"), 10),
+        (("experiment=tiny", "task=chat", "model=tiny_llama", "task.max_length=64"), 10),
         (("experiment=tiny", "data.partition=dirichlet", "data.partition.num_clients=3"), 3),
         (("experiment=tiny", "data.partition=iid", "data.partition.num_clients=3"), 3),
-        (("experiment=tiny", "strategy=fedyogi", "selection.fraction=0.5"), 2),
-        (("experiment=tiny", "adapter=rslora", "adapter.dtype=bfloat16", "train=sgd"), 4),
-        (("experiment=tiny", "engine.workers=2"), 4),
+        (("experiment=tiny", "strategy=fedyogi", "selection.fraction=0.5"), 5),
+        (("experiment=tiny", "adapter=rslora", "adapter.dtype=bfloat16", "train=sgd"), 10),
+        (("experiment=tiny", "engine.workers=2"), 10),
+        (("experiment=tiny", "strategy=krum"), 10),
+        (("experiment=tiny", "strategy=bulyan", "strategy.options.nnm=true"), 10),
     ],
 )
 def test_a_round_of(simulate: Simulate, overrides: tuple[str, ...], clients: int) -> None:
@@ -132,9 +134,19 @@ def test_buffered_rounds_from_data_to_report(simulate: Simulate) -> None:
 def test_a_buffer_larger_than_the_federation_is_refused_before_anything_starts(
     fedpeft: Callable[..., Any], here: Path
 ) -> None:
-    done = fedpeft("simulate", APP, "experiment=tiny", "round.mode=buffered", "round.buffer=5", code=2)
-    assert "round.buffer = 5: the data has 4 clients, and each is in a buffer at most once" in done.err
+    done = fedpeft("simulate", APP, "experiment=tiny", "round.mode=buffered", "round.buffer=11", code=2)
+    assert "round.buffer = 11: the data has 10 clients, and each is in a buffer at most once" in done.err
     assert list(here.iterdir()) == []
+
+
+def test_more_hostile_clients_than_the_rule_withstands_are_refused_before_anything_is_left(
+    fedpeft: Callable[..., Any], here: Path
+) -> None:
+    hostile = ("experiment=tiny", "strategy=krum", "strategy.options.byzantine=4", "run_dir=out")
+    done = fedpeft("simulate", APP, *hostile, code=2)
+    assert "10 clients at selection.fraction = 1: a cohort of 10, and krum needs at least 11 updates" in done.err
+    assert "that takes 11 clients" in done.err
+    assert not (here / "out").exists()
 
 
 ROWS = [

@@ -12,7 +12,7 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         cells[1]: cells for line in out.splitlines() if len(cells := [cell.strip() for cell in line.split("│")]) > 8
     }
     assert set(rows) == set(RULES)
-    assert {name: row[3] for name, row in rows.items()} == {
+    expected = {
         "fedex": "1",
         "fedit": "1",
         "fedrot": "1",
@@ -23,14 +23,20 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         "flexlora": "1",
         "flora": "1",
         "florist": "1",
+        "krum": "1",
     }
+    assert {name: rows[name][3] for name in expected} == expected
     assert {row[4] for row in rows.values()} == {"1"}
     for name, row in rows.items():
         properties = make_rule(name).properties
         assert row[5:8] == [
             "yes" if is_so else "no" for is_so in (properties.fixed_space, properties.mixed_ranks, properties.linear)
         ]
-        assert row[8] == {"any": "yes", "same_basis": "fresh", "no": "no"}[properties.asynchronous]
-    assert {rows[name][8] for name in ("fedit", "ffa")} == {"yes"}
+        assert row[8] == properties.gauge
+        assert f"{name}: {properties.paper}; in memory: {properties.memory}" in out
+        assert row[9] == {"any": "yes", "same_basis": "fresh", "no": "no"}[properties.asynchronous]
+    assert {rows[name][9] for name in ("fedit", "ffa")} == {"yes"}
     assert rows["flexlora"][2] == "truncated"
+    assert (rows["fedit"][8], rows["ffa"][8], rows["krum"][8]) == ("exposed", "refused", "immune")
+    assert "all clients; n >= 4 f + 3 with f = strategy.options.byzantine = 1" in out
     assert "arXiv:2402.11505" in out

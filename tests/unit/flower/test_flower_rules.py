@@ -110,20 +110,24 @@ def run(config: ExperimentConfig, session: Session, rule: Rule, **parts: Any) ->
             **parts,
         },
     )
-    with InProcessGrid(client_app(), 3) as grid:
+    with InProcessGrid(client_app(), config.data.partition.num_clients) as grid:
         strategy.start(grid)
     return strategy, tracker
 
 
 @pytest.fixture
 def three_rounds(real_config: ExperimentConfig, request: pytest.FixtureRequest) -> ExperimentConfig:
-    """Two of three clients a round, and enough of a learning rate to move everything."""
+    """Two of three clients a round, or as many as the rule needs of one more; a learning rate that moves everything."""
     name = request.getfixturevalue("name") if "name" in request.fixturenames else FEDIT
+    properties = make(name).properties
+    cohort = max(2, properties.min_updates)
+    rule, options = VARIANTS.get(name, (name, {}))
     return replace(
         real_config,
         rounds=3,
-        strategy=replace(real_config.strategy, rule=VARIANTS.get(name, (name,))[0]),
-        selection=replace(real_config.selection, fraction=0.6),
+        strategy=replace(real_config.strategy, rule=rule, options=options, weighted=not properties.robust),
+        selection=replace(real_config.selection, fraction=(cohort - 0.2) / (cohort + 1)),
+        data=replace(real_config.data, partition=replace(real_config.data.partition, num_clients=cohort + 1)),
         train=replace(real_config.train, learning_rate=0.05, steps=2),
     )
 
@@ -174,11 +178,23 @@ def keeps_its_claim(rule: Recorded, starts: list[AdapterState]) -> None:
             assert all(errors[layer] <= allowed[layer] for layer in errors), (errors, allowed)
         total = sum(book.weights.values())
         assert made.dense()
+        if rule.properties.robust:
+            assert_among_the_clients(made, book)
+            continue
         for tensor, value in made.dense().items():
             mean = sum(
                 weight / total * book.after[one].tensors[tensor].double() for one, weight in book.weights.items()
             )
             torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def assert_among_the_clients(made: AdapterState, book: Round) -> None:
+    """Each dense value lies between those that clients hold, or held before the round."""
+    for tensor, value in made.dense().items():
+        every = torch.stack([one.tensors[tensor] for one in (*book.after.values(), book.before)])
+        assert (value >= every.min(dim=0).values - 1e-6).all()
+        assert (value <= every.max(dim=0).values + 1e-6).all()
+        assert not torch.equal(value, book.before.tensors[tensor])
 
 
 @every_rule

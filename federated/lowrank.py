@@ -32,6 +32,7 @@ from federated.state import LoraPair
 __all__ = [
     "LowRank",
     "Spectrum",
+    "Streamed",
     "balanced_factors",
     "decompose",
     "effective",
@@ -42,6 +43,7 @@ __all__ = [
     "sketch",
     "stack",
     "sum_of",
+    "sum_streaming",
     "truncate",
 ]
 
@@ -142,6 +144,53 @@ def sum_of(terms: Iterable[tuple[float, LowRank]]) -> LowRank:
         AggregationError: as `stack`.
     """
     return stack([product.scaled(weight) for weight, product in terms])
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A sum that was folded on the way.
+
+    Args:
+        product: the sum.
+        lost: Frobenius norm, at most, of what was cut off; 0 where nothing was.
+    """
+
+    product: LowRank
+    lost: float
+
+
+def sum_streaming(terms: Iterable[tuple[float, LowRank]], *, bound: int | None = None) -> Streamed:
+    """`sum_of` in bounded memory: when the stacked columns pass a bound, they are folded into half as many.
+
+    Folding keeps the closest matrix of that rank, by `decompose`. Where half of the bound is the matrix's smaller side,
+    as it is by default, there are no more directions than that and nothing is lost but rounding. Other orders of the
+    terms round differently: give them in a canonical one.
+
+    Args:
+        terms: weights and products, taken one at a time.
+        bound: most columns that are held, one term aside; default: twice the smaller side.
+
+    Raises:
+        AggregationError: as `stack`; for a bound below 2, or values that are not finite.
+    """
+    held: list[LowRank] = []
+    lost = 0.0
+    for weight, product in terms:
+        most = 2 * min(product.shape) if bound is None else bound
+        if most < 2:
+            raise AggregationError(f"a bound of {most} columns on a sum: expected at least 2")
+        held.append(product.scaled(weight))
+        if sum(one.stacked_rank for one in held) > most:
+            folded, cut = _folded(stack(held), most // 2)
+            held, lost = [folded], lost + cut
+    return Streamed(stack(held), lost)
+
+
+def _folded(product: LowRank, rank: int) -> tuple[LowRank, float]:
+    """The closest matrix of that rank, and the norm of the rest."""
+    found = decompose(product)
+    kept = LowRank(found.u[:, :rank] * found.s[:rank], found.v[:, :rank].T.contiguous())
+    return kept, float(found.s[rank:].norm())
 
 
 def decompose(product: LowRank) -> Spectrum:

@@ -6,8 +6,6 @@ It does not read files and knows no database; `federated.wire`, `federated.regis
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,6 +14,8 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+
+from federated.digests import canonical_json, digest_of, sha256_hex
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -41,28 +41,6 @@ DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64"
 """safetensors' names of the dtypes that may travel or be stored, with their size in bytes."""
 
 _NUMPY: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
-
-
-def canonical_json(value: Any) -> bytes:
-    """Encode as JSON with sorted keys, no spaces, UTF-8 and no NaN: equal values give equal bytes.
-
-    >>> canonical_json({"b": 1, "a": [1.5, None]})
-    b'{"a":[1.5,null],"b":1}'
-
-    Raises:
-        ValueError: for NaN or infinity, which JSON cannot carry.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def sha256_hex(data: bytes | memoryview) -> str:
-    """SHA-256 of ``data`` as 64 lower-case hexadecimal characters."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def digest_of(value: Any) -> str:
-    """Digest of the canonical JSON of ``value``."""
-    return sha256_hex(canonical_json(value))
 
 
 @dataclass(frozen=True)
@@ -132,7 +110,8 @@ class ModuleSpec:
     """One adapted layer: its module path in the base model and the algebra of its factors.
 
     ``factor_a`` is ``rank x d_in``, ``factor_b`` is ``d_out x rank`` and the effective update is
-    ``scaling * factor_b @ factor_a`` (``d_out x d_in``), transposed when ``fan_in_fan_out`` (Conv1D) stores it so.
+    ``scaling * factor_b @ factor_a`` (``d_out x d_in``), transposed when ``fan_in_fan_out`` (Conv1D) stores it so. Of
+    ``lora_xs`` it is ``scaling * factor_b @ core @ factor_a``.
     """
 
     name: str
@@ -165,7 +144,7 @@ class AdapterSpec:
     """Everything that must agree before two adapters may be added.
 
     Args:
-        peft_type: ``"lora"``.
+        peft_type: ``"lora"``, or ``"lora_xs"``: each module has a core (rank x rank) between its frozen factors.
         rank: LoRA's r, the largest one where modules differ.
         alpha: ``lora_alpha``.
         use_rslora: scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``.
@@ -181,6 +160,16 @@ class AdapterSpec:
     modules: tuple[ModuleSpec, ...]
     head: HeadSpec | None = None
     dtype: str = "F32"
+
+    @property
+    def has_core(self) -> bool:
+        """Whether each module has a core between its factors."""
+        return self.peft_type == "lora_xs"
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of tensors that such an adapter trains, where nobody says otherwise."""
+        return ("core", "dense") if self.has_core else ("factor_a", "factor_b", "dense")
 
     def scaling(self, module: ModuleSpec) -> float:
         """``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA."""
@@ -295,12 +284,20 @@ class TrainPlan:
         mode: ``"train"`` or ``"evaluate"``.
         phase: exchange within the round, 1-based.
         rank: LoRA rank of the payload for this client.
-        trainable: the groups that move: any of ``"factor_a"``, ``"factor_b"``, ``"dense"``.
+        trainable: the groups that move: any of ``"factor_a"``, ``"factor_b"``, ``"core"``, ``"dense"``.
         kept: those of them that stay on the client, which goes on from its own the next time (FedSA-LoRA).
         align: turn both factors, before they are sent, so that this one is near the received one: ``"factor_a"`` or
             ``"factor_b"`` (FedRot-LoRA); empty leaves them as they are.
         align_strength: how far, in [0, 1].
         proximal_mu: FedProx's mu.
+        tail_penalty: weight of a penalty on the last rows of A and columns of B (HetLoRA); 0 means none.
+        tail_start: the first of them.
+        upload: what goes up: the trained groups' ``"delta"``; the ``"sketch"`` of their products, with the dense delta
+            (the client then keeps what it trained until the round is over); or a ``"projection"`` of the products
+            onto a basis that is sent along (FedASK).
+        sketch_columns: of a sketch; a layer has no more than its smaller side.
+        sketch_seed: of the sketch's random matrix, shared by all clients.
+        cached: answer from what this client trained in an earlier phase of the round, without training.
         evaluate_before: measure the received adapter on the client's held-out data before training.
         evaluate_after: measure the trained one too.
     """
@@ -313,6 +310,12 @@ class TrainPlan:
     align: str = ""
     align_strength: float = 1.0
     proximal_mu: float = 0.0
+    tail_penalty: float = 0.0
+    tail_start: int = 0
+    upload: str = "delta"
+    sketch_columns: int = 0
+    sketch_seed: int = 0
+    cached: bool = False
     evaluate_before: bool = True
     evaluate_after: bool = False
 

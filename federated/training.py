@@ -6,7 +6,8 @@ a seed and the global random state is left as it was.
 * The loss is the mean of per-sample losses over an optimizer step, however many forward passes it is made of.
 * Trainable tensors are float32 while they train, whatever the adapter's dtype; ``delta = after - before`` in float32.
 * The frozen base stays in eval mode: the one dropout is the adapter's own.
-* FedProx: ``mu * (w - w_received)`` is added to the gradient; the reported loss is without it.
+* FedProx: ``mu * (w - w_received)`` is added to the gradient, and so is a plan's penalty (`federated.penalties`); the
+  reported loss is without them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from federated.config import TrainConfig
 from federated.delta import subtract
 from federated.errors import ConfigError, DataError, FederatedError, ModelError
 from federated.manifest import TrainPlan, digest_of
+from federated.penalties import TailPenalty, tail_penalty
 from federated.state import AdapterState, group_of
 from federated.tasks import Evaluation, Features, Task
 from federated.tasks.batching import step_groups
@@ -146,9 +148,11 @@ class LocalTrainer:
         if not train:
             raise DataError("the client has no training examples; expected at least one")
         self.adapter.set_trainable(plan.trainable)
-        parameters = list(self.adapter.trainable(plan.trainable).values())
+        named = self.adapter.trainable(plan.trainable)
+        parameters = list(named.values())
         groups = step_groups([self.task.length(one) for one in train], self.config, seed)
-        steps = _Steps(parameters, self.config, plan.proximal_mu or self.config.proximal_mu, total=len(groups))
+        mu, penalty = plan.proximal_mu or self.config.proximal_mu, tail_penalty(plan, named)
+        steps = _Steps(parameters, self.config, mu, total=len(groups), penalty=penalty)
         losses, clipped = [], 0
         self.adapter.set_dropout(True)
         try:
@@ -205,10 +209,19 @@ class LocalTrainer:
 
 
 class _Steps:
-    """Optimizer, schedule, clipping and proximal term of one run."""
+    """Optimizer, schedule, clipping, proximal term and penalty of one run."""
 
-    def __init__(self, parameters: list[nn.Parameter], config: TrainConfig, mu: float, *, total: int) -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        config: TrainConfig,
+        mu: float,
+        *,
+        total: int,
+        penalty: TailPenalty | None = None,
+    ) -> None:
         self._parameters = parameters
+        self._penalty = penalty
         self._bound = config.max_grad_norm
         self._mu = mu
         self._received = [parameter.detach().clone() for parameter in parameters] if mu else []
@@ -234,6 +247,8 @@ class _Steps:
         for parameter, received in zip(self._parameters, self._received, strict=False):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - received, alpha=self._mu)
+        if self._penalty is not None:
+            self._penalty.add_gradient()
 
     def _clip(self) -> bool:
         if not self._bound:

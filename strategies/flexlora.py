@@ -6,15 +6,16 @@ Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous 
 NeurIPS 2024 (arXiv:2402.11505).
 
     fedpeft simulate strategy=flexlora
+    fedpeft simulate strategy=flexlora strategy.options.error_feedback=true
 """
 
 from typing import Any
 
-from federated.aggregation import FlexLoRA
+from federated.aggregation import make_rule
 from federated.config import ExperimentConfig
 from federated.flower import DeltaStrategy
 
 
 def make(config: ExperimentConfig, **parts: Any) -> DeltaStrategy:
     """The strategy; ``parts`` are those of `DeltaStrategy` (initial, base_digest, registry, tracker ...)."""
-    return DeltaStrategy(config, rule=FlexLoRA(), **parts)
+    return DeltaStrategy(config, rule=make_rule("flexlora", config.strategy.options), **parts)

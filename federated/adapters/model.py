@@ -18,7 +18,7 @@ from torch import nn
 
 from federated.adapters.base import BaseModel
 from federated.adapters.heads import build_head
-from federated.adapters.lora import dropouts_of, factors_of, inject, set_rank, set_residual
+from federated.adapters.lora import core_of, dropouts_of, factors_of, inject, set_rank, set_residual
 from federated.adapters.spec import check_spec, check_task, head_spec, spec_for
 from federated.config import AdapterConfig, TaskConfig
 from federated.errors import ModelError
@@ -28,7 +28,7 @@ from federated.state import AdapterState, group_of
 __all__ = ["AdapterModel", "attach", "null_model", "shell", "share"]
 
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-GROUPS = ("factor_a", "factor_b", "dense")
+GROUPS = ("factor_a", "factor_b", "core", "dense")
 
 
 def share(base: BaseModel) -> nn.Module:
@@ -57,7 +57,7 @@ class AdapterModel:
         self._residual: AdapterState | None = None
         self._dropouts = dropouts_of(model)
         self._modules = list(model.modules())
-        self.set_trainable(GROUPS)
+        self.set_trainable(spec.groups)
 
     @property
     def device(self) -> torch.device:
@@ -157,17 +157,20 @@ class AdapterModel:
 
 
 def _factors(tree: nn.Module, spec: AdapterSpec) -> dict[str, nn.Parameter]:
-    """The live factors of a tree by canonical name."""
+    """The live factors and cores of a tree by canonical name."""
     tensors: dict[str, nn.Parameter] = {}
     for module in spec.modules:
         factor_a, factor_b = factors_of(tree, module.name)
         tensors |= {f"{module.name}.factor_a": factor_a, f"{module.name}.factor_b": factor_b}
+        if spec.has_core:
+            tensors[f"{module.name}.core"] = core_of(tree, module.name)
     return tensors
 
 
 def _shapes(spec: AdapterSpec) -> dict[str, tuple[int, int]]:
-    """The factors' shapes by canonical name."""
+    """The factors' and cores' shapes by canonical name."""
     shapes = {f"{one.name}.factor_a": (one.rank, one.d_in) for one in spec.modules}
+    shapes |= {f"{one.name}.core": (one.rank, one.rank) for one in spec.modules if spec.has_core}
     return shapes | {f"{one.name}.factor_b": (one.d_out, one.rank) for one in spec.modules}
 
 
@@ -220,10 +223,13 @@ def attach(base: BaseModel, adapter: AdapterConfig, task: TaskConfig, *, seed: i
     Raises:
         ModelError: if the adapter does not fit the base (see `spec_for`).
     """
-    return shell(base, spec_for(base, adapter, task, seed=seed), dropout=adapter.dropout, seed=seed)
+    spec = spec_for(base, adapter, task, seed=seed)
+    return shell(base, spec, dropout=adapter.dropout, seed=seed, core_init=adapter.core_init)
 
 
-def shell(base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int = 0) -> AdapterModel:
+def shell(
+    base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int = 0, core_init: str = "random"
+) -> AdapterModel:
     """An adapted tree for a spec, to be filled with `AdapterModel.write`: a device's slot.
 
     Raises:
@@ -231,7 +237,7 @@ def shell(base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int
     """
     check_spec(base, spec)
     tree = share(base)
-    inject(tree, spec, dropout=dropout, seed=seed)
+    inject(tree, spec, dropout=dropout, seed=seed, core_init=core_init)
     tensors = _factors(tree, spec)
     if spec.head is None:
         return AdapterModel(tree, spec, base, tensors, tree=tree)

@@ -26,6 +26,7 @@ _KINDS = {
     "causal_lm": ("decoder",),
     "sensor": ("module",),
 }
+_TYPES = ("lora", "lora_xs")
 _MOST_LABELS = 65_536
 
 
@@ -82,8 +83,8 @@ def check_spec(base: BaseModel, spec: AdapterSpec) -> None:
     Raises:
         ModelError: naming the first thing that does not fit.
     """
-    if spec.peft_type != "lora":
-        raise ModelError(f"adapter type {spec.peft_type!r} is unknown; expected 'lora'")
+    if spec.peft_type not in _TYPES:
+        raise ModelError(f"adapter type {spec.peft_type!r} is unknown; expected one of {', '.join(_TYPES)}")
     if spec.dtype not in _DTYPES.values():
         raise ModelError(f"adapter dtype {spec.dtype!r} is unknown; expected one of {sorted(_DTYPES.values())}")
     if spec.head is not None and not 1 <= spec.head.num_labels <= _MOST_LABELS:

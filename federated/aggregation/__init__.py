@@ -15,17 +15,21 @@ from federated.aggregation.bulyan import Bulyan
 from federated.aggregation.centered_clipping import CenteredClipping
 from federated.aggregation.combine import check_combination, clients_needed, cohort_size
 from federated.aggregation.factor_mean import FactorMean
+from federated.aggregation.fedask import FedASK
 from federated.aggregation.fedex import FedEx
 from federated.aggregation.fedit import FedIT
 from federated.aggregation.fedrot import FedRotLoRA
 from federated.aggregation.fedsa import FedSALoRA
+from federated.aggregation.fedsb import FedSB
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
 from federated.aggregation.flexlora import FlexLoRA
 from federated.aggregation.flora import FLoRA
 from federated.aggregation.florist import FLoRIST
 from federated.aggregation.geometric_median import GeometricMedian
+from federated.aggregation.hetlora import HetLoRA
 from federated.aggregation.krum import Krum
+from federated.aggregation.lora_fair import LoRAFAIR
 from federated.aggregation.median import CoordinateMedian
 from federated.aggregation.multi_krum import MultiKrum
 from federated.aggregation.norm_bound import NormBound
@@ -46,12 +50,16 @@ __all__ = [
     "FLoRA",
     "FLoRIST",
     "FactorMean",
+    "FedASK",
     "FedEx",
     "FedIT",
     "FedRotLoRA",
     "FedSALoRA",
+    "FedSB",
     "FedSVD",
     "FlexLoRA",
+    "HetLoRA",
+    "LoRAFAIR",
     "GeometricMedian",
     "Krum",
     "MultiKrum",
@@ -71,15 +79,19 @@ __all__ = [
 ]
 
 RULES: Mapping[str, Callable[..., Rule]] = {
+    "fedask": FedASK,
     "fedex": FedEx,
     "bulyan": Bulyan,
     "centered_clipping": CenteredClipping,
     "fedit": FedIT,
     "fedrot": FedRotLoRA,
     "fedsa": FedSALoRA,
+    "fedsb": FedSB,
     "fedsvd": FedSVD,
     "ffa": FFALoRA,
     "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
+    "lora_fair": LoRAFAIR,
     "flora": FLoRA,
     "florist": FLoRIST,
     "geometric_median": GeometricMedian,

@@ -24,6 +24,7 @@ def check_combination(rule: Rule, config: ExperimentConfig, *, clients: int | No
     Raises:
         ConfigError: naming the parts and the reason.
     """
+    _check_kind(rule, config.adapter)
     _check_optimizer(rule, config.strategy)
     _check_ranks(rule, config.adapter)
     _check_mode(rule, config.round)
@@ -70,6 +71,16 @@ def _check_optimizer(rule: Rule, strategy: StrategyConfig) -> None:
         f"strategy.server_optimizer = {found}: {rule.name} makes the next adapter itself, {how}, so there is no "
         "pseudo-gradient to follow; use sgd with learning rate 1"
     )
+
+
+def _check_kind(rule: Rule, adapter: AdapterConfig) -> None:
+    """A rule that averages cores has none in a LoRA adapter, and one that averages factors would train frozen ones."""
+    wanted = rule.properties.adapter
+    if adapter.kind != wanted:
+        raise ConfigError(
+            f"adapter.kind = {adapter.kind!r}: {rule.name} is a rule for adapters of kind {wanted}; set "
+            f"adapter.kind={wanted}, or choose another strategy"
+        )
 
 
 def _check_ranks(rule: Rule, adapter: AdapterConfig) -> None:

@@ -9,7 +9,7 @@ A frozen residual that all clients share is not in it: it is the same on both si
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -19,9 +19,9 @@ from federated.aggregation.sums import WeightedSum
 from federated.delta import Update, apply
 from federated.errors import AggregationError, NotEnoughUpdates
 from federated.global_state import GlobalState
-from federated.lowrank import LowRank, effective, sum_of
+from federated.lowrank import LowRank, effective, sum_streaming
 from federated.manifest import AdapterSpec
-from federated.state import AdapterState, LoraPair, group_of
+from federated.state import AdapterState, LoraPair, Tensors, group_of
 
 __all__ = ["ProductMean"]
 
@@ -29,7 +29,8 @@ __all__ = ["ProductMean"]
 class ProductMean:
     """Weighted mean of products: factors wait in a file and are read back in the order of client ids.
 
-    In memory are the factors of one layer, and the sum of the dense tensors.
+    In memory are the sum of one layer, of at most twice its smaller side in columns however many clients there are, and
+    the sum of the dense tensors.
 
     Args:
         state: before the round.
@@ -76,14 +77,16 @@ class ProductMean:
 
     def pairs(self, layer: str) -> dict[str, LoraPair]:
         """One layer's factors of every client, float32, in the order of client ids."""
-        found: dict[str, LoraPair] = {}
+        return dict(self.each_pair(layer))
+
+    def each_pair(self, layer: str) -> Iterator[tuple[str, LoraPair]]:
+        """`pairs`, one at a time."""
         for client_id in sorted(self._weights):
             spec = self._specs[client_id]
             module = next(one for one in spec.modules if one.name == layer)
             factor_a = self._spool.get(client_id, f"{layer}.factor_a")
             factor_b = self._spool.get(client_id, f"{layer}.factor_b")
-            found[client_id] = LoraPair(module, factor_a, factor_b, spec.scaling(module))
-        return found
+            yield client_id, LoraPair(module, factor_a, factor_b, spec.scaling(module))
 
     def mean(self, layer: str, weights: Mapping[str, float] | None = None) -> LowRank:
         """``sum_k p_k s_k B_k A_k`` of one layer, float64.
@@ -94,18 +97,27 @@ class ProductMean:
         """
         chosen = self._weights if weights is None else weights
         total = sum(weight for _, weight in sorted(chosen.items()))
-        return sum_of([(chosen[client_id] / total, effective(pair)) for client_id, pair in self.pairs(layer).items()])
+        terms = ((chosen[client_id] / total, effective(pair)) for client_id, pair in self.each_pair(layer))
+        return sum_streaming(terms).product
+
+    def dense_delta(self) -> dict[str, Tensor]:
+        """The weighted mean of the dense tensors' deltas, float64; empty where there are none."""
+        return self._dense.mean() if self._dense.count else {}
 
     def with_dense_mean(self) -> dict[str, Tensor]:
         """The global adapter's tensors with its dense ones moved by the weighted mean of the deltas, float32."""
-        before = self._state.adapter
-        if not before.dense():
-            return dict(before.tensors)
-        mean = self._dense.mean()
+        before, mean = self._state.adapter, self.dense_delta()
         moved = {name: (before.tensors[name].double() + mean[name]).float() for name in mean}
         return {**before.tensors, **moved}
 
-    def result(self, state: GlobalState, *, metrics: Mapping[str, float]) -> Result:
+    def result(
+        self,
+        state: GlobalState | None = None,
+        *,
+        metrics: Mapping[str, float],
+        mean_delta: Tensors | None = None,
+    ) -> Result:
         """The outcome, with this round's participants and their weight."""
         total = sum(self._weights.values())
-        return Result(state=state, participants=len(self._weights), total_weight=total, metrics=metrics)
+        count = len(self._weights)
+        return Result(mean_delta, state, participants=count, total_weight=total, metrics=metrics)

@@ -28,8 +28,10 @@ class RuleProperties:
         linear: a sum of messages, which client-level DP and secure aggregation need.
         mixed_ranks: clients may hold different ranks.
         needs_individual_updates: must see updates one beside the other (robust rules).
+        phases: exchanges in a round, when nobody is lost between them.
         own_payloads: clients of one rank may be sent different adapters.
         residual: keeps a frozen residual, which goes down whole in each round.
+        adapter: the kind of adapter that it works on.
         personal: clients keep a part of the model (`TrainPlan.kept`); no version can be served.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
         asynchronous: whether an update may go into another version than the next after the one that it started from.
@@ -52,8 +54,10 @@ class RuleProperties:
     linear: bool
     mixed_ranks: bool = False
     needs_individual_updates: bool = False
+    phases: int = 1
     own_payloads: bool = False
     residual: bool = False
+    adapter: Literal["lora", "lora_xs"] = "lora"
     personal: bool = False
     fixed_space: bool = True
     asynchronous: Literal["any", "same_basis", "no"] = "no"

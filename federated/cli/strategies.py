@@ -6,7 +6,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from federated.aggregation import RULES, ClientView, Rule, make_rule
+from federated.aggregation import RULES, ClientView, NextPhase, Rule, make_rule
+from federated.delta import Update
+from federated.errors import AggregationError
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, ModuleSpec
 from federated.state import AdapterState, Tensors
@@ -75,15 +77,28 @@ def _yes(value: bool) -> str:
 
 
 def _traffic(rule: Rule) -> tuple[str, str]:
-    """Tensors up and down in the first round, asked of the rule itself."""
+    """Tensors up and down in the first round, in all its exchanges, asked of the rule itself."""
     module = ModuleSpec("layer", _SIDE, _SIDE, _RANK, 2.0 * _RANK)
-    spec = AdapterSpec("lora", _RANK, 2.0 * _RANK, use_rslora=False, modules=(module,))
+    spec = AdapterSpec(rule.properties.adapter, _RANK, 2.0 * _RANK, use_rslora=False, modules=(module,))
     factors = {"layer.factor_a": torch.zeros(_RANK, _SIDE), "layer.factor_b": torch.zeros(_SIDE, _RANK)}
-    state = GlobalState(AdapterState(spec, factors), rule_state=rule.init(spec))
-    plan, payload = rule.plan(state, ClientView("anybody"), 1)
-    sent = sum(entry.nbytes for entry in layout(plan, payload)) // 4
-    return _share(sent, factors), _share(sum(tensor.numel() for tensor in payload.tensors.values()), factors)
+    core = {"layer.core": torch.zeros(_RANK, _RANK)} if spec.has_core else {}
+    state, phase = GlobalState(AdapterState(spec, {**factors, **core}), rule_state=rule.init(spec)), 1
+    up = down = 0
+    while True:
+        plan, payload = rule.plan(state, ClientView("anybody"), phase)
+        entries = layout(plan, payload)
+        up += sum(entry.nbytes for entry in entries) // 4
+        down += sum(tensor.numel() for named in (payload.tensors, payload.extra) for tensor in named.values())
+        if phase == rule.properties.phases:
+            return _share(up, factors), _share(down, factors)
+        accumulator = rule.start(state, phase)
+        nothing = {entry.name: torch.zeros(entry.shape) for entry in entries}
+        accumulator.add(Update("anybody", nothing, num_examples=1, received=payload), 1.0)
+        found = accumulator.finish()
+        if not isinstance(found, NextPhase):
+            raise AggregationError(f"{rule.name} ends after phase {phase}, and declares {rule.properties.phases}")
+        state, phase = found.state, found.phase
 
 
 def _share(count: int, factors: Tensors) -> str:
-    return f"{count / sum(tensor.numel() for tensor in factors.values()):g}"
+    return f"{count / sum(tensor.numel() for tensor in factors.values()):.2g}"

@@ -58,7 +58,7 @@ class AdapterConfig:
     """The trainable adapter.
 
     Args:
-        kind: PEFT method.
+        kind: PEFT method: ``lora``, or ``lora_xs``, which trains a small core between frozen factors.
         rank: LoRA's r.
         alpha: ``lora_alpha``; the effective update is ``alpha / rank * B @ A``.
         use_rslora: scale by ``alpha / sqrt(rank)``.
@@ -66,11 +66,13 @@ class AdapterConfig:
         target_modules: module name suffixes, or ``"all-linear"``, or ``"auto"`` (query and value projections).
         train_head: whether the task head travels with the adapter or stays frozen.
         dtype: dtype of the trainable tensors on a device.
+        core_init: where the frozen factors around a core come from: the leading directions of the layer itself
+            (``svd``), or ``random`` ones; ``lora`` has no core.
         client_ranks: ranks that simulated clients declare, given out in turn in the order of their names; each trains
             at the smaller of its own and ``rank``. Empty: all train at ``rank``. Real clients say it in their own file.
     """
 
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "lora_xs"] = "lora"
     rank: Count = 8
     alpha: Positive = 16.0
     use_rslora: bool = False
@@ -78,6 +80,7 @@ class AdapterConfig:
     target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
     train_head: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    core_init: Literal["svd", "random"] = "svd"
     client_ranks: tuple[Count, ...] = ()
 
 

@@ -17,6 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from federated.config import ExperimentConfig
 from federated.delta import apply_some
 from federated.errors import BaseMismatch, ConfigError
+from federated.flower.client_cache import cache, cached
 from federated.flower.client_memory import recalled, remember
 from federated.flower.client_store import ClientStore
 from federated.flower.records import (
@@ -32,7 +33,7 @@ from federated.flower.records import (
 from federated.flower.session import ClientSite, Session, open_session, site_of
 from federated.manifest import canonical_json, digest_of
 from federated.state import AdapterState, to_raw
-from federated.training import client_seed
+from federated.training import LocalResult, client_seed
 from federated.uploads import pack
 from federated.wire import seal_update
 
@@ -99,9 +100,10 @@ def _evaluate(task: Assignment, session: Session, state: AdapterState) -> Record
     return reply_content(task.client_id, task.task_token, result.metrics)
 
 
-def _train(
-    task: Assignment, session: Session, *, state: AdapterState, store: ClientStore
-) -> tuple[dict[str, float], bytes]:
+def _trained(
+    task: Assignment, session: Session, state: AdapterState, store: ClientStore
+) -> tuple[AdapterState, LocalResult]:
+    """What the client started from, and what it learnt."""
     data = session.local_data(task.client_id)
     seed = client_seed(session.config.seed, task.round_number, task.client_id)
     start = recalled(store, task.plan, state, version_id=task.parent_version)
@@ -114,6 +116,15 @@ def _train(
         round_number=task.round_number,
         version_id=task.parent_version,
     )
+    if task.plan.upload == "sketch":
+        cache(store, task, start, result)
+    return start, result
+
+
+def _train(
+    task: Assignment, session: Session, *, state: AdapterState, store: ClientStore
+) -> tuple[dict[str, float], bytes]:
+    start, result = cached(store, task, state) if task.plan.cached else _trained(task, session, state, store)
     packet = seal_update(
         to_raw(pack(task.plan, start, result.delta)),
         run_id=task.run_id,

@@ -92,8 +92,13 @@ class Assignment:
 def _check_types(task: Assignment) -> None:
     """Numbers and names end up in file names on the client: nothing else may stand in their place."""
     plan = task.plan
-    if any(type(number) is not int or number < 0 for number in (task.round_number, plan.phase, plan.rank)):
-        raise ValueError("round_number, phase and rank are integers of at least 0")
+    counts = (task.round_number, plan.phase, plan.rank, plan.tail_start, plan.sketch_columns, plan.sketch_seed)
+    if any(type(number) is not int or number < 0 for number in counts):
+        raise ValueError("round_number, phase, rank, rows, columns and seeds are integers of at least 0")
+    if type(plan.tail_penalty) not in (int, float) or not 0 <= plan.tail_penalty < math.inf:
+        raise ValueError("a penalty is a finite number of at least 0")
+    if plan.upload not in ("delta", "sketch", "projection") or type(plan.cached) is not bool:
+        raise ValueError("an upload is a delta, a sketch or a projection, and cached is true or false")
     names = (task.run_id, task.client_id, task.task_token, task.parent_version, task.base_digest)
     if any(type(name) is not str for name in (*names, *plan.trainable, *plan.kept)) or plan.mode not in (
         "train",

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from federated.aggregation import ClientView, NextPhase, Rule
+from federated.aggregation import ClientView, NextPhase, Result, Rule
 from federated.delta import Update
 from federated.errors import AggregationError
 from federated.global_state import GlobalState
@@ -44,6 +44,7 @@ __all__ = ["Case", "Finding", "cases", "crowded", "dense_mean", "effective_of", 
 
 _BOUND = {"F32": 1e-6, "BF16": 2.0**-6, "F16": 2.0**-9}
 _MEAN = "mean_pool"
+_MOST_PHASES = 8
 
 
 @dataclass(frozen=True)
@@ -134,35 +135,27 @@ def examine(rule: Rule, case: Case) -> Finding:
     """Run a rule on a case and measure it.
 
     Raises:
-        AggregationError: if the rule does not fit the case, refuses it, or asks for a second phase.
+        AggregationError: if the rule does not fit the case, refuses it, or never comes to an end.
     """
     if not fits(rule, case):
         raise AggregationError(f"case {case.name!r} needs {' and '.join(case.needs)}, which {rule.name} has not")
     if rule.properties.robust:
         case = replace(case, weights=dict.fromkeys(case.weights, 1.0))
     before = GlobalState(case.adapter, case.residual, rule_state=rule.init(case.adapter.spec))
-    accumulator = rule.start(before, 1)
     after: dict[str, AdapterState] = {}
-    for client_id, moves in case.trained.items():
-        plan, payload = rule.plan(before, ClientView(client_id, case.ranks.get(client_id)), 1)
-        delta = {
-            name: _first(move, payload.tensors[name].shape)
-            for name, move in moves.items()
-            if group_of(name) in plan.trainable
-        }
-        moved = {name: tensor.float() + delta.get(name, 0.0) for name, tensor in payload.tensors.items()}
-        after[client_id] = replace(payload, tensors=moved)
-        sent = unpack(plan, payload, pack(plan, payload, delta))
-        accumulator.add(Update(client_id, sent, num_examples=1, received=payload), case.weights[client_id])
-    result = accumulator.finish()
-    if isinstance(result, NextPhase):
-        raise AggregationError(f"{rule.name} asks for a second phase, which this suite does not run")
+    result, phase = _phase(rule, case, before, phase=1, after=after), 1
+    while isinstance(result, NextPhase):
+        if not phase < result.phase <= _MOST_PHASES:
+            raise AggregationError(f"{rule.name} asks for phase {result.phase} after phase {phase}")
+        phase = result.phase
+        result = _phase(rule, case, result.state, phase=phase, after=after)
     state = result.state or before
     made = state.adapter if result.state else _moved(case.adapter, result.mean_delta or {})
     made = replace(made, residual=state.residual)
+    kept = rule.plan(before, ClientView(min(case.trained)), 1)[0].kept
     findings = [
         _measured(rule, case, made=_with(own, made), after={name: _with(own, one) for name, one in after.items()})
-        for own in _kept(after, plan.kept)
+        for own in _kept(after, kept)
     ]
     return max(findings, key=lambda finding: (not finding.passed, finding.error))
 
@@ -184,6 +177,26 @@ def _with(own: Tensors, adapter: AdapterState) -> AdapterState:
 def _first(tensor: Tensor, shape: torch.Size) -> Tensor:
     """The first rows and columns of a matrix."""
     return tensor[tuple(slice(size) for size in shape)]
+
+
+def _phase(
+    rule: Rule, case: Case, state: GlobalState, *, phase: int, after: dict[str, AdapterState]
+) -> NextPhase | Result:
+    """One exchange; what clients hold after the first goes into ``after``, and later ones may answer from it."""
+    accumulator = rule.start(state, phase)
+    for client_id, moves in case.trained.items():
+        plan, payload = rule.plan(state, ClientView(client_id, case.ranks.get(client_id)), phase)
+        if plan.cached:
+            held = replace(after[client_id], extra=payload.extra)
+            delta = {name: move for name, move in moves.items() if group_of(name) == "dense"}
+        else:
+            fitting = {name: _first(move, payload.tensors[name].shape) for name, move in moves.items()}
+            held, delta = payload, {name: move for name, move in fitting.items() if group_of(name) in plan.trainable}
+            moved = {name: tensor.float() + delta.get(name, 0.0) for name, tensor in payload.tensors.items()}
+            after[client_id] = replace(payload, tensors=moved)
+        sent = unpack(plan, payload, pack(plan, held, delta))
+        accumulator.add(Update(client_id, sent, num_examples=1, received=payload), case.weights[client_id])
+    return accumulator.finish()
 
 
 def _moved(adapter: AdapterState, mean_delta: Tensors) -> AdapterState:
@@ -231,12 +244,34 @@ def cases(seed: int = 0, *, rule: Rule | None = None) -> Iterator[Case]:
 
     Args:
         seed: of all numbers.
-        rule: also the cases that need what this rule has: clients of different ranks, a residual before the round.
-            None gives those that every rule takes.
+        rule: also the cases that need what this rule has: clients of different ranks, a residual before the round; and
+            adapters of the kind that it works on. None gives the LoRA cases that every rule takes.
     """
+    cored = rule is not None and rule.properties.adapter != "lora"
     for case in _grid(seed):
         if not case.needs or (rule is not None and fits(rule, case)):
-            yield case
+            yield _cored(case, seed) if cored else case
+
+
+def _cored(case: Case, seed: int) -> Case:
+    """The same case with a core between the factors; a fresh one starts at zero, and B does not."""
+    generator = torch.Generator().manual_seed(seed)
+    modules, fresh = case.adapter.spec.modules, all(not pair.factor_b.any() for pair in case.adapter.pairs())
+
+    def with_cores(tensors: Tensors, scale: float) -> dict[str, Tensor]:
+        size = [(f"{one.name}.core", (one.rank, one.rank)) for one in modules]
+        return {**tensors, **{name: scale * torch.randn(shape, generator=generator) for name, shape in size}}
+
+    factors = {
+        name: torch.randn(one.shape, generator=generator) if fresh and group_of(name) == "factor_b" else one
+        for name, one in case.adapter.tensors.items()
+    }
+    spec = replace(case.adapter.spec, peft_type="lora_xs")
+    trained = {
+        client: with_cores(moves, 0.7 * any(bool(move.any()) for move in moves.values()))
+        for client, moves in case.trained.items()
+    }
+    return replace(case, adapter=AdapterState(spec, with_cores(factors, float(not fresh))), trained=trained)
 
 
 def _grid(seed: int) -> Iterator[Case]:

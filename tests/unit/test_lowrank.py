@@ -20,6 +20,7 @@ from federated.lowrank import (
     sketch,
     stack,
     sum_of,
+    sum_streaming,
     truncate,
 )
 from federated.manifest import AdapterSpec, ModuleSpec
@@ -72,6 +73,56 @@ def test_a_weighted_sum_is_exact(d_out: int, d_in: int, rank: int) -> None:
     found = sum_of(zip(weights, parts, strict=True))
     assert found.stacked_rank == sum(part.stacked_rank for part in parts)
     assert close(found.dense(), truth)
+
+
+def falling(d_out: int, d_in: int, count: int) -> list[tuple[float, LowRank]]:
+    """Terms of several ranks."""
+    ranks = [1 + index % 4 for index in range(count)]
+    return [(1.0 / (1 + index), product(d_out, d_in, rank, seed=index)) for index, rank in enumerate(ranks)]
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(7, 5), (5, 7), (6, 6), (1, 8), (9, 1), (40, 12)])
+@pytest.mark.parametrize("count", [1, 2, 5, 60])
+def test_a_sum_in_bounded_memory_is_the_sum(d_out: int, d_in: int, count: int) -> None:
+    terms = falling(d_out, d_in, count)
+    found = sum_streaming(iter(terms))
+    assert found.lost == 0.0
+    assert found.product.stacked_rank <= 2 * min(d_out, d_in)
+    assert close(found.product.dense(), sum_of(terms).dense(), 1e-11)
+
+
+def test_a_short_sum_is_stacked_and_not_folded() -> None:
+    terms = falling(40, 30, 5)
+    found, whole = sum_streaming(terms).product, sum_of(terms)
+    assert torch.equal(found.left, whole.left)
+    assert torch.equal(found.right, whole.right)
+
+
+@pytest.mark.parametrize("bound", [2, 5, 8, 12])
+def test_what_a_smaller_bound_cuts_off_is_known(bound: int) -> None:
+    terms = falling(12, 9, 30)
+    found, whole = sum_streaming(terms, bound=bound), sum_of(terms)
+    error = float((found.product.dense() - whole.dense()).norm())
+    best = float(torch.linalg.svdvals(whole.dense())[bound:].norm())
+    assert best - 1e-12 <= error <= found.lost + 1e-12
+    assert found.lost > 0
+    assert found.product.stacked_rank <= bound
+
+
+def test_no_more_columns_are_held_than_the_bound_and_one_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "federated.lowrank.decompose", lambda given: seen.append(given.stacked_rank) or decompose(given)
+    )
+    sum_streaming(falling(30, 20, 200), bound=16)
+    assert len(seen) > 10
+    assert max(seen) <= 16 + 4
+
+
+def test_terms_that_cancel_leave_nothing() -> None:
+    one = product(6, 5, 3)
+    found = sum_streaming([(1.0, one), (1.0, product(6, 5, 4, seed=2)), (-1.0, product(6, 5, 4, seed=2)), (-1.0, one)])
+    assert norm_of(found.product) < 1e-12
 
 
 def test_scaling_leaves_the_original_alone() -> None:
@@ -212,6 +263,12 @@ class TestRefusals:
     def test_no_product(self):
         with pytest.raises(AggregationError, match="expected at least one"):
             stack([])
+
+    def test_a_sum_of_nothing_or_in_no_memory(self):
+        with pytest.raises(AggregationError, match="expected at least one"):
+            sum_streaming([])
+        with pytest.raises(AggregationError, match="bound of 1 columns on a sum: expected at least 2"):
+            sum_streaming([(1.0, product(3, 4, 1))], bound=1)
 
     def test_other_shapes(self):
         with pytest.raises(AggregationError, match="different shapes"):

@@ -205,8 +205,9 @@ def test_every_rule_satisfies_the_protocol_under_its_name(name: str) -> None:
     assert rule.name == name
     state = GlobalState(world().adapter, rule_state=rule.init(SPEC))
     assert isinstance(rule.start(state, 1), Accumulator)
-    with pytest.raises(AggregationError, match="has one phase, found phase 2"):
-        rule.start(state, 2)
+    if rule.properties.phases == 1:
+        with pytest.raises(AggregationError, match="has one phase, found phase 2"):
+            rule.start(state, 2)
 
 
 def test_an_unknown_rule_is_refused_with_the_known_ones() -> None:

@@ -13,20 +13,24 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
     }
     assert set(rows) == set(RULES)
     expected = {
+        "fedask": "2",
         "fedex": "1",
         "fedit": "1",
         "fedrot": "1",
         "fedsa": "0.5",
+        "fedsb": "0.0039",
         "fedsvd": "0.5",
         "ffa": "0.5",
         "rolora": "0.5",
         "flexlora": "1",
         "flora": "1",
+        "hetlora": "1",
+        "lora_fair": "1",
         "florist": "1",
         "krum": "1",
     }
     assert {name: rows[name][3] for name in expected} == expected
-    assert {row[4] for row in rows.values()} == {"1"}
+    assert {name: row[4] for name, row in rows.items()} == dict.fromkeys(rows, "1") | {"fedask": "2"}
     for name, row in rows.items():
         properties = make_rule(name).properties
         assert row[5:8] == [

@@ -67,8 +67,7 @@ class RawTensor:
 
     Args:
         dtype: safetensors' name of the dtype; bfloat16 has no numpy type and is kept as its raw bits.
-        shape: sizes.
-        data: little-endian row-major bytes.
+        shape, data: sizes, and little-endian row-major bytes.
     """
 
     dtype: str
@@ -126,11 +125,8 @@ class ModuleSpec:
 class HeadSpec:
     """A task head on top of the base model.
 
-    Args:
-        kind: ``"stock"`` (the architecture's own) or ``"mean_pool"``.
-        num_labels: classes.
-        trained: whether it travels with the adapter; a frozen head is rebuilt from ``seed``.
-        seed: seeds the head's initial weights.
+    ``kind`` is ``"stock"`` (the architecture's own) or ``"mean_pool"``; ``trained`` says whether it travels with the
+    adapter: a frozen head is rebuilt from ``seed``, which seeds its first weights.
     """
 
     kind: str
@@ -146,8 +142,7 @@ class AdapterSpec:
     Args:
         peft_type: ``"lora"``; ``"lora_xs"``: each module has a core (rank x rank) between its frozen factors; or
             without factors ``"ia3"``, ``"layernorm"``, ``"head"``, ``"full"`` or ``"prompt"``.
-        rank: LoRA's r, the largest one where modules differ; 0 without factors.
-        alpha: ``lora_alpha``; 0 without factors.
+        rank, alpha: LoRA's r, the largest one where modules differ, and ``lora_alpha``; 0 without factors.
         use_rslora: scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``.
         modules: the layers that have factors, sorted by name.
         head: the task head, if any.

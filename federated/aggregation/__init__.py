@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from federated.aggregation.basis import basis_of
 from federated.aggregation.bulyan import Bulyan
 from federated.aggregation.centered_clipping import CenteredClipping
 from federated.aggregation.combine import check_combination, clients_needed, cohort_size
@@ -70,6 +71,7 @@ __all__ = [
     "RuleProperties",
     "TrimmedMean",
     "WeightedSum",
+    "basis_of",
     "check_combination",
     "clients_needed",
     "cohort_size",

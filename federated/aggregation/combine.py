@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from federated.aggregation.protocol import Rule
-from federated.config import AdapterConfig, ExperimentConfig, SelectionConfig, StrategyConfig
+from federated.config import AdapterConfig, ExperimentConfig, RoundConfig, SelectionConfig, StrategyConfig
 from federated.config.parts import WITHOUT_FACTORS
 from federated.errors import ConfigError
 
@@ -28,6 +28,7 @@ def check_combination(rule: Rule, config: ExperimentConfig, *, clients: int | No
     _check_kind(rule, config.adapter)
     _check_optimizer(rule, config.strategy)
     _check_ranks(rule, config.adapter)
+    _check_mode(rule, config.round)
     _check_weights(rule, config.strategy)
     _check_cohort(rule, config.selection, clients)
 
@@ -124,3 +125,21 @@ def _check_cohort(rule: Rule, selection: SelectionConfig, clients: int | None) -
         f"{needed} updates in each round ({rule.properties.min_updates_why}); that takes "
         f"{clients_needed(rule, selection.fraction)} clients, or a smaller strategy.options.byzantine"
     )
+
+
+def _check_mode(rule: Rule, policy: RoundConfig) -> None:
+    """Buffered rounds mix updates of several versions: a rule must be able to, or few may be at work at a flush."""
+    if policy.mode == "sync" or rule.properties.asynchronous == "any":
+        return
+    if rule.properties.asynchronous == "no":
+        raise ConfigError(
+            f"round.mode = 'buffered': {rule.name} needs a cohort that starts together and answers together; use "
+            "round.mode=sync, or a rule that takes updates as they come (see fedpeft strategies)"
+        )
+    if policy.concurrency > policy.buffer:
+        raise ConfigError(
+            f"round.concurrency = {policy.concurrency} above round.buffer = {policy.buffer}: each version of "
+            f"{rule.name} has a basis of its own, so what is still in training when one is made would be refused, up "
+            f"to {policy.concurrency - 1} updates for {policy.buffer} that are taken; use a concurrency of at most "
+            "round.buffer, or round.mode=sync"
+        )

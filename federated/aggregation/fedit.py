@@ -30,6 +30,7 @@ class FedIT:
         space="factor",
         linear=True,
         needs_lora=False,
+        asynchronous="any",
         paper="Zhang et al. 2023, arXiv:2305.05644",
     )
 

@@ -35,6 +35,10 @@ class RuleProperties:
         adapter: the kind of LoRA that it works on.
         personal: clients keep a part of the model (`TrainPlan.kept`); no version can be served.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
+        asynchronous: whether an update may go into another version than the next after the one that it started from.
+            ``any``: into later ones too, since all are relative to the same (`federated.aggregation.basis`).
+            ``same_basis``: no, each version has a basis of its own, but rounds need no fixed cohort.
+            ``no``: rounds need one; also for rules of which nobody showed that they do not.
         paper: where it was published.
         gauge: what another basis of the same update, ``(B Q, Q^-1 A)``, does to the result: nothing (``immune``); it
             cannot be sent, because one factor is frozen and not in the update (``refused``); or it changes it
@@ -58,6 +62,7 @@ class RuleProperties:
     adapter: Literal["lora", "lora_xs"] = "lora"
     personal: bool = False
     fixed_space: bool = True
+    asynchronous: Literal["any", "same_basis", "no"] = "no"
     paper: str = ""
     gauge: Literal["immune", "refused", "exposed"] = "exposed"
     robust: bool = False

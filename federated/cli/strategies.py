@@ -17,6 +17,7 @@ from federated.uploads import layout
 __all__ = ["show"]
 
 _RANK, _SIDE = 8, 1024
+_BUFFERED = {"any": "yes", "same_basis": "fresh", "no": "no"}
 _CLAIMS = {
     "exact": "exact",
     "truncation": "truncated",
@@ -26,15 +27,30 @@ _CLAIMS = {
 
 def show(console: Console) -> None:
     """Print a row per rule; bytes are of one square layer, in units of its factors together."""
-    heads = ("sum of B A", "up", "down", "server\noptimizer", "mixed\nranks", "a sum*", "another\nbasis**")
+    heads = (
+        "sum of B A",
+        "up",
+        "down",
+        "server\noptimizer",
+        "mixed\nranks",
+        "a sum*",
+        "another\nbasis**",
+        "buffered\nrounds",
+    )
     table = Table("strategy", *heads)
     for name in sorted(RULES):
         rule = make_rule(name)
         properties = rule.properties
         up, down = _traffic(rule)
-        cells = (_yes(properties.fixed_space), _yes(properties.mixed_ranks), _yes(properties.linear))
+        cells = (
+            _yes(properties.fixed_space),
+            _yes(properties.mixed_ranks),
+            _yes(properties.linear),
+            properties.gauge,
+            _BUFFERED[properties.asynchronous],
+        )
         claim = _CLAIMS[properties.exactness] + (", own B" if properties.personal else "")
-        table.add_row(name, claim, up, down, *cells, properties.gauge)
+        table.add_row(name, claim, up, down, *cells)
     console.print(table)
     _say(console, "Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
     any_adapter = ", ".join(name for name in sorted(RULES) if not make_rule(name).properties.needs_lora)
@@ -43,6 +59,9 @@ def show(console: Console) -> None:
         properties = make_rule(name).properties
         needs = f"; {properties.min_updates_why}" if properties.min_updates_why else ""
         _say(console, f"{name}: {properties.paper}; in memory: {properties.memory}{needs}")
+    _say(
+        console, "Buffered rounds: with updates from older versions too, from the newest alone (fresh), or not at all."
+    )
     _say(console, "* the server needs only the sum of the updates: the condition of secure aggregation.")
     _say(
         console,

@@ -271,11 +271,14 @@ class SelectionConfig:
     """Who takes part in a round.
 
     Args:
-        fraction: share of the clients, at least one.
+        policy: ``uniform``, ``by_examples`` (more often, the more examples a client has), ``round_robin`` (everybody in
+            turn) or ``availability`` (more often, the better a client answered of late).
+        fraction: share of the clients, at least one; buffered rounds take all.
         min_clients: clients that must be connected before the first round starts.
         wait: seconds to wait for them.
     """
 
+    policy: Literal["uniform", "by_examples", "round_robin", "availability"] = "uniform"
     fraction: Fraction = 1.0
     min_clients: Count = 1
     wait: Positive = 60.0
@@ -286,13 +289,26 @@ class RoundConfig:
     """When a round is over.
 
     Args:
-        quorum: share of the cohort whose updates must be good, else the global version stays as it is.
+        mode: ``sync`` (a cohort, and an end for all of it) or ``buffered`` (a version for every so many good updates).
+        buffer: ``buffered``: good updates that make a version.
+        concurrency: ``buffered``: clients that train at the same time, at most.
+        staleness: ``buffered``: an update that started tau versions ago weighs ``1 / (1 + tau)^a`` (``polynomial``), or
+            as if it were fresh (``constant``).
+        staleness_exponent: ``a`` of ``polynomial``.
+        max_staleness: ``buffered``: refuse an update that started more versions ago.
+        quorum: ``sync``: share of the cohort whose updates must be good, else the global version stays as it is.
         deadline: seconds until missing replies are counted as late.
         poll_interval: seconds between looks for replies.
         max_norm: refuse an update whose L2 norm is larger; 0 means no bound.
         max_examples: refuse an update that claims more training examples: a claim is a weight in the mean.
     """
 
+    mode: Literal["sync", "buffered"] = "sync"
+    buffer: Count = 4
+    concurrency: Count = 8
+    staleness: Literal["constant", "polynomial"] = "polynomial"
+    staleness_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
+    max_staleness: Annotated[int, Field(ge=0)] = 20
     quorum: Fraction = 0.5
     deadline: Positive = 3600.0
     poll_interval: Positive = 0.05

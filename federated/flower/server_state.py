@@ -6,6 +6,7 @@ Mutable on purpose, and the only mutable thing of a strategy that a version's tr
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,8 @@ from federated.config import ServerOptimizerConfig
 from federated.delta import is_finite, norm, subtract
 from federated.errors import AggregationError
 from federated.flower.publisher import TrainingState
+from federated.flower.round_book import Outcome
+from federated.flower.selection import Standing
 from federated.global_state import GlobalState
 from federated.residual import folded
 from federated.state import AdapterState, Tensors
@@ -39,6 +42,8 @@ class ServerState:
         finished: the last round that was closed.
         version_id: id of the version that holds the global adapter; None before the first is published.
         counters: last message counter of each client.
+        standings: what earlier rounds taught about each client, for its selection.
+        at_work: clients in training while the last version was made (buffered rounds).
     """
 
     def __init__(self, initial: AdapterState, *, rule: Rule, optimizer: ServerOptimizerConfig) -> None:
@@ -46,6 +51,8 @@ class ServerState:
         self.finished = 0
         self.version_id: str | None = None
         self.counters: dict[str, int] = {}
+        self.standings: dict[str, Standing] = {}
+        self.at_work: tuple[str, ...] = ()
         self._optimizer = optimizer
         self._moments = server_optimizers.init(optimizer, self.adapter)
 
@@ -107,14 +114,30 @@ class ServerState:
         self.global_state, self._moments = replace(state, rule_state=result.rule_state or state.rule_state), moments
         return norm(subtract(self.adapter.tensors, before.tensors))
 
+    def note(self, outcomes: Iterable[Outcome]) -> None:
+        """Remember of a finished round who answered, and with how many examples."""
+        for outcome in outcomes:
+            before = self.standings.get(outcome.client_id, Standing())
+            good = outcome.status == "ok"
+            self.standings[outcome.client_id] = before.after(good=good, examples=outcome.num_examples)
+
     def training_state(self, round_number: int) -> TrainingState:
         """What is saved with the version of that round."""
-        return TrainingState(round_number, self.global_state, self._moments, dict(self.counters))
+        return TrainingState(
+            round_number,
+            self.global_state,
+            self._moments,
+            counters=dict(self.counters),
+            standings=dict(self.standings),
+            at_work=self.at_work,
+        )
 
     def take_up(self, training: TrainingState, version_id: str) -> None:
         """Go on from a saved state."""
         self.global_state = training.global_state
         self._moments = training.optimizer_state
         self.counters = dict(training.counters)
+        self.standings = dict(training.standings)
+        self.at_work = training.at_work
         self.finished = training.round_number
         self.version_id = version_id

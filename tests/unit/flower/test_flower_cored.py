@@ -20,12 +20,14 @@ SHARED = [name for name in sorted(RULES) if not make_rule(name).properties.perso
 
 
 def experiment(config: ExperimentConfig, name: str, **adapter: Any) -> ExperimentConfig:
-    kind = make_rule(name).properties.adapter
+    properties = make_rule(name).properties
+    partition = replace(config.data.partition, num_clients=max(3, properties.min_updates))
     return replace(
         config,
         rounds=2,
-        strategy=replace(config.strategy, rule=name),
-        adapter=replace(config.adapter, kind=kind, **adapter),
+        strategy=replace(config.strategy, rule=name, weighted=not properties.robust),
+        adapter=replace(config.adapter, kind=properties.adapter, **adapter),
+        data=replace(config.data, partition=partition),
         train=replace(config.train, learning_rate=0.05, steps=2),
     )
 
@@ -36,7 +38,7 @@ def run(config: ExperimentConfig, session: Session) -> tuple[DeltaStrategy, Memo
     app.train()(handle_train)
     base = session.adapter.base.base_digest
     strategy = DeltaStrategy(config, initial=session.initial, base_digest=base, tracker=tracker, run_id="run")
-    with InProcessGrid(app, 3) as grid:
+    with InProcessGrid(app, len(session.source.client_ids)) as grid:
         strategy.start(grid)
     return strategy, tracker
 
@@ -50,7 +52,8 @@ def test_a_device_serves_what_the_clients_measured(
     session = open_session(config)
     strategy, tracker = run(config, session)
     exported = strategy.server.global_state.export()
-    held, found = effective_of(strategy.server.adapter), effective_of(exported)
+    state = strategy.server.global_state
+    held, found = effective_of(replace(state.adapter, residual=state.residual)), effective_of(exported)
     size = float(torch.stack([matrix.norm() for matrix in held.values()]).norm())
     assert size > 0
     assert all(float((found[layer] - matrix).norm()) <= bound * size for layer, matrix in held.items())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -314,6 +315,46 @@ def test_a_residual_beyond_its_bound_costs_the_round_and_nothing_else(
     assert [event["rule"]["residual_rank"] for event in tracker.of("round")] == [4.0, 5.0, 5.0]
     assert 0.5 < tracker.of("round")[-1]["rule"]["residual_kept"] < 1.0
     assert len(residual_of(cut)) == len(residual_of(first))
+
+
+def buffered(config: ExperimentConfig, **policy: Any) -> ExperimentConfig:
+    everybody = replace(config.selection, fraction=1.0)
+    return replace(config, selection=everybody, round=replace(config.round, mode="buffered", **policy))
+
+
+takes_buffers = pytest.mark.parametrize("name", [name for name in NAMES if make(name).properties.asynchronous != "no"])
+
+
+@takes_buffers
+def test_with_one_client_at_a_time_buffered_rounds_are_the_synchronous_ones(
+    three_rounds: ExperimentConfig, real_session: Session, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, _ = run(three_rounds, real_session, make(name))
+    monkeypatch.setenv("FEDPEFT_CLIENT_STORE", str(tmp_path / "other"))  # clients may keep factors there
+    found, tracker = run(buffered(three_rounds, buffer=2, concurrency=1), real_session, make(name))
+    assert [event["participants"] for event in tracker.of("round")] == [2, 2, 2]
+    for tensor, value in sync.server.adapter.tensors.items():
+        assert torch.equal(found.server.adapter.tensors[tensor], value)
+    assert all(torch.equal(residual_of(found)[tensor], value) for tensor, value in residual_of(sync).items())
+    assert found.version_id == sync.version_id
+
+
+@takes_buffers
+def test_a_buffer_takes_stale_updates_where_the_basis_is_the_same_and_names_the_others(
+    three_rounds: ExperimentConfig, real_session: Session, name: str
+) -> None:
+    """Two at work for a buffer of two: one of three clients is in training whenever a version is made."""
+    rule, rounds = make(name), replace(three_rounds, rounds=4)
+    strategy, tracker = run(buffered(rounds, buffer=2, concurrency=2), real_session, rule)
+    assert all(event["published"] for event in tracker.of("round"))
+    stale = [event for event in tracker.of("client") if event["staleness"] > 0]
+    assert stale
+    expected = "ok" if rule.properties.asynchronous == "any" else "refused"
+    assert {event["status"] for event in stale} == {expected}
+    assert {event["reason"] for event in stale} <= {None, "stale_basis"}
+    assert all(event["status"] == "ok" for event in tracker.of("client") if event["staleness"] == 0)
+    if name == "rolora":
+        assert strategy.server.global_state.rule_state.scalars["turn"] == "factor_b"  # four turns were taken
 
 
 def test_a_rule_that_factorises_reports_what_the_rank_could_keep(

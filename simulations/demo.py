@@ -1,6 +1,6 @@
 """The main job, end to end: six airlines teach a frozen MiniLM sentiment together, and a device serves the result.
 
-    python -m simulations.demo [--seed 0] [--rounds 5] [--run-dir runs/demo]
+    python -m simulations.demo [--seed 0] [--rounds 4] [--run-dir runs/demo]
 
 1. A federation: each client fine-tunes one LoRA adapter on its own customers' tweets and sends only the delta.
 2. What it is compared with: the null adapter, each client alone, and central training on everybody's tweets.
@@ -76,7 +76,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--seed", type=int, default=0, help="of weights, cohorts and data order")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--run-dir", default="runs/demo", help="a number is added when it is taken")
     return parser.parse_args()
 

@@ -1,6 +1,6 @@
 """The airlines result over several seeds: federated against null, local-only and central, mean and spread.
 
-    python -m simulations.reproductions.airlines [--seeds 0 1 2] [--rounds 5] [--quick] [--plot FILE.svg]
+    python -m simulations.reproductions.airlines [--seeds 0 1 2] [--rounds 4] [--quick] [--plot FILE.svg]
 
 Each seed changes first weights, cohorts and data order; the split is the same. The last round counts, not the best.
 The last line of standard output is one JSON object.
@@ -48,7 +48,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="a tenth of the data, one seed: does it run?")
     parser.add_argument("--plot", type=Path, help="write the accuracy curves to this SVG file")
     parser.add_argument("--run-dir", default="runs/reproductions/airlines")

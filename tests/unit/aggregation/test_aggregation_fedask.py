@@ -33,7 +33,7 @@ def large(*, clients: int = 4, rank: int = 3, ranks: dict[str, int] | None = Non
     start = AdapterState(spec, drawn())
     names = [f"client-{number:03d}" for number in range(clients)]
     weights = {name: 1.0 + index for index, name in enumerate(names)}
-    return Case("large", start, {name: drawn() for name in names}, weights, ranks or {})
+    return Case("large", start, {name: drawn() for name in names}, weights, ranks=ranks or {})
 
 
 class Federation:

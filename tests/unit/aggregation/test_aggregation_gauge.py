@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from federated.aggregation import RULES, ClientView, FedIT, NextPhase, Result, Rule, RuleProperties, make_rule
-from federated.delta import Update
+from federated.delta import Update, apply_some
 from federated.errors import AggregationError
 from federated.global_state import GlobalState
 from federated.manifest import TrainPlan
@@ -45,15 +45,19 @@ def trained(plan: TrainPlan, moves: Tensors) -> dict[str, Tensor]:
 def played(rule: Rule, case: Case, changes: Mapping[str, Change], state: GlobalState | None = None) -> GlobalState:
     """One whole round as a server plays it, with what some clients send changed; the state after it."""
     state = state or GlobalState(case.adapter, rule_state=rule.init(case.adapter.spec))
-    phase = 1
+    phase, held = 1, {}
     while True:
         accumulator = rule.start(state, phase)
         for client_id, moves in case.trained.items():
             plan, payload = rule.plan(state, ClientView(client_id), phase)
-            delta = trained(plan, moves)
-            if client_id in changes:
+            delta, start = trained(plan, moves), payload
+            if plan.cached:
+                delta = {name: move for name, move in delta.items() if group_of(name) == "dense"}
+                start = replace(held[client_id], extra=payload.extra)
+            elif client_id in changes:
                 delta = dict(changes[client_id](payload, delta))
-            sent = unpack(plan, payload, pack(plan, payload, delta))
+            held[client_id] = apply_some(start, delta)
+            sent = unpack(plan, payload, pack(plan, start, delta))
             accumulator.add(Update(client_id, sent, 1, received=payload), 1.0)
         found = accumulator.finish()
         if isinstance(found, Result):

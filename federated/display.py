@@ -119,16 +119,23 @@ class LiveDisplay:
 
     def _headline(self) -> RenderableType:
         done, total = len(self._rounds), int(self._run.get("rounds") or len(self._rounds) or 1)
-        cohort = list((self._current or {}).get("cohort") or ())
-        share = len(self._clients) / len(cohort) if cohort else 0.0
+        here, needed, unit = self._progress()
+        share = here / needed if needed else 0.0
         line = Table.grid(padding=(0, 1))
         if self._current is None:
             words = f"{done} of {total} rounds"
         else:
-            words = f"round {self._current['round_number']} of {total}, {len(self._clients)} of {len(cohort)} clients"
+            words = f"round {self._current['round_number']} of {total}, {here} of {needed} {unit}"
         name = Text(str(self._run.get("name") or "run"), style="bold")
         line.add_row(name, ProgressBar(total=total, completed=min(total, done + share), width=24), Text(words))
         return line
+
+    def _progress(self) -> tuple[int, int, str]:
+        """How far the round in progress is: answers of its cohort, or good updates in its buffer."""
+        started = self._current or {}
+        if buffer := started.get("buffer"):
+            return sum(event.get("status") == "ok" for event in self._clients.values()), int(buffer), "updates"
+        return len(self._clients), len(started.get("cohort") or ()), "clients"
 
     def _client_table(self) -> Table:
         table = _table("client", "status", "loss", "seconds", "reason", left=(0, 1, 4))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from federated.residual import at_rank, merged
+from federated.residual import at_rank, folded, merged
 from federated.state import AdapterState, RuleState
 
 __all__ = ["GlobalState"]
@@ -36,11 +36,11 @@ class GlobalState:
             rank: the client's own rank: the closest adapter of that rank; None means the adapter's.
 
         Raises:
-            AggregationError: if the rank is above the adapter's.
+            AggregationError: if the rank is above the adapter's, or another one for an adapter with a core.
         """
         adapter = self.adapter if rank in (None, self.adapter.spec.rank) else at_rank(self.adapter, rank or 0)
         return replace(adapter.cast(adapter.spec.dtype), residual=self.residual)
 
     def export(self) -> AdapterState:
-        """The adapter that a version publishes: plain LoRA, the residual merged into its factors."""
-        return replace(merged(self.materialise()), extra={}).cast(self.adapter.spec.dtype)
+        """The adapter that a version publishes: plain LoRA, core and residual merged into its factors."""
+        return replace(merged(folded(self.materialise())), extra={}).cast(self.adapter.spec.dtype)

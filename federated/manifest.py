@@ -67,8 +67,7 @@ class RawTensor:
 
     Args:
         dtype: safetensors' name of the dtype; bfloat16 has no numpy type and is kept as its raw bits.
-        shape: sizes.
-        data: little-endian row-major bytes.
+        shape, data: sizes, and little-endian row-major bytes.
     """
 
     dtype: str
@@ -110,7 +109,8 @@ class ModuleSpec:
     """One adapted layer: its module path in the base model and the algebra of its factors.
 
     ``factor_a`` is ``rank x d_in``, ``factor_b`` is ``d_out x rank`` and the effective update is
-    ``scaling * factor_b @ factor_a`` (``d_out x d_in``), transposed when ``fan_in_fan_out`` (Conv1D) stores it so.
+    ``scaling * factor_b @ factor_a`` (``d_out x d_in``), transposed when ``fan_in_fan_out`` (Conv1D) stores it so. Of
+    ``lora_xs`` it is ``scaling * factor_b @ core @ factor_a``.
     """
 
     name: str
@@ -125,11 +125,8 @@ class ModuleSpec:
 class HeadSpec:
     """A task head on top of the base model.
 
-    Args:
-        kind: ``"stock"`` (the architecture's own) or ``"mean_pool"``.
-        num_labels: classes.
-        trained: whether it travels with the adapter; a frozen head is rebuilt from ``seed``.
-        seed: seeds the head's initial weights.
+    ``kind`` is ``"stock"`` (the architecture's own) or ``"mean_pool"``; ``trained`` says whether it travels with the
+    adapter: a frozen head is rebuilt from ``seed``, which seeds its first weights.
     """
 
     kind: str
@@ -143,13 +140,15 @@ class AdapterSpec:
     """Everything that must agree before two adapters may be added.
 
     Args:
-        peft_type: ``"lora"``.
-        rank: LoRA's r, the largest one where modules differ.
-        alpha: ``lora_alpha``.
+        peft_type: ``"lora"``; ``"lora_xs"``: each module has a core (rank x rank) between its frozen factors; or
+            without factors ``"ia3"``, ``"layernorm"``, ``"head"``, ``"full"`` or ``"prompt"``.
+        rank, alpha: LoRA's r, the largest one where modules differ, and ``lora_alpha``; 0 without factors.
         use_rslora: scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``.
-        modules: the adapted layers, sorted by name.
+        modules: the layers that have factors, sorted by name.
         head: the task head, if any.
         dtype: dtype of the tensors that a device holds (``"F32"``, ``"BF16"``, ``"F16"``).
+        trained: the other tensors that are trained on the base, sorted by name (IA3's vectors, norms).
+        virtual_tokens: length of a soft prompt.
     """
 
     peft_type: str
@@ -159,6 +158,18 @@ class AdapterSpec:
     modules: tuple[ModuleSpec, ...]
     head: HeadSpec | None = None
     dtype: str = "F32"
+    trained: tuple[str, ...] = ()
+    virtual_tokens: int = 0
+
+    @property
+    def has_core(self) -> bool:
+        """Whether each module has a core between its factors."""
+        return self.peft_type == "lora_xs"
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of tensors that such an adapter trains, where nobody says otherwise."""
+        return ("core", "dense") if self.has_core else ("factor_a", "factor_b", "dense")
 
     def scaling(self, module: ModuleSpec) -> float:
         """``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA."""
@@ -172,7 +183,8 @@ class AdapterSpec:
     @cached_property
     def plain(self) -> Mapping[str, Any]:
         """Plain data, made once, as `from_dict` reads it: shared, so it may not be changed."""
-        return asdict(self)
+        later = ("trained", "virtual_tokens")  # left out where unused: specs of the first form keep their digests
+        return {key: value for key, value in asdict(self).items() if value or key not in later}
 
     @cached_property
     def digest(self) -> str:
@@ -189,6 +201,7 @@ class AdapterSpec:
         parts = dict(value)
         parts["modules"] = tuple(ModuleSpec(**module) for module in parts["modules"])
         parts["head"] = HeadSpec(**parts["head"]) if parts.get("head") else None
+        parts["trained"] = tuple(str(name) for name in parts.get("trained", ()))
         return cls(**parts)
 
 
@@ -273,7 +286,7 @@ class TrainPlan:
         mode: ``"train"`` or ``"evaluate"``.
         phase: exchange within the round, 1-based.
         rank: LoRA rank of the payload for this client.
-        trainable: the groups that move: any of ``"factor_a"``, ``"factor_b"``, ``"dense"``.
+        trainable: the groups that move: any of ``"factor_a"``, ``"factor_b"``, ``"core"``, ``"dense"``.
         kept: those of them that stay on the client, which goes on from its own the next time (FedSA-LoRA).
         align: turn both factors, before they are sent, so that this one is near the received one: ``"factor_a"`` or
             ``"factor_b"`` (FedRot-LoRA); empty leaves them as they are.
@@ -368,7 +381,7 @@ class VersionManifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for canonical JSON."""
-        return asdict(self)
+        return asdict(self) | {"spec": getattr(self.spec, "plain", self.spec)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:

@@ -17,7 +17,7 @@ from federated.lowrank import LowRank, Spectrum, balanced_factors, decompose, ef
 from federated.manifest import AdapterSpec, ModuleSpec
 from federated.state import AdapterState, LoraPair, Tensors
 
-__all__ = ["Growth", "at_rank", "factors_from", "grow", "merged", "product_of"]
+__all__ = ["Growth", "at_rank", "factors_from", "folded", "grow", "merged", "product_of"]
 
 _IDLE = 1e-10
 """A singular value below this share of the largest is no direction, but what rounding left."""
@@ -60,8 +60,10 @@ def at_rank(adapter: AdapterState, rank: int) -> AdapterState:
     """The closest adapter of a smaller rank, layer by layer; dense tensors are shared, the residual too.
 
     Raises:
-        AggregationError: for a rank below 1 or above the adapter's.
+        AggregationError: for a rank below 1 or above the adapter's, or an adapter with a core.
     """
+    if adapter.spec.has_core:
+        raise AggregationError(f"rank {rank} was asked of an adapter with a core: its rank is that of its core")
     if not 1 <= rank <= adapter.spec.rank:
         raise AggregationError(f"rank {rank} was asked of an adapter of rank {adapter.spec.rank}: expected 1 to that")
     spec = adapter.spec.with_rank(rank)
@@ -148,6 +150,17 @@ def _bounded(rank: int, most: int, *, module: ModuleSpec, truncate: bool) -> int
         f"the residual of layer {module.name} would reach rank {rank}, at most {most} is allowed: raise "
         "strategy.options.max_residual_rank, or allow strategy.options.overflow=truncate"
     )
+
+
+def folded(adapter: AdapterState) -> AdapterState:
+    """The same adapter as plain LoRA, its core multiplied into ``factor_a`` (float32); without a core, as it is."""
+    if not adapter.spec.has_core:
+        return adapter
+    tensors: dict[str, torch.Tensor] = dict(adapter.dense())
+    for pair in adapter.pairs():
+        name = pair.module.name
+        tensors |= {f"{name}.factor_a": pair.factor_a.float(), f"{name}.factor_b": pair.factor_b}
+    return replace(adapter, spec=replace(adapter.spec, peft_type="lora"), tensors=tensors)
 
 
 def merged(adapter: AdapterState) -> AdapterState:

@@ -1,8 +1,9 @@
 """The adapter as tensors, as a client or device holds it; the server's is `federated.global_state`.
 
 Pure tensors on the CPU, named canonically: ``<module>.factor_a`` (rank x d_in), ``<module>.factor_b``
-(d_out x rank), and every other trainable tensor (head, norms, biases: "dense") under its path in the base model.
-Knows no peft, no files and no network: `federated.adapters` reads and writes models, `federated.wire` bytes.
+(d_out x rank), ``<module>.core`` (rank x rank) where the adapter has one, and every other trainable tensor (head,
+norms, biases: "dense") under its path in the base model. Knows no peft, no files and no network:
+`federated.adapters` reads and writes models, `federated.wire` bytes.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ def from_raw(tensors: Mapping[str, RawTensor]) -> dict[str, Tensor]:
 
 
 class LoraPair(NamedTuple):
-    """One adapted layer's factors: ``factor_a`` (rank x d_in), ``factor_b`` (d_out x rank), and their scaling."""
+    """One adapted layer's factors: ``factor_a`` (rank x d_in), ``factor_b`` (d_out x rank), and their scaling.
+
+    A core is multiplied into ``factor_a``.
+    """
 
     module: ModuleSpec
     factor_a: Tensor
@@ -78,13 +82,13 @@ class LoraPair(NamedTuple):
 
 
 def group_of(name: str) -> str:
-    """The group of a tensor: ``"factor_a"``, ``"factor_b"`` or ``"dense"``.
+    """The group of a tensor: ``"factor_a"``, ``"factor_b"``, ``"core"`` or ``"dense"``.
 
     >>> group_of("encoder.layer.0.query.factor_a"), group_of("head.weight")
     ('factor_a', 'dense')
     """
     tail = name.rsplit(".", 1)[-1]
-    return tail if tail in ("factor_a", "factor_b") else "dense"
+    return tail if tail in ("factor_a", "factor_b", "core") else "dense"
 
 
 @dataclass(frozen=True)
@@ -105,13 +109,18 @@ class AdapterState:
     extra: Tensors = field(default_factory=dict)
 
     def pairs(self) -> Iterator[LoraPair]:
-        """Each adapted layer's factors with their scaling, in the order of the spec; tensors are not copied."""
+        """Each adapted layer's factors with their scaling, in the order of the spec.
+
+        Tensors are not copied, but where there is a core: ``factor_a`` is then ``core @ factor_a``, float64.
+        """
         for module in self.spec.modules:
             factor_a, factor_b = self.tensors[f"{module.name}.factor_a"], self.tensors[f"{module.name}.factor_b"]
+            core = self.tensors.get(f"{module.name}.core")
+            factor_a = factor_a if core is None else core.double() @ factor_a.double()
             yield LoraPair(module, factor_a, factor_b, self.spec.scaling(module))
 
     def dense(self) -> dict[str, Tensor]:
-        """The tensors that are no LoRA factors; not copied."""
+        """The tensors that are no LoRA factors or cores; not copied."""
         return {name: tensor for name, tensor in self.tensors.items() if group_of(name) == "dense"}
 
     def layout(self) -> TensorLayout:

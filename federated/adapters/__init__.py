@@ -1,7 +1,7 @@
 """Base model and adapter: load, freeze, fingerprint; attach, read and write.
 
-The only room that imports peft (`federated.adapters.lora`) and transformers' models. It knows no files of updates, no
-network and no server.
+The only room that imports peft (`federated.adapters.lora`, `federated.adapters.ia3`) and transformers' models. It knows
+no files of updates, no network and no server.
 """
 
 from federated.adapters.base import BaseKind, BaseModel, base_from_module, load_base

@@ -1,4 +1,4 @@
-"""LoRA through peft: the one file that imports it.
+"""LoRA through peft, which is imported here and in `federated.adapters.ia3` alone.
 
 peft only swaps the layers in. What is adapted, at which rank and with which scaling comes from a checked
 `AdapterSpec`, never from an ``adapter_config.json``; factors are read and written by exact name here, never through
@@ -15,27 +15,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from federated.adapters.core import CoredLinear, start_factors
 from federated.adapters.heads import generator_for
 from federated.adapters.quiet import quiet_peft
 from federated.errors import ModelError
 from federated.manifest import AdapterSpec, ModuleSpec
 from federated.state import AdapterState, LoraPair
 
-__all__ = ["dropouts_of", "factors_of", "inject", "set_rank", "set_residual"]
+__all__ = ["core_of", "dropouts_of", "factors_of", "inject", "set_rank", "set_residual"]
 
 _ADAPTER, _RESIDUAL = "default", "residual"
 
 
-def inject(root: nn.Module, spec: AdapterSpec, *, dropout: float, seed: int) -> None:
+def inject(root: nn.Module, spec: AdapterSpec, *, dropout: float, seed: int, core_init: str = "random") -> None:
     """Swap the layers of ``root`` that a spec names for LoRA layers around them, in place.
 
     ``factor_a`` starts Kaiming-uniform from ``seed`` (as in peft), ``factor_b`` at zero: the adapter starts as nothing.
+    With a core, the core starts at zero, and the factors as `federated.adapters.core` says.
 
     Args:
         root: a shared tree, not the base itself.
         spec: layers, ranks and scaling, checked against the base.
         dropout: on the input of ``factor_a``, in training only.
         seed: seeds the first factors; the global random state is left alone.
+        core_init: where the factors around a core come from.
 
     Raises:
         ModelError: if peft adapted other layers than these, or trains anything but their factors.
@@ -44,13 +47,32 @@ def inject(root: nn.Module, spec: AdapterSpec, *, dropout: float, seed: int) -> 
 
     with quiet_peft(), torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(_peft_config(spec, dropout), root, adapter_name=_ADAPTER)
-    _check_injected(root, {module.name for module in spec.modules})
+        _check_injected(root, {module.name for module in spec.modules})
+        for module in spec.modules if spec.has_core else ():
+            _insert_core(root, module)
     generator = generator_for(seed, "factors")
     for module in sorted(spec.modules, key=lambda one: one.name):
         factor_a, factor_b = factors_of(root, module.name)
         with torch.no_grad():
-            factor_a.data = _kaiming_uniform(factor_a.shape, generator)
-            factor_b.data = torch.zeros(factor_b.shape)
+            if spec.has_core:
+                frozen = _weight_of(root, module)
+                first = start_factors(frozen, module.rank, init=core_init, generator=generator)
+                factor_a.data, factor_b.data = first
+            else:
+                factor_a.data = _kaiming_uniform(factor_a.shape, generator)
+                factor_b.data = torch.zeros(factor_b.shape)
+
+
+def _insert_core(root: nn.Module, module: ModuleSpec) -> None:
+    layer: Any = root.get_submodule(module.name)
+    layer.lora_A[_ADAPTER] = CoredLinear(layer.lora_A[_ADAPTER].weight)
+
+
+def _weight_of(root: nn.Module, module: ModuleSpec) -> torch.Tensor:
+    """The frozen layer's weight as d_out x d_in."""
+    layer: Any = root.get_submodule(module.name)
+    weight: torch.Tensor = layer.get_base_layer().weight
+    return weight.T if module.fan_in_fan_out else weight
 
 
 def _peft_config(spec: AdapterSpec, dropout: float) -> Any:
@@ -95,12 +117,21 @@ def factors_of(root: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
 
 
+def core_of(root: nn.Module, name: str) -> nn.Parameter:
+    """``core`` (rank x rank) of an injected layer that has one: the live parameter."""
+    layer: Any = root.get_submodule(name)
+    core: nn.Parameter = layer.lora_A[_ADAPTER].core.weight
+    return core
+
+
 def set_rank(root: nn.Module, module: ModuleSpec, scaling: float) -> None:
     """Give an injected layer factors of another rank; their values are not set."""
     layer: Any = root.get_submodule(module.name)
     factor_a, factor_b = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     factor_a.weight = _zeros_like(factor_a.weight, module.rank, module.d_in)
     factor_b.weight = _zeros_like(factor_b.weight, module.d_out, module.rank)
+    if isinstance(factor_a, CoredLinear):
+        factor_a.set_core_rank(module.rank)
     factor_a.out_features = factor_b.in_features = layer.r[_ADAPTER] = module.rank
     layer.lora_alpha[_ADAPTER], layer.scaling[_ADAPTER] = module.alpha, scaling
 

@@ -1,8 +1,8 @@
 """The adapted model: a module tree of its own over the base model's tensors.
 
 `attach` never touches the base: it copies the module tree, which is a few hundred objects, and shares every
-parameter and buffer with it. So many adapted trees (a device's slots, several clients) and the null model live beside
-each other, each costing only its adapter.
+parameter and buffer with it, but for those that the adapter itself trains, as copies. So many adapted trees (a device's
+slots, several clients) and the null model live beside each other, each costing only its adapter.
 
 Trainable tensors are float32 in the tree whatever the spec's dtype: an optimizer's small steps would vanish in
 bfloat16. `AdapterModel.read` casts to the spec's dtype, `AdapterModel.masters` does not.
@@ -18,7 +18,9 @@ from torch import nn
 
 from federated.adapters.base import BaseModel
 from federated.adapters.heads import build_head
-from federated.adapters.lora import dropouts_of, factors_of, inject, set_rank, set_residual
+from federated.adapters.kinds import FACTORLESS
+from federated.adapters.lora import core_of, dropouts_of, factors_of, inject, set_rank, set_residual
+from federated.adapters.prompt import PROMPT, with_prompt
 from federated.adapters.spec import check_spec, check_task, head_spec, spec_for
 from federated.config import AdapterConfig, TaskConfig
 from federated.errors import ModelError
@@ -28,7 +30,7 @@ from federated.state import AdapterState, group_of
 __all__ = ["AdapterModel", "attach", "null_model", "shell", "share"]
 
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-GROUPS = ("factor_a", "factor_b", "dense")
+GROUPS = ("factor_a", "factor_b", "core", "dense")
 
 
 def share(base: BaseModel) -> nn.Module:
@@ -57,7 +59,7 @@ class AdapterModel:
         self._residual: AdapterState | None = None
         self._dropouts = dropouts_of(model)
         self._modules = list(model.modules())
-        self.set_trainable(GROUPS)
+        self.set_trainable(spec.groups)
 
     @property
     def device(self) -> torch.device:
@@ -157,17 +159,20 @@ class AdapterModel:
 
 
 def _factors(tree: nn.Module, spec: AdapterSpec) -> dict[str, nn.Parameter]:
-    """The live factors of a tree by canonical name."""
+    """The live factors and cores of a tree by canonical name."""
     tensors: dict[str, nn.Parameter] = {}
     for module in spec.modules:
         factor_a, factor_b = factors_of(tree, module.name)
         tensors |= {f"{module.name}.factor_a": factor_a, f"{module.name}.factor_b": factor_b}
+        if spec.has_core:
+            tensors[f"{module.name}.core"] = core_of(tree, module.name)
     return tensors
 
 
 def _shapes(spec: AdapterSpec) -> dict[str, tuple[int, int]]:
-    """The factors' shapes by canonical name."""
+    """The factors' and cores' shapes by canonical name."""
     shapes = {f"{one.name}.factor_a": (one.rank, one.d_in) for one in spec.modules}
+    shapes |= {f"{one.name}.core": (one.rank, one.rank) for one in spec.modules if spec.has_core}
     return shapes | {f"{one.name}.factor_b": (one.d_out, one.rank) for one in spec.modules}
 
 
@@ -177,6 +182,8 @@ def _check_residual(base: BaseModel, state: AdapterState) -> None:
     if residual is None:
         return
     check_spec(base, residual.spec)
+    if residual.spec.peft_type != "lora":
+        raise ModelError(f"a residual is a sum of products; found one of kind {residual.spec.peft_type}")
     strange = {module.name for module in residual.spec.modules} - {module.name for module in state.spec.modules}
     if strange:
         raise ModelError(f"the residual adapts {min(strange)}, which the adapter beside it does not")
@@ -186,7 +193,7 @@ def _check_residual(base: BaseModel, state: AdapterState) -> None:
 
 
 def _difference(found: AdapterSpec, expected: AdapterSpec) -> str:
-    for name in ("peft_type", "alpha", "use_rslora", "dtype", "head"):
+    for name in ("peft_type", "alpha", "use_rslora", "dtype", "head", "trained", "virtual_tokens"):
         if getattr(found, name) != getattr(expected, name):
             return f"{name} (found {getattr(found, name)}, expected {getattr(expected, name)})"
     return "its adapted layers"
@@ -209,21 +216,25 @@ def _move(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter]:
 def attach(base: BaseModel, adapter: AdapterConfig, task: TaskConfig, *, seed: int) -> AdapterModel:
     """Put a new adapter on a base model; the base is not changed.
 
-    The adapter's effective update starts at zero, so its first answers are the null model's.
+    It starts as nothing, so its first answers are the null model's; a soft prompt alone starts as words in front of
+    each text, and answers differently.
 
     Args:
         base: shared, frozen.
-        adapter: rank, scaling, targets.
+        adapter: kind, rank, scaling, targets.
         task: decides the head.
-        seed: seeds the first factors and the head.
+        seed: seeds the first factors, the prompt and the head.
 
     Raises:
         ModelError: if the adapter does not fit the base (see `spec_for`).
     """
-    return shell(base, spec_for(base, adapter, task, seed=seed), dropout=adapter.dropout, seed=seed)
+    spec = spec_for(base, adapter, task, seed=seed)
+    return shell(base, spec, dropout=adapter.dropout, seed=seed, core_init=adapter.core_init)
 
 
-def shell(base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int = 0) -> AdapterModel:
+def shell(
+    base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int = 0, core_init: str = "random"
+) -> AdapterModel:
     """An adapted tree for a spec, to be filled with `AdapterModel.write`: a device's slot.
 
     Raises:
@@ -231,12 +242,24 @@ def shell(base: BaseModel, spec: AdapterSpec, *, dropout: float = 0.0, seed: int
     """
     check_spec(base, spec)
     tree = share(base)
-    inject(tree, spec, dropout=dropout, seed=seed)
-    tensors = _factors(tree, spec)
-    if spec.head is None:
-        return AdapterModel(tree, spec, base, tensors, tree=tree)
-    model, head = build_head(base, tree, spec.head)
-    return AdapterModel(model, spec, base, tensors | (head if spec.head.trained else {}), tree=tree)
+    if spec.peft_type in FACTORLESS:
+        tensors = FACTORLESS[spec.peft_type].install(base, tree, spec)
+    else:
+        inject(tree, spec, dropout=dropout, seed=seed, core_init=core_init)
+        tensors = _factors(tree, spec)
+    model, head = (tree, {}) if spec.head is None else build_head(base, tree, spec.head)
+    if spec.virtual_tokens:
+        model, tensors[PROMPT] = with_prompt(base, model, tokens=spec.virtual_tokens, seed=seed)
+    if spec.head is not None and spec.head.trained:
+        _check_apart(base, tensors, head)
+        tensors |= head
+    return AdapterModel(model, spec, base, tensors, tree=tree)
+
+
+def _check_apart(base: BaseModel, tensors: dict[str, nn.Parameter], head: dict[str, nn.Parameter]) -> None:
+    both = sorted(tensors.keys() & head.keys())
+    if both:
+        raise ModelError(f"{base.source} has a tensor {both[0]}, and so has the task's head; rename it in the base")
 
 
 def null_model(base: BaseModel, task: TaskConfig, *, seed: int) -> nn.Module:

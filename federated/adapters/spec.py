@@ -13,6 +13,7 @@ from torch import nn
 
 from federated.adapters.base import BaseModel
 from federated.adapters.heads import backbone_path
+from federated.adapters.kinds import FACTORLESS
 from federated.adapters.targets import adaptable, layer_sizes, resolve_targets, stores_transposed
 from federated.config import AdapterConfig, TaskConfig
 from federated.errors import ModelError
@@ -26,6 +27,7 @@ _KINDS = {
     "causal_lm": ("decoder",),
     "sensor": ("module",),
 }
+_TYPES = ("lora", "lora_xs")
 _MOST_LABELS = 65_536
 
 
@@ -33,9 +35,22 @@ def spec_for(base: BaseModel, adapter: AdapterConfig, task: TaskConfig, *, seed:
     """The adapter that a configuration asks for on this base.
 
     Raises:
-        ModelError: if a target matches nothing, a rank is larger than its layer, or the base does not fit the task.
+        ModelError: if a target matches nothing, a rank is larger than its layer, or the base does not fit the task or
+            the kind of adapter.
     """
     check_task(base, task)
+    spec = _without_factors(base, adapter, task) if adapter.kind in FACTORLESS else _with_factors(base, adapter, task)
+    spec = replace(spec, head=head_spec(task, trained=adapter.train_head, seed=seed), dtype=_DTYPES[adapter.dtype])
+    check_spec(base, spec)
+    return spec
+
+
+def _without_factors(base: BaseModel, adapter: AdapterConfig, task: TaskConfig) -> AdapterSpec:
+    fields = FACTORLESS[adapter.kind].describe(base, adapter, task)
+    return AdapterSpec(adapter.kind, rank=0, alpha=0.0, use_rslora=False, modules=(), **fields)
+
+
+def _with_factors(base: BaseModel, adapter: AdapterConfig, task: TaskConfig) -> AdapterSpec:
     path = "" if task.name == "causal_lm" else backbone_path(base)
     root = base.model.get_submodule(path)
     layers = adaptable(root)
@@ -43,17 +58,13 @@ def spec_for(base: BaseModel, adapter: AdapterConfig, task: TaskConfig, *, seed:
         ModuleSpec(name, *layer_sizes(layers[name]), adapter.rank, adapter.alpha, stores_transposed(layers[name]))
         for name in resolve_targets(root, adapter.target_modules)
     ]
-    spec = AdapterSpec(
+    return AdapterSpec(
         peft_type=adapter.kind,
         rank=adapter.rank,
         alpha=adapter.alpha,
         use_rslora=adapter.use_rslora,
         modules=tuple(replace(module, name=f"{path}.{module.name}" if path else module.name) for module in modules),
-        head=head_spec(task, trained=adapter.train_head, seed=seed),
-        dtype=_DTYPES[adapter.dtype],
     )
-    check_spec(base, spec)
-    return spec
 
 
 def check_task(base: BaseModel, task: TaskConfig) -> None:
@@ -77,21 +88,35 @@ def head_spec(task: TaskConfig, *, trained: bool, seed: int) -> HeadSpec | None:
 
 
 def check_spec(base: BaseModel, spec: AdapterSpec) -> None:
-    """Check a spec and each of its modules against the base: known kinds, the layer's sizes, a rank that it can have.
+    """Check a spec and all that it names against the base: known kinds, the layers' sizes, ranks that they can have.
 
     Raises:
         ModelError: naming the first thing that does not fit.
     """
-    if spec.peft_type != "lora":
-        raise ModelError(f"adapter type {spec.peft_type!r} is unknown; expected 'lora'")
+    if spec.peft_type not in _TYPES and spec.peft_type not in FACTORLESS:
+        known = ", ".join(sorted([*_TYPES, *FACTORLESS]))
+        raise ModelError(f"adapter type {spec.peft_type!r} is unknown; expected one of {known}")
     if spec.dtype not in _DTYPES.values():
         raise ModelError(f"adapter dtype {spec.dtype!r} is unknown; expected one of {sorted(_DTYPES.values())}")
     if spec.head is not None and not 1 <= spec.head.num_labels <= _MOST_LABELS:
         raise ModelError(f"head.num_labels is {spec.head.num_labels}; expected 1 to {_MOST_LABELS}")
+    _check_fields(spec)
+    if spec.peft_type in FACTORLESS:
+        FACTORLESS[spec.peft_type].check(base, spec)
+        return
     _check_names(spec.modules)
     layers = adaptable(base.model)
     for module in spec.modules:
         _check_module(layers.get(module.name), module)
+
+
+def _check_fields(spec: AdapterSpec) -> None:
+    """A kind's spec says nothing about what only other kinds have: one adapter has one spec."""
+    kind = FACTORLESS.get(spec.peft_type)
+    unused = ["trained", "virtual_tokens"] + (["rank", "alpha", "use_rslora", "modules"] if kind else [])
+    for name in unused:
+        if getattr(spec, name) and name not in (kind.fields if kind else ()):
+            raise ModelError(f"an adapter of kind {spec.peft_type} has no {name}; found some in its spec")
 
 
 def _check_names(modules: Sequence[ModuleSpec]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from federated.aggregation.basis import basis_of
 from federated.aggregation.bulyan import Bulyan
 from federated.aggregation.centered_clipping import CenteredClipping
 from federated.aggregation.combine import check_combination, clients_needed, cohort_size
@@ -19,6 +20,7 @@ from federated.aggregation.fedex import FedEx
 from federated.aggregation.fedit import FedIT
 from federated.aggregation.fedrot import FedRotLoRA
 from federated.aggregation.fedsa import FedSALoRA
+from federated.aggregation.fedsb import FedSB
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
 from federated.aggregation.flexlora import FlexLoRA
@@ -53,6 +55,7 @@ __all__ = [
     "FedIT",
     "FedRotLoRA",
     "FedSALoRA",
+    "FedSB",
     "FedSVD",
     "FlexLoRA",
     "HetLoRA",
@@ -68,6 +71,7 @@ __all__ = [
     "RuleProperties",
     "TrimmedMean",
     "WeightedSum",
+    "basis_of",
     "check_combination",
     "clients_needed",
     "cohort_size",
@@ -82,6 +86,7 @@ RULES: Mapping[str, Callable[..., Rule]] = {
     "fedit": FedIT,
     "fedrot": FedRotLoRA,
     "fedsa": FedSALoRA,
+    "fedsb": FedSB,
     "fedsvd": FedSVD,
     "ffa": FFALoRA,
     "flexlora": FlexLoRA,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from federated.aggregation.protocol import Rule
-from federated.config import AdapterConfig, ExperimentConfig, SelectionConfig, StrategyConfig
+from federated.config import AdapterConfig, ExperimentConfig, RoundConfig, SelectionConfig, StrategyConfig
+from federated.config.parts import WITHOUT_FACTORS
 from federated.errors import ConfigError
 
 __all__ = ["check_combination", "clients_needed", "cohort_size"]
@@ -24,8 +25,10 @@ def check_combination(rule: Rule, config: ExperimentConfig, *, clients: int | No
     Raises:
         ConfigError: naming the parts and the reason.
     """
+    _check_kind(rule, config.adapter)
     _check_optimizer(rule, config.strategy)
     _check_ranks(rule, config.adapter)
+    _check_mode(rule, config.round)
     _check_weights(rule, config.strategy)
     _check_cohort(rule, config.selection, clients)
 
@@ -71,6 +74,21 @@ def _check_optimizer(rule: Rule, strategy: StrategyConfig) -> None:
     )
 
 
+def _check_kind(rule: Rule, adapter: AdapterConfig) -> None:
+    """A rule for factors finds none in other adapters; a rule that averages cores none in LoRA, and the reverse."""
+    wanted = rule.properties.adapter
+    if adapter.kind in WITHOUT_FACTORS and rule.properties.needs_lora:
+        raise ConfigError(
+            f"adapter.kind = {adapter.kind}: {rule.name} works on LoRA's factors, and such an adapter has none; use a "
+            f"rule that averages tensors as they are, such as strategy=fedit, or adapter={wanted}"
+        )
+    if adapter.kind not in WITHOUT_FACTORS and adapter.kind != wanted:
+        raise ConfigError(
+            f"adapter.kind = {adapter.kind!r}: {rule.name} is a rule for adapters of kind {wanted}; set "
+            f"adapter.kind={wanted}, or choose another strategy"
+        )
+
+
 def _check_ranks(rule: Rule, adapter: AdapterConfig) -> None:
     """Clients of smaller ranks need a rule that can combine them."""
     smaller = [rank for rank in adapter.client_ranks if rank < adapter.rank]
@@ -107,3 +125,21 @@ def _check_cohort(rule: Rule, selection: SelectionConfig, clients: int | None) -
         f"{needed} updates in each round ({rule.properties.min_updates_why}); that takes "
         f"{clients_needed(rule, selection.fraction)} clients, or a smaller strategy.options.byzantine"
     )
+
+
+def _check_mode(rule: Rule, policy: RoundConfig) -> None:
+    """Buffered rounds mix updates of several versions: a rule must be able to, or few may be at work at a flush."""
+    if policy.mode == "sync" or rule.properties.asynchronous == "any":
+        return
+    if rule.properties.asynchronous == "no":
+        raise ConfigError(
+            f"round.mode = 'buffered': {rule.name} needs a cohort that starts together and answers together; use "
+            "round.mode=sync, or a rule that takes updates as they come (see fedpeft strategies)"
+        )
+    if policy.concurrency > policy.buffer:
+        raise ConfigError(
+            f"round.concurrency = {policy.concurrency} above round.buffer = {policy.buffer}: each version of "
+            f"{rule.name} has a basis of its own, so what is still in training when one is made would be refused, up "
+            f"to {policy.concurrency - 1} updates for {policy.buffer} that are taken; use a concurrency of at most "
+            "round.buffer, or round.mode=sync"
+        )

@@ -86,6 +86,7 @@ class FedEx:
             linear=False,
             fixed_space=False,
             residual=True,
+            asynchronous="same_basis",
             paper="Singhal et al. 2024, arXiv:2410.09432",
         )
 

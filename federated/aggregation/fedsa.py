@@ -38,6 +38,7 @@ class FedSALoRA:
         space="factor",
         linear=True,
         personal=True,
+        asynchronous="any",
         paper="Guo et al. 2025, arXiv:2410.01463",
     )
 

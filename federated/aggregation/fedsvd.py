@@ -38,6 +38,7 @@ class FedSVD:
         space="factor",
         linear=True,
         fixed_space=False,
+        asynchronous="same_basis",
         paper="Lee et al. 2025, arXiv:2505.12805",
         gauge="refused",
     )

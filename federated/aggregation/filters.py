@@ -6,7 +6,8 @@ An update that is a weighted sum of others needs no more than that, wherever the
 in that of products, which are never formed. Zero is "nothing changed": weights may add up to less than one.
 
 Every function takes G (float64 [n, n], in the order of client ids), makes a new float64 tensor and knows no client.
-Ties go to the first in that order. The rules of `federated.aggregation` that withstand hostile clients call them.
+Ties, up to rounding, go to the first in that order, so that rounding (which the basis of an update changes) decides
+nothing. The rules of `federated.aggregation` that withstand hostile clients call them.
 """
 
 from __future__ import annotations
@@ -25,15 +26,20 @@ __all__ = [
     "peeled",
 ]
 
+_LEFT = 1e-14
+"""A squared distance below this share of the two squared norms is what rounding left: 1e-7, as float32 has it."""
+_TIE = 1e-9
+"""Two values as close as this to each other are equal."""
 _STILL = 1e-12
 """A step this small beside the aggregate's own size ends an iteration."""
 
 
 def distances(gram: Tensor) -> Tensor:
-    """``|u_i - u_j|`` of every two, float64 [n, n], zero on the diagonal."""
+    """``|u_i - u_j|`` of every two, float64 [n, n], zero on the diagonal and where only rounding is left."""
     squares = gram.diagonal()
-    found = (squares[:, None] + squares[None, :] - 2 * gram).clamp(min=0.0).sqrt()
-    return found.fill_diagonal_(0.0)
+    both = squares[:, None] + squares[None, :]
+    found = both - 2 * gram
+    return torch.where(found > _LEFT * both, found, 0.0).sqrt().fill_diagonal_(0.0)
 
 
 def nearest_mixing(gram: Tensor, byzantine: int) -> Tensor:
@@ -44,7 +50,7 @@ def nearest_mixing(gram: Tensor, byzantine: int) -> Tensor:
         ``mixing @ gram @ mixing^T``.
     """
     count = len(gram) - byzantine
-    order = distances(gram).fill_diagonal_(-1.0).argsort(dim=1, stable=True)
+    order = _order(distances(gram).fill_diagonal_(-1.0))
     return torch.zeros_like(gram).scatter_(1, order[:, :count], 1.0 / count)
 
 
@@ -57,8 +63,7 @@ def krum_scores(gram: Tensor, byzantine: int) -> Tensor:
 
 def chosen(scores: Tensor, count: int) -> Tensor:
     """Equal weights for those with the ``count`` lowest scores, zero for the others, [n]."""
-    order = scores.argsort(stable=True)[:count]
-    return torch.zeros_like(scores).index_fill_(0, order, 1.0 / count)
+    return torch.zeros_like(scores).index_fill_(0, _order(scores)[:count], 1.0 / count)
 
 
 def peeled(gram: Tensor, byzantine: int, count: int) -> Tensor:
@@ -66,7 +71,7 @@ def peeled(gram: Tensor, byzantine: int, count: int) -> Tensor:
     left = torch.arange(len(gram))
     taken = []
     for _ in range(count):
-        best = int(krum_scores(gram[left][:, left], byzantine).argmin())
+        best = int(_order(krum_scores(gram[left][:, left], byzantine))[0])
         taken.append(int(left[best]))
         left = torch.cat([left[:best], left[best + 1 :]])
     return torch.tensor(sorted(taken))
@@ -119,6 +124,14 @@ def geometric_median(gram: Tensor, smoothing: float, iterations: int) -> Tensor:
         if _is_still(gram, weights, before):
             break
     return weights
+
+
+def _order(values: Tensor) -> Tensor:
+    """Indices by rising value along the last dimension; equal values up to rounding keep their order."""
+    rising, index = values.sort(dim=-1)
+    new = rising[..., 1:] - rising[..., :-1] > _TIE * rising[..., 1:]
+    group = torch.cat([torch.zeros_like(index[..., :1]), new.cumsum(dim=-1)], dim=-1)
+    return index.gather(-1, (group * values.shape[-1] + index).argsort(dim=-1))
 
 
 def _distances_from(gram: Tensor, weights: Tensor) -> Tensor:

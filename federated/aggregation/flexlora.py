@@ -67,6 +67,7 @@ class FlexLoRA:
         linear=False,
         mixed_ranks=True,
         fixed_space=False,
+        asynchronous="same_basis",
         paper="Bai et al. 2024, arXiv:2402.11505",
         gauge="immune",
         memory="the sum of one layer's products",

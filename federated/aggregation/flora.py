@@ -78,6 +78,7 @@ class FLoRA:
             mixed_ranks=True,
             fixed_space=False,
             residual=True,
+            asynchronous="same_basis",
             paper="Wang et al. 2024, arXiv:2409.05976",
         )
 

@@ -73,6 +73,7 @@ class FLoRIST:
             mixed_ranks=True,
             fixed_space=False,
             residual=True,
+            asynchronous="same_basis",
             paper="Ramesh and Dass 2025, arXiv:2506.09199",
         )
 

@@ -29,10 +29,16 @@ class RuleProperties:
         mixed_ranks: clients may hold different ranks.
         needs_individual_updates: must see updates one beside the other (robust rules).
         phases: exchanges in a round, when nobody is lost between them.
+        needs_lora: works on LoRA's factors; without it adapters that have none will do as well, averaged as they are.
         own_payloads: clients of one rank may be sent different adapters.
         residual: keeps a frozen residual, which goes down whole in each round.
+        adapter: the kind of LoRA that it works on.
         personal: clients keep a part of the model (`TrainPlan.kept`); no version can be served.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
+        asynchronous: whether an update may go into another version than the next after the one that it started from.
+            ``any``: into later ones too, since all are relative to the same (`federated.aggregation.basis`).
+            ``same_basis``: no, each version has a basis of its own, but rounds need no fixed cohort.
+            ``no``: rounds need one; also for rules of which nobody showed that they do not.
         paper: where it was published.
         gauge: what another basis of the same update, ``(B Q, Q^-1 A)``, does to the result: nothing (``immune``); it
             cannot be sent, because one factor is frozen and not in the update (``refused``); or it changes it
@@ -50,10 +56,13 @@ class RuleProperties:
     mixed_ranks: bool = False
     needs_individual_updates: bool = False
     phases: int = 1
+    needs_lora: bool = True
     own_payloads: bool = False
     residual: bool = False
+    adapter: Literal["lora", "lora_xs"] = "lora"
     personal: bool = False
     fixed_space: bool = True
+    asynchronous: Literal["any", "same_basis", "no"] = "no"
     paper: str = ""
     gauge: Literal["immune", "refused", "exposed"] = "exposed"
     robust: bool = False

@@ -128,6 +128,8 @@ def _closest(key: str, folder: Path | None) -> str:
     if folder is None:
         return ""
     names = _keys(OmegaConf.create(experiment_from({"task": {"labels": ["a", "b"]}}).to_dict()))
+    if key in names:  # the schema knows it, the chosen file does not: a rank where the adapter has no factors
+        return f" in the file that {key.partition('.')[0]}= chose"
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 

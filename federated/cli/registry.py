@@ -20,6 +20,7 @@ from rich.text import Text
 from federated.errors import RegistryError
 
 if TYPE_CHECKING:
+    from federated.manifest import AdapterSpec
     from federated.registry import Registry, VersionRecord
 
 __all__ = ["app", "find_registry", "open_registry"]
@@ -189,16 +190,22 @@ def _details(record: VersionRecord) -> list[tuple[str, object]]:
         ("weights digest", manifest.weights_digest),
         ("method", manifest.method),
         ("participants", manifest.participants),
-        (
-            "adapter",
-            f"{spec.peft_type}, rank {spec.rank}, alpha {spec.alpha:g}, {len(spec.modules)} modules, {spec.dtype}",
-        ),
+        ("adapter", ", ".join([spec.peft_type, *_size(spec), spec.dtype])),
         ("servable", "yes" if manifest.servable else "no"),
         ("privacy", _json(manifest.privacy) if manifest.privacy else "not accounted"),
         ("metrics", _json(manifest.metrics)),
         ("task", _json(manifest.task)),
         ("code version", manifest.code_version or "unknown"),
     ]
+
+
+def _size(spec: AdapterSpec) -> list[str]:
+    """What there is to say of an adapter's size, by its kind."""
+    if spec.modules:
+        return [f"rank {spec.rank}", f"alpha {spec.alpha:g}", f"{len(spec.modules)} modules"]
+    if spec.virtual_tokens:
+        return [f"{spec.virtual_tokens} virtual tokens"]
+    return [f"{len(spec.trained)} tensors"] if spec.trained else []
 
 
 def _json(value: Any) -> str:

@@ -17,6 +17,7 @@ from federated.uploads import layout
 __all__ = ["show"]
 
 _RANK, _SIDE = 8, 1024
+_BUFFERED = {"any": "yes", "same_basis": "fresh", "no": "no"}
 _CLAIMS = {
     "exact": "exact",
     "truncation": "truncated",
@@ -26,21 +27,41 @@ _CLAIMS = {
 
 def show(console: Console) -> None:
     """Print a row per rule; bytes are of one square layer, in units of its factors together."""
-    heads = ("sum of B A", "up", "down", "server\noptimizer", "mixed\nranks", "a sum*", "another\nbasis**")
+    heads = (
+        "sum of B A",
+        "up",
+        "down",
+        "server\noptimizer",
+        "mixed\nranks",
+        "a sum*",
+        "another\nbasis**",
+        "buffered\nrounds",
+    )
     table = Table("strategy", *heads)
     for name in sorted(RULES):
         rule = make_rule(name)
         properties = rule.properties
         up, down = _traffic(rule)
-        cells = (_yes(properties.fixed_space), _yes(properties.mixed_ranks), _yes(properties.linear))
+        cells = (
+            _yes(properties.fixed_space),
+            _yes(properties.mixed_ranks),
+            _yes(properties.linear),
+            properties.gauge,
+            _BUFFERED[properties.asynchronous],
+        )
         claim = _CLAIMS[properties.exactness] + (", own B" if properties.personal else "")
-        table.add_row(name, claim, up, down, *cells, properties.gauge)
+        table.add_row(name, claim, up, down, *cells)
     console.print(table)
     _say(console, "Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
+    any_adapter = ", ".join(name for name in sorted(RULES) if not make_rule(name).properties.needs_lora)
+    _say(console, f"Adapters without factors (adapter=ia3, layernorm, head, full, prompt) go with: {any_adapter}.")
     for name in sorted(RULES):
         properties = make_rule(name).properties
         needs = f"; {properties.min_updates_why}" if properties.min_updates_why else ""
         _say(console, f"{name}: {properties.paper}; in memory: {properties.memory}{needs}")
+    _say(
+        console, "Buffered rounds: with updates from older versions too, from the newest alone (fresh), or not at all."
+    )
     _say(console, "* the server needs only the sum of the updates: the condition of secure aggregation.")
     _say(
         console,
@@ -60,9 +81,10 @@ def _yes(value: bool) -> str:
 def _traffic(rule: Rule) -> tuple[str, str]:
     """Tensors up and down in the first round, in all its exchanges, asked of the rule itself."""
     module = ModuleSpec("layer", _SIDE, _SIDE, _RANK, 2.0 * _RANK)
-    spec = AdapterSpec("lora", _RANK, 2.0 * _RANK, use_rslora=False, modules=(module,))
+    spec = AdapterSpec(rule.properties.adapter, _RANK, 2.0 * _RANK, use_rslora=False, modules=(module,))
     factors = {"layer.factor_a": torch.zeros(_RANK, _SIDE), "layer.factor_b": torch.zeros(_SIDE, _RANK)}
-    state, phase = GlobalState(AdapterState(spec, factors), rule_state=rule.init(spec)), 1
+    core = {"layer.core": torch.zeros(_RANK, _RANK)} if spec.has_core else {}
+    state, phase = GlobalState(AdapterState(spec, {**factors, **core}), rule_state=rule.init(spec)), 1
     up = down = 0
     while True:
         plan, payload = rule.plan(state, ClientView("anybody"), phase)
@@ -81,4 +103,4 @@ def _traffic(rule: Rule) -> tuple[str, str]:
 
 
 def _share(count: int, factors: Tensors) -> str:
-    return f"{count / sum(tensor.numel() for tensor in factors.values()):g}"
+    return f"{count / sum(tensor.numel() for tensor in factors.values()):.2g}"

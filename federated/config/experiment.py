@@ -79,6 +79,13 @@ class ExperimentConfig:
             raise ValueError(f"data.path: data={self.data.name} needs a path, found none")
         return self
 
+    @model_validator(mode="after")
+    def _buffered_rounds_have_no_cohort(self) -> Self:
+        if self.round.mode == "buffered" and self.selection.fraction != 1.0:
+            found = f"selection.fraction = {self.selection.fraction:g}: round.mode=buffered has no cohorts"
+            raise ValueError(f"{found}; say with round.concurrency how many clients train at the same time")
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: dicts, lists and scalars."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))

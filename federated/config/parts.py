@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
+    "MAX_PARAMS",
+    "WITHOUT_FACTORS",
     "STRICT",
 ]
 
@@ -32,6 +34,12 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+WITHOUT_FACTORS = ("ia3", "layernorm", "head", "full", "prompt")
+"""Kinds of adapter whose tensors average as they are; the others are forms of LoRA."""
+
+MAX_PARAMS = 10_000_000
+"""Parameters that are sensible to train and send whole, unless somebody says otherwise."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -58,19 +66,27 @@ class AdapterConfig:
     """The trainable adapter.
 
     Args:
-        kind: PEFT method.
+        kind: ``lora``; ``lora_xs``, which trains a small core between frozen factors; or without factors, and so
+            without rank and alpha: ``ia3`` (scaled keys, values and feed-forwards), ``layernorm`` (norms' weights and
+            biases), ``head`` (the task head alone), ``full`` (every parameter of a small model) or ``prompt`` (a soft
+            prompt).
         rank: LoRA's r.
         alpha: ``lora_alpha``; the effective update is ``alpha / rank * B @ A``.
         use_rslora: scale by ``alpha / sqrt(rank)``.
         dropout: LoRA dropout in [0, 1).
-        target_modules: module name suffixes, or ``"all-linear"``, or ``"auto"`` (query and value projections).
+        target_modules: for LoRA and IA3: module name suffixes, or ``"all-linear"``, or ``"auto"`` (query and value
+            projections; for IA3 key and value projections and the ends of feed-forwards).
         train_head: whether the task head travels with the adapter or stays frozen.
         dtype: dtype of the trainable tensors on a device.
+        core_init: where the frozen factors around a core come from: the leading directions of the layer itself
+            (``svd``), or ``random`` ones; ``lora`` has no core.
         client_ranks: ranks that simulated clients declare, given out in turn in the order of their names; each trains
             at the smaller of its own and ``rank``. Empty: all train at ``rank``. Real clients say it in their own file.
+        virtual_tokens: length of a soft prompt.
+        max_params: refuse to train a model of more parameters as ``full``; more than 130 million do not fit a packet.
     """
 
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "lora_xs", "ia3", "layernorm", "head", "full", "prompt"] = "lora"
     rank: Count = 8
     alpha: Positive = 16.0
     use_rslora: bool = False
@@ -78,7 +94,20 @@ class AdapterConfig:
     target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
     train_head: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    core_init: Literal["svd", "random"] = "svd"
     client_ranks: tuple[Count, ...] = ()
+    virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_params: Annotated[int, Field(ge=0, le=130_000_000)] = MAX_PARAMS
+
+    @model_validator(mode="after")
+    def _only_of_lora(self) -> Self:
+        given = {"use_rslora": self.use_rslora, "dropout": self.dropout, "client_ranks": list(self.client_ranks)}
+        for key, value in given.items():
+            if value and self.kind in WITHOUT_FACTORS:
+                raise ValueError(f"{key} = {value}: only adapters of kind lora have it, found kind {self.kind}")
+        if self.target_modules != "auto" and self.kind in WITHOUT_FACTORS and self.kind != "ia3":
+            raise ValueError(f"target_modules: {self.kind} chooses what it trains; only lora and ia3 take targets")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -242,11 +271,14 @@ class SelectionConfig:
     """Who takes part in a round.
 
     Args:
-        fraction: share of the clients, at least one.
+        policy: ``uniform``, ``by_examples`` (more often, the more examples a client has), ``round_robin`` (everybody in
+            turn) or ``availability`` (more often, the better a client answered of late).
+        fraction: share of the clients, at least one; buffered rounds take all.
         min_clients: clients that must be connected before the first round starts.
         wait: seconds to wait for them.
     """
 
+    policy: Literal["uniform", "by_examples", "round_robin", "availability"] = "uniform"
     fraction: Fraction = 1.0
     min_clients: Count = 1
     wait: Positive = 60.0
@@ -257,13 +289,26 @@ class RoundConfig:
     """When a round is over.
 
     Args:
-        quorum: share of the cohort whose updates must be good, else the global version stays as it is.
+        mode: ``sync`` (a cohort, and an end for all of it) or ``buffered`` (a version for every so many good updates).
+        buffer: ``buffered``: good updates that make a version.
+        concurrency: ``buffered``: clients that train at the same time, at most.
+        staleness: ``buffered``: an update that started tau versions ago weighs ``1 / (1 + tau)^a`` (``polynomial``), or
+            as if it were fresh (``constant``).
+        staleness_exponent: ``a`` of ``polynomial``.
+        max_staleness: ``buffered``: refuse an update that started more versions ago.
+        quorum: ``sync``: share of the cohort whose updates must be good, else the global version stays as it is.
         deadline: seconds until missing replies are counted as late.
         poll_interval: seconds between looks for replies.
         max_norm: refuse an update whose L2 norm is larger; 0 means no bound.
         max_examples: refuse an update that claims more training examples: a claim is a weight in the mean.
     """
 
+    mode: Literal["sync", "buffered"] = "sync"
+    buffer: Count = 4
+    concurrency: Count = 8
+    staleness: Literal["constant", "polynomial"] = "polynomial"
+    staleness_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
+    max_staleness: Annotated[int, Field(ge=0)] = 20
     quorum: Fraction = 0.5
     deadline: Positive = 3600.0
     poll_interval: Positive = 0.05

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from federated.config import ExperimentConfig
-from federated.delta import apply
+from federated.delta import apply_some
 from federated.flower.session import Session, open_session
 from federated.manifest import RawTensor, TrainPlan
 from federated.state import AdapterState, from_raw, to_raw
@@ -104,9 +104,9 @@ def train_on(
     trainer = LocalTrainer(session.adapter, session.task, train)
     pooled = [feature for client_id in client_ids for feature in session.local_data(client_id).train]
     initial = session.initial
-    plan = TrainPlan(rank=initial.spec.rank, evaluate_before=False)
+    plan = TrainPlan(rank=initial.spec.rank, trainable=initial.spec.groups, evaluate_before=False)
     result = trainer.run(initial, plan, LocalData(pooled), seed=client_seed(config.seed, 0, name))
-    return apply(initial, result.delta), {**result.metrics, "num_examples": float(result.num_examples)}
+    return apply_some(initial, result.delta), {**result.metrics, "num_examples": float(result.num_examples)}
 
 
 def _measure(config_json: str, name: str, client_ids: tuple[str, ...]) -> tuple[str, dict[str, Any]]:

@@ -70,6 +70,11 @@ def _check_data(config: ExperimentConfig) -> None:
     least, found = config.selection.min_clients, len(source.client_ids)
     if found < least:
         raise ConfigError(f"selection.min_clients = {least}: the data has {found} clients, so no round would start")
+    if config.round.mode == "buffered" and config.round.buffer > found:
+        raise ConfigError(
+            f"round.buffer = {config.round.buffer}: the data has {found} clients, and each is in a buffer at most "
+            "once, so none would fill"
+        )
     check_combination(make_rule(config.strategy.rule, config.strategy.options), config, clients=found)
 
 

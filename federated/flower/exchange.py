@@ -10,7 +10,7 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-__all__ = ["Forgetful", "Waiting", "exchange"]
+__all__ = ["Forgetful", "Waiting", "abandon", "exchange", "pause", "push"]
 
 
 @runtime_checkable
@@ -48,14 +48,8 @@ def exchange(
         poll_interval: seconds between looks when nothing was there.
         clock: seconds.
     """
-    sent = list(messages)
-    ids = list(grid.push_messages(sent))
-    ids += [""] * (len(sent) - len(ids))  # Flower gives None, or an empty list, for what was not accepted
-    for message, message_id in zip(sent, ids, strict=False):
-        if not message_id:
-            yield Message(Error(ErrorCode.UNKNOWN, "the message was not delivered"), reply_to=message)
-    waiting = {message_id for message_id in ids if message_id}
-    del sent
+    waiting, failed = push(grid, messages)
+    yield from failed
     end = clock() + deadline
     while waiting:
         arrived = list(grid.pull_messages(waiting))
@@ -63,13 +57,32 @@ def exchange(
             waiting.discard(reply.metadata.reply_to_message_id)
             yield reply
         if clock() >= end:
-            _abandon(grid, waiting)
+            abandon(grid, waiting)
             return
-        if not arrived and waiting and not isinstance(grid, Waiting):
-            time.sleep(poll_interval)
+        if not arrived and waiting:
+            pause(grid, poll_interval)
 
 
-def _abandon(grid: Grid, message_ids: set[str]) -> None:
+def pause(grid: Grid, seconds: float) -> None:
+    """Let time pass before the next look, unless the Grid did so itself."""
+    if not isinstance(grid, Waiting):
+        time.sleep(seconds)
+
+
+def push(grid: Grid, messages: Iterable[Message]) -> tuple[set[str], list[Message]]:
+    """Push messages: the ids of those that the Grid took, and Flower's error reply to each that it did not."""
+    sent = list(messages)
+    ids = list(grid.push_messages(sent))
+    ids += [""] * (len(sent) - len(ids))  # Flower gives None, or an empty list, for what was not accepted
+    failed = [
+        Message(Error(ErrorCode.UNKNOWN, "the message was not delivered"), reply_to=message)
+        for message, message_id in zip(sent, ids, strict=False)
+        if not message_id
+    ]
+    return {message_id for message_id in ids if message_id}, failed
+
+
+def abandon(grid: Grid, message_ids: Iterable[str]) -> None:
     """Tell an in-process Grid to forget messages, else late work would delay every later round; others cannot."""
     if isinstance(grid, Forgetful):
         grid.abandon(message_ids)

@@ -1,18 +1,19 @@
 """From a finished round to an immutable version, with what the server needs to go on from there.
 
-The training state (master copy, optimizer moments, rule memory, message counters) is saved with each version and
-never travels to devices.
+The training state (master copy, optimizer moments, rule memory, message counters, what is known of the clients) is
+saved with each version and never travels to devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
 from federated import __version__
 from federated.config import ExperimentConfig
 from federated.errors import RegistryError, WireError
+from federated.flower.selection import Standing
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, VersionManifest, sha256_hex
 from federated.registry import Registry
@@ -43,12 +44,16 @@ class TrainingState:
         global_state: master copy and rule memory.
         optimizer_state: moments.
         counters: last message counter seen from each client.
+        standings: what is known of each client, for its selection.
+        at_work: clients that were in training when the version was made, and whose work a resumed run does not get.
     """
 
     round_number: int
     global_state: GlobalState
     optimizer_state: OptimizerState
     counters: Mapping[str, int] = field(default_factory=dict)
+    standings: Mapping[str, Standing] = field(default_factory=dict)
+    at_work: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Pack for the registry."""
@@ -59,6 +64,8 @@ class TrainingState:
             "optimizer": self.optimizer_state.name,
             "steps": self.optimizer_state.steps,
             "counters": dict(self.counters),
+            "standings": {client_id: asdict(one) for client_id, one in self.standings.items()},
+            "at_work": self.at_work,
             "rule": dict(rule.scalars),
             "spec": self.global_state.adapter.spec.plain,
             "residual": residual.spec.plain if residual else None,
@@ -91,9 +98,15 @@ class TrainingState:
             state = GlobalState(adapter, residual, rule_state=RuleState(header["rule"], groups["rule"]))
             moments = OptimizerState(int(header["steps"]), groups["optimizer"], str(header["optimizer"]))
             counters = {str(client_id): int(last) for client_id, last in header["counters"].items()}
-            return cls(int(header["round_number"]), state, moments, counters)
+            standings = {str(client_id): _standing(one) for client_id, one in header.get("standings", {}).items()}
+            at_work = tuple(str(client_id) for client_id in header.get("at_work", ()))
+            return cls(int(header["round_number"]), state, moments, counters, standings, at_work)
         except (WireError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise RegistryError(f"the stored training state cannot be read ({error}); start a new run") from None
+
+
+def _standing(value: Mapping[str, Any]) -> Standing:
+    return Standing(int(value["examples"]), tuple(bool(answer) for answer in value["answers"]))
 
 
 _OWN = Limits(max_bytes=2**40, max_header_bytes=2**28, max_tensors=2**20)

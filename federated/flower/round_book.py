@@ -175,10 +175,10 @@ class RoundBook:
             self._note(client_id, "refused", reason="bad_encoding", message=_short(str(error)))
         return None
 
-    def reject(self, client_id: str, error: Exception) -> None:
-        """Take back an ``ok``: the rule could not combine the update."""
+    def reject(self, client_id: str, error: Exception, *, reason: str = "not_combinable") -> None:
+        """Take back an ``ok``: the update cannot be combined."""
         self.outcomes = [outcome for outcome in self.outcomes if outcome.client_id != client_id]
-        self._note(client_id, "refused", reason="not_combinable", message=_short(str(error)))
+        self._note(client_id, "refused", reason=reason, message=_short(str(error)))
 
     def close(self) -> list[Outcome]:
         """Mark whoever is missing as late; returns all outcomes, by client id."""

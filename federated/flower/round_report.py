@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation, whole_round
+from federated.flower.round_book import Outcome, pooled_evaluation
 from federated.manifest import VersionManifest
 
 __all__ = ["round_event", "train_metrics"]
@@ -22,31 +22,36 @@ def train_metrics(good: Iterable[Outcome]) -> dict[str, float]:
 
 
 def round_event(
-    phases: Sequence[RoundBook],
+    outcomes: Sequence[Outcome],
     *,
+    round_number: int,
+    seconds: float,
     version_id: str | None,
     manifest: VersionManifest | None = None,
     moved: float = 0.0,
     metrics: Mapping[str, float] | None = None,
     missed: str = "",
+    measured: Sequence[Outcome] | None = None,
 ) -> dict[str, Any]:
     """The ``round`` event.
 
     Args:
-        phases: the closed books of the round's exchanges.
+        outcomes: what became of each client.
+        round_number: 1-based.
+        seconds: how long the round took.
         version_id: of the global adapter now.
         manifest: of the version that the round made; None when it made none.
         moved: L2 norm of the global adapter's move.
         metrics: what the rule reports of itself.
         missed: why there is no version.
+        measured: those who measured the version that the round started from; default: all.
     """
-    outcomes = whole_round(phases)
     good = [outcome for outcome in outcomes if outcome.status == "ok"]
     started_from = manifest.parent if manifest else version_id
-    evaluation = pooled_evaluation(outcomes)
+    evaluation = pooled_evaluation(list(outcomes if measured is None else measured))
     return {
         "event": "round",
-        "round_number": phases[0].round_number,
+        "round_number": round_number,
         "participants": len(good),
         "cohort": len(outcomes),
         "published": manifest is not None,
@@ -58,7 +63,7 @@ def round_event(
         "rule": dict(metrics or {}),
         "bytes_up": sum(outcome.bytes_up for outcome in outcomes),
         "bytes_down": sum(outcome.bytes_down for outcome in outcomes),
-        "seconds": round(phases[0].seconds, 3),
+        "seconds": round(seconds, 3),
         "refused": [outcome.as_refusal() for outcome in outcomes if outcome.status != "ok"],
         "evaluation": {**evaluation, "version_id": started_from} if evaluation else None,
         "message": None if manifest else f"{missed}: the global adapter stays as it was",

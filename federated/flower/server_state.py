@@ -6,8 +6,10 @@ Mutable on purpose, and the only mutable thing of a strategy that a version's tr
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from flwr.app import ArrayRecord
 
 from federated import server_optimizers
@@ -16,8 +18,11 @@ from federated.config import ServerOptimizerConfig
 from federated.delta import is_finite, norm, subtract
 from federated.errors import AggregationError
 from federated.flower.publisher import TrainingState
+from federated.flower.round_book import Outcome
+from federated.flower.selection import Standing
 from federated.global_state import GlobalState
-from federated.state import AdapterState
+from federated.residual import folded
+from federated.state import AdapterState, Tensors
 
 __all__ = ["ServerState"]
 
@@ -37,6 +42,8 @@ class ServerState:
         finished: the last round that was closed.
         version_id: id of the version that holds the global adapter; None before the first is published.
         counters: last message counter of each client.
+        standings: what earlier rounds taught about each client, for its selection.
+        at_work: clients in training while the last version was made (buffered rounds).
     """
 
     def __init__(self, initial: AdapterState, *, rule: Rule, optimizer: ServerOptimizerConfig) -> None:
@@ -44,6 +51,8 @@ class ServerState:
         self.finished = 0
         self.version_id: str | None = None
         self.counters: dict[str, int] = {}
+        self.standings: dict[str, Standing] = {}
+        self.at_work: tuple[str, ...] = ()
         self._optimizer = optimizer
         self._moments = server_optimizers.init(optimizer, self.adapter)
 
@@ -54,24 +63,36 @@ class ServerState:
 
     def arrays(self) -> ArrayRecord:
         """The global adapter as named float32 arrays (copies), the residual's under ``residual:<name>``."""
-        copies = OrderedDict((name, tensor.clone()) for name, tensor in self.adapter.tensors.items())
-        if self.global_state.residual is not None:
-            beside = self.global_state.residual.tensors
-            copies.update((f"{_RESIDUAL}{name}", tensor.clone()) for name, tensor in beside.items())
-        return ArrayRecord(torch_state_dict=copies)
+        named = {**self.adapter.tensors, **self._residual_arrays()}
+        return ArrayRecord(torch_state_dict=OrderedDict((name, tensor.clone()) for name, tensor in named.items()))
 
     def adopt(self, arrays: ArrayRecord) -> None:
-        """Take over the arrays that Flower hands in, when they differ from the adapter held here; not a residual's.
+        """Take over the arrays that Flower hands in, when they differ from the adapter held here.
+
+        A residual's arrays may be left out, and may not differ: without its spec nothing could be made of them.
 
         Raises:
-            AggregationError: if names or shapes differ, or a value is not finite.
+            AggregationError: if names or shapes differ, a value is not finite, or a residual is not the one held here.
         """
-        named = arrays.to_torch_state_dict().items()
-        tensors = {name: tensor.float() for name, tensor in named if not name.startswith(_RESIDUAL)}
+        named = arrays.to_torch_state_dict()
+        self._check_residual({name: one for name, one in named.items() if name.startswith(_RESIDUAL)})
+        tensors = {name: tensor.float() for name, tensor in named.items() if not name.startswith(_RESIDUAL)}
         if not is_finite(tensors):
             raise AggregationError("the arrays handed in hold values that are not finite")
         if norm(subtract(tensors, self.adapter.tensors)) > 0:
             self.global_state = replace(self.global_state, adapter=AdapterState(self.adapter.spec, tensors))
+
+    def _check_residual(self, found: Tensors) -> None:
+        held = self._residual_arrays()
+        if found and not (found.keys() == held.keys() and all(torch.equal(found[name], held[name]) for name in held)):
+            raise AggregationError(
+                "the arrays handed in hold another residual than this run's: go on from the saved version instead "
+                "(fedpeft simulate --resume), or leave out the arrays that begin with residual:"
+            )
+
+    def _residual_arrays(self) -> Tensors:
+        residual = self.global_state.residual
+        return {f"{_RESIDUAL}{name}": tensor for name, tensor in residual.tensors.items()} if residual else {}
 
     def apply(self, result: Result) -> float:
         """Move by a rule's result; returns the L2 norm of the move.
@@ -86,21 +107,37 @@ class ServerState:
             gradient = {name: -tensor for name, tensor in result.mean_delta.items()}
             adapter, moments = server_optimizers.step(self._optimizer, self._moments, before, pseudo_gradient=gradient)
             state = replace(state, adapter=adapter)
-        served = state.materialise()
+        served = folded(state.materialise()).cast(state.adapter.spec.dtype)
         if not (is_finite(served.tensors) and (served.residual is None or is_finite(served.residual.tensors))):
             found = f"the round would take the adapter beyond {state.adapter.spec.dtype}"
             raise AggregationError(f"{found}: bound what one client may send with round.max_norm, or lower rates")
         self.global_state, self._moments = replace(state, rule_state=result.rule_state or state.rule_state), moments
         return norm(subtract(self.adapter.tensors, before.tensors))
 
+    def note(self, outcomes: Iterable[Outcome]) -> None:
+        """Remember of a finished round who answered, and with how many examples."""
+        for outcome in outcomes:
+            before = self.standings.get(outcome.client_id, Standing())
+            good = outcome.status == "ok"
+            self.standings[outcome.client_id] = before.after(good=good, examples=outcome.num_examples)
+
     def training_state(self, round_number: int) -> TrainingState:
         """What is saved with the version of that round."""
-        return TrainingState(round_number, self.global_state, self._moments, dict(self.counters))
+        return TrainingState(
+            round_number,
+            self.global_state,
+            self._moments,
+            counters=dict(self.counters),
+            standings=dict(self.standings),
+            at_work=self.at_work,
+        )
 
     def take_up(self, training: TrainingState, version_id: str) -> None:
         """Go on from a saved state."""
         self.global_state = training.global_state
         self._moments = training.optimizer_state
         self.counters = dict(training.counters)
+        self.standings = dict(training.standings)
+        self.at_work = training.at_work
         self.finished = training.round_number
         self.version_id = version_id

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from federated.adapters import AdapterModel, attach, load_base
 from federated.config import DataConfig, ExperimentConfig, ModelConfig, experiment_from
+from federated.config.parts import MAX_PARAMS
 from federated.config.wording import expectation
 from federated.data import Source, open_source
 from federated.errors import ConfigError
@@ -106,6 +107,7 @@ class ClientSite:
         data: where its examples are; None only in a simulation.
         model: where its base model is; None only in a simulation.
         max_rank: largest LoRA rank that it trains; the server is told, and a rule that mixes ranks heeds it.
+        max_params: most parameters that it trains whole (``adapter.kind=full``), whatever the server allows.
         max_epochs: most passes over its data in one round.
         max_steps: most optimizer steps in one round.
         allowed_base_digests: base models that it trains; empty means any that it can load.
@@ -118,6 +120,7 @@ class ClientSite:
     data: DataConfig | None = None
     model: ModelConfig | None = None
     max_rank: int = 1024
+    max_params: int = MAX_PARAMS
     max_epochs: float = 100.0
     max_steps: int = 100_000
     allowed_base_digests: tuple[str, ...] = ()
@@ -137,7 +140,8 @@ class ClientSite:
                 raise ConfigError(f"{key} = {found}: this client allows at most {allowed}")
         if self.data is None and self.model is None:
             return config
-        return replace(config, data=self.data or config.data, model=self.model or config.model)
+        adapter = replace(config.adapter, max_params=min(self.max_params, config.adapter.max_params))
+        return replace(config, adapter=adapter, data=self.data or config.data, model=self.model or config.model)
 
 
 def site_of(node_config: Mapping[str, Any], config: ExperimentConfig) -> ClientSite:

@@ -2,7 +2,8 @@
 
 A round: sample a cohort, send each client the global adapter and its plan in one message, admit replies one by one
 as they arrive, let the rule combine them, let the server optimizer move the adapter, publish a version. It runs in
-any Flower ServerApp: in-process, Ray or a deployment, through the Grid that it is given.
+any Flower ServerApp: in-process, Ray or a deployment, through the Grid that it is given. Under ``round.mode=buffered``
+`federated.flower.buffered` fills the rounds in place of cohorts.
 
 It knows no rule by name, and of model and data only `DeltaStrategy.from_config` does.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self
 
@@ -25,18 +27,18 @@ from federated.aggregation import Accumulator, NextPhase, Result, Rule, check_co
 from federated.config import ExperimentConfig
 from federated.delta import Update
 from federated.errors import AggregationError, NotEnoughUpdates, RunInterrupted
+from federated.flower.buffered import BufferedRounds, name_lost
 from federated.flower.directory import Directory
 from federated.flower.exchange import exchange
 from federated.flower.messages import TaskWriter
 from federated.flower.publisher import Publisher, RegistryPublisher, TrainingState
 from federated.flower.records import metric_record
 from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation, whole_round
-from federated.flower.round_report import round_event, train_metrics
+from federated.flower.round_closer import RoundCloser
 from federated.flower.selection import select_cohort
 from federated.flower.server_state import ServerState
 from federated.flower.session import open_session
 from federated.global_state import GlobalState
-from federated.manifest import VersionManifest
 from federated.registry import Registry
 from federated.state import AdapterState
 from federated.tracking import MultiTracker, Tracker
@@ -86,10 +88,11 @@ class DeltaStrategy(Strategy):
         self.server = ServerState(initial, rule=self.rule, optimizer=config.strategy.server_optimizer)
         if resume is not None:
             self.server.take_up(*resume)
-        self._publisher = publisher or RegistryPublisher(
+        publisher = publisher or RegistryPublisher(
             registry, config, run_id=self.run_id, base_digest=base_digest, method=self.method
         )
         self._tracker = tracker or MultiTracker([])
+        self._closer = RoundCloser(self.server, publisher, self._tracker)
         self._directory = Directory(config, least=clients_needed(self.rule, config.selection.fraction))
         key = secret or secrets.token_bytes(32)
         self._writer = TaskWriter(config, rule=self.rule, run_id=self.run_id, base_digest=base_digest, secret=key)
@@ -174,21 +177,54 @@ class DeltaStrategy(Strategy):
         return result
 
     def _all_rounds(self, grid: Grid, rounds: int, *, result: FlowerResult, evaluate_fn: EvaluateFn | None) -> None:
-        self._directory.wait(grid)
-        self._report_problems()
+        self._gather(grid)
         if self.version_id is None:
-            self._publish([], 0, servable=True)
+            self._closer.publish([], 0, servable=True)
+        name_lost(self.server, self._tracker)
         self._evaluate_here(result, self.server.finished, evaluate_fn)
-        for number in range(self.server.finished + 1, rounds + 1):
-            messages = self.configure_train(number, self.server.arrays(), ConfigRecord(), grid)
-            _, metrics = self.aggregate_train(number, self._exchange(grid, messages))
-            if metrics is not None:
-                result.train_metrics_clientapp[number] = metrics
-            self._evaluate_here(result, number, evaluate_fn)
+        with self._filling(grid) as fill:
+            for number in range(self.server.finished + 1, rounds + 1):
+                metrics = fill(number)
+                if metrics is not None:
+                    result.train_metrics_clientapp[number] = metrics
+                self._evaluate_here(result, number, evaluate_fn)
         messages = self.configure_evaluate(rounds, self.server.arrays(), ConfigRecord(), grid)
         evaluation = self.aggregate_evaluate(rounds, self._exchange(grid, messages))
         if evaluation is not None:
             result.evaluate_metrics_clientapp[rounds] = evaluation
+
+    @contextmanager
+    def _filling(self, grid: Grid) -> Iterator[Callable[[int], MetricRecord | None]]:
+        """What runs the round of a number, in the mode that the config names, and gives its metrics."""
+        if self.config.round.mode == "sync":
+            yield lambda number: self._cohort(grid, number)
+            return
+        with BufferedRounds(
+            grid,
+            self.config,
+            rule=self.rule,
+            server=self.server,
+            writer=self._writer,
+            directory=self._directory,
+            closer=self._closer,
+            tracker=self._tracker,
+        ) as rounds:
+            yield lambda number: self._buffer(rounds, grid, number)
+
+    def _cohort(self, grid: Grid, number: int) -> MetricRecord | None:
+        messages = self.configure_train(number, self.server.arrays(), ConfigRecord(), grid)
+        return self.aggregate_train(number, self._exchange(grid, messages))[1]
+
+    def _buffer(self, rounds: BufferedRounds, grid: Grid, number: int) -> MetricRecord | None:
+        self._gather(grid)
+        return rounds.run(number)
+
+    def _gather(self, grid: Grid) -> None:
+        """Wait until enough clients are there."""
+        self._directory.wait(grid)
+        for node, text in self._directory.take_problems():
+            _LOG.warning("node %s takes no part: %s", node, text)
+            self._tracker.emit({"event": "node_problem", "node_id": str(node), "message": text})
 
     def _evaluate_here(self, result: FlowerResult, number: int, evaluate_fn: EvaluateFn | None) -> None:
         metrics = evaluate_fn(number, self.server.arrays()) if evaluate_fn else None
@@ -205,11 +241,16 @@ class DeltaStrategy(Strategy):
         """Sample the cohort and write one message per client."""
         del config
         self.server.adopt(arrays)
-        self._directory.wait(grid)
-        self._report_problems()
+        self._gather(grid)
         self._grid = grid
-        known, fraction = list(self._directory.nodes), self.config.selection.fraction
-        cohort = select_cohort(known, fraction=fraction, seed=self.config.seed, round_number=server_round)
+        cohort = select_cohort(
+            list(self._directory.nodes),
+            fraction=self.config.selection.fraction,
+            seed=self.config.seed,
+            round_number=server_round,
+            policy=self.config.selection.policy,
+            standings=self.server.standings,
+        )
         event = {"event": "round_start", "round_number": server_round, "cohort": list(cohort)}
         self._tracker.emit({**event, "version_id": self.version_id})
         return self._write(server_round, cohort, mode="train")
@@ -252,21 +293,13 @@ class DeltaStrategy(Strategy):
         """
         phases = [self._taken(server_round)]
         quorum = max(1, math.ceil(self.config.round.quorum * len(phases[0].cohort) - 1e-9))
+        found: Result | AggregationError
         try:
-            result = self._combine(phases, replies, quorum)
-            moved = self.server.apply(result)
+            found = self._combine(phases, replies, quorum)
         except AggregationError as error:
-            self.server.finished = server_round
-            _LOG.warning("round %d: %s: the global adapter stays as it was", server_round, error)
-            self._tracker.emit(round_event(phases, version_id=self.version_id, missed=str(error)))
-            return None, None
-        good = [outcome for outcome in whole_round(phases) if outcome.status == "ok"]
-        manifest = self._publish(good, server_round, servable=result.servable)
-        self.server.finished = server_round
-        self._tracker.emit(
-            round_event(phases, version_id=self.version_id, manifest=manifest, moved=moved, metrics=result.metrics)
-        )
-        return self.server.arrays(), metric_record(train_metrics(good))
+            found = error
+        metrics = self._closer.close(found, whole_round(phases), number=server_round, seconds=phases[0].seconds)
+        return (None, None) if metrics is None else (self.server.arrays(), metric_record(metrics))
 
     def _combine(self, phases: list[RoundBook], replies: Iterable[Message], quorum: int) -> Result:
         """All exchanges of one round; each one's book goes into ``phases``.
@@ -338,16 +371,3 @@ class DeltaStrategy(Strategy):
         good = [outcome for outcome in outcomes if outcome.status == "ok"]
         self.server.counters |= {outcome.client_id: outcome.counter for outcome in good}
         return good
-
-    def _publish(self, good: list[Outcome], number: int, *, servable: bool) -> VersionManifest:
-        training, metrics = self.server.training_state(number), train_metrics(good)
-        manifest = self._publisher.publish(
-            training, parent=self.version_id, participants=len(good), metrics=metrics, servable=servable
-        )
-        self.server.version_id = manifest.version_id
-        return manifest
-
-    def _report_problems(self) -> None:
-        for node, text in self._directory.take_problems():
-            _LOG.warning("node %s takes no part: %s", node, text)
-            self._tracker.emit({"event": "node_problem", "node_id": str(node), "message": text})

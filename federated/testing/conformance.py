@@ -244,12 +244,34 @@ def cases(seed: int = 0, *, rule: Rule | None = None) -> Iterator[Case]:
 
     Args:
         seed: of all numbers.
-        rule: also the cases that need what this rule has: clients of different ranks, a residual before the round.
-            None gives those that every rule takes.
+        rule: also the cases that need what this rule has: clients of different ranks, a residual before the round; and
+            adapters of the kind that it works on. None gives the LoRA cases that every rule takes.
     """
+    cored = rule is not None and rule.properties.adapter != "lora"
     for case in _grid(seed):
         if not case.needs or (rule is not None and fits(rule, case)):
-            yield case
+            yield _cored(case, seed) if cored else case
+
+
+def _cored(case: Case, seed: int) -> Case:
+    """The same case with a core between the factors; a fresh one starts at zero, and B does not."""
+    generator = torch.Generator().manual_seed(seed)
+    modules, fresh = case.adapter.spec.modules, all(not pair.factor_b.any() for pair in case.adapter.pairs())
+
+    def with_cores(tensors: Tensors, scale: float) -> dict[str, Tensor]:
+        size = [(f"{one.name}.core", (one.rank, one.rank)) for one in modules]
+        return {**tensors, **{name: scale * torch.randn(shape, generator=generator) for name, shape in size}}
+
+    factors = {
+        name: torch.randn(one.shape, generator=generator) if fresh and group_of(name) == "factor_b" else one
+        for name, one in case.adapter.tensors.items()
+    }
+    spec = replace(case.adapter.spec, peft_type="lora_xs")
+    trained = {
+        client: with_cores(moves, 0.7 * any(bool(move.any()) for move in moves.values()))
+        for client, moves in case.trained.items()
+    }
+    return replace(case, adapter=AdapterState(spec, with_cores(factors, float(not fresh))), trained=trained)
 
 
 def _grid(seed: int) -> Iterator[Case]:

@@ -73,7 +73,8 @@ class TestSpecs:
     """A spec may come from a registry or a release: it is checked against the base before anything is allocated."""
 
     def test_another_method(self):
-        with pytest.raises(ModelError, match="'pickle' is unknown; expected 'lora'"):
+        expected = "'pickle' is unknown; expected one of full, head, ia3, layernorm, lora, lora_xs, prompt"
+        with pytest.raises(ModelError, match=expected):
             shell(base(), replace(adapted().spec, peft_type="pickle"))
 
     def test_no_modules(self):

@@ -57,9 +57,9 @@ def _in_process(engine: EngineConfig, run_dir: Path) -> None:
         simulate(config, load_client_app(ROOT))
 
 
-def _by_command(engine: EngineConfig, run_dir: Path) -> None:
+def _by_command(engine: EngineConfig, run_dir: Path, *overrides: str) -> None:
     """In a process group of its own: whatever Ray leaves is ended with it."""
-    command = [str(Path(sys.executable).parent / "fedpeft"), "simulate", "--app", str(ROOT), *OVERRIDES]
+    command = [str(Path(sys.executable).parent / "fedpeft"), "simulate", "--app", str(ROOT), *OVERRIDES, *overrides]
     command += [f"engine={engine.name}", f"engine.workers={engine.workers}", f"run_dir={run_dir}"]
     with (run_dir.parent / "ray.log").open("w") as log:
         process = subprocess.Popen(
@@ -103,7 +103,15 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return _outcome(run_dir)
 
 
-@pytest.fixture(params=["shuffled", "ray"])
+@pytest.fixture(scope="module")
+def buffered_ray(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The same there, in buffered rounds that take everybody: nothing is stale."""
+    run_dir = tmp_path_factory.mktemp("buffered") / "run"
+    _by_command(EngineConfig("ray", workers=2), run_dir, "round.mode=buffered", "round.buffer=3")
+    return _outcome(run_dir)
+
+
+@pytest.fixture(params=["shuffled", "ray", "buffered_ray"])
 def other(request: pytest.FixtureRequest) -> Outcome:
     """The same experiment on another engine."""
     found: Outcome = request.getfixturevalue(request.param)

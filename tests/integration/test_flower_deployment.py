@@ -198,14 +198,25 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 PARTITIONS = ("rounds=2", "data.partition.num_clients=2")
 
 
-@pytest.fixture(scope="module")
-def partitions(deployment: Deployment) -> Finished:
-    """Two SuperNodes, each with a partition of the experiment's data."""
+def _of_partitions(deployment: Deployment, name: str, *overrides: str) -> Finished:
+    """A run of two SuperNodes, each with a partition of the experiment's data."""
     with ExitStack() as nodes:
         for index in range(2):
             config = f"partition-id={index} num-partitions=2"
-            nodes.enter_context(deployment.supernode(f"partition-{index}", config))
-        return deployment.run("partitions", *PARTITIONS, "selection.min_clients=2")
+            nodes.enter_context(deployment.supernode(f"{name}-{index}", config))
+        return deployment.run(name, *PARTITIONS, "selection.min_clients=2", *overrides)
+
+
+@pytest.fixture(scope="module")
+def partitions(deployment: Deployment) -> Finished:
+    """Synchronous rounds."""
+    return _of_partitions(deployment, "partitions")
+
+
+@pytest.fixture(scope="module")
+def buffered(deployment: Deployment) -> Finished:
+    """Buffered rounds that take everybody."""
+    return _of_partitions(deployment, "buffered", "round.mode=buffered", "round.buffer=2", "round.concurrency=2")
 
 
 def test_run_completes(partitions: Finished) -> None:
@@ -222,6 +233,11 @@ def test_run_folder_has_a_report(partitions: Finished) -> None:
 
 def test_last_weights_are_those_of_the_in_process_engine(partitions: Finished, tmp_path: Path) -> None:
     assert partitions.digests()[2] == _in_process(tmp_path, *PARTITIONS)
+
+
+def test_buffered_rounds_of_everybody_give_the_same_weights(buffered: Finished, tmp_path: Path) -> None:
+    assert buffered.status == "finished:completed", buffered.log
+    assert buffered.digests()[2] == _in_process(tmp_path, *PARTITIONS)
 
 
 @pytest.fixture(scope="module")

@@ -224,3 +224,21 @@ class TestVersionManifest:
     def test_unknown_keys_are_refused(self):
         with pytest.raises(TypeError):
             VersionManifest.from_dict({**MANIFEST.to_dict(), "trusted": True})
+
+
+def test_specs_and_versions_of_the_first_form_keep_their_digests() -> None:
+    module, head = ModuleSpec("q", 3, 2, 2, 4.0), HeadSpec("mean_pool", 2, trained=True, seed=0)
+    spec = AdapterSpec("lora", 2, 4.0, use_rslora=False, modules=(module,), head=head)
+    assert spec.digest == "b97a7c2d3b9bd196551247e3c66cb99388003361f4d77024620f35c74aa9af26"
+    manifest = VersionManifest("w" * 64, "b" * 64, spec, "fedit", "run", 1)
+    assert manifest.version_id == "429bce9db807eb0d598da31f6a7e2e8c663ffb9748d21c306568f2df7117e035"
+
+
+@pytest.mark.parametrize(("trained", "tokens"), [((), 0), (("a.scale_in", "b.scale_out"), 0), ((), 8)])
+def test_what_later_kinds_say_survives_json(trained: tuple[str, ...], tokens: int) -> None:
+    spec = AdapterSpec("ia3", 0, 0.0, use_rslora=False, modules=(), trained=trained, virtual_tokens=tokens)
+    manifest = VersionManifest("w" * 64, "b" * 64, spec, "fedit", "run", 1)
+    again = VersionManifest.from_dict(json.loads(canonical_json(manifest.to_dict())))
+    assert again == manifest
+    assert again.version_id == manifest.version_id
+    assert ("trained" in spec.plain, "virtual_tokens" in spec.plain) == (bool(trained), bool(tokens))

@@ -233,6 +233,15 @@ def test_language_model_has_perplexity_in_place_of_accuracy(tmp_path: Path) -> N
     assert "accuracy" not in "".join(parsed(page).text)
 
 
+def test_a_run_whose_clients_keep_a_part_claims_no_global_adapter(tmp_path: Path) -> None:
+    shared = page_of(folder(tmp_path / "shared", whole_run()))
+    personal = page_of(folder(tmp_path / "personal", [{**whole_run()[0], "personal": True}, *whole_run()[1:]]))
+    assert shared.count("global adapter") == 3
+    assert "global adapter" not in personal
+    assert personal.count("each client&#39;s own adapter") == 2
+    assert "the last adapter of its own that this client measured" in personal
+
+
 def test_round_that_published_nothing_says_so(tmp_path: Path) -> None:
     events = rounds_of(1)
     events[-1]["published"] = False

@@ -1,12 +1,15 @@
 """Adapter states: bytes and back bit for bit, factors by module, casts."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from federated.errors import AggregationError
+from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec
+from federated.residual import product_of
 from federated.state import AdapterState, from_raw, group_of, to_raw
 
 MODULES = (ModuleSpec("layer.k", 3, 2, 2, 8.0), ModuleSpec("layer.q", 4, 2, 1, 8.0))
@@ -78,6 +81,7 @@ def test_a_dtype_that_cannot_travel_is_named(dtype: torch.dtype) -> None:
     [
         ("layer.q.factor_a", "factor_a"),
         ("layer.q.factor_b", "factor_b"),
+        ("layer.q.core", "core"),
         ("head.weight", "dense"),
         ("factor_a.weight", "dense"),
         ("my_factor_a", "dense"),
@@ -94,6 +98,51 @@ def test_pairs_come_in_the_spec_s_order_with_their_scaling() -> None:
     assert [pair.scaling for pair in pairs] == [4.0, 8.0]
     assert pairs[0].factor_a is adapter.tensors["layer.k.factor_a"]
     assert pairs[1].factor_b is adapter.tensors["layer.q.factor_b"]
+
+
+def cored(dtype: str = "F32") -> AdapterState:
+    cores = {"layer.k.core": torch.tensor([[0.0, 1.0], [2.0, 0.5]]), "layer.q.core": torch.full((1, 1), -3.0)}
+    tensors = {**state().tensors, **cores}
+    return AdapterState(replace(SPEC, peft_type="lora_xs", dtype=dtype), tensors).cast(dtype)
+
+
+def test_a_core_is_part_of_its_pair() -> None:
+    adapter = cored()
+    assert [group_of(name) for name in cored().tensors].count("core") == 2
+    for pair in adapter.pairs():
+        core, factor_a = (adapter.tensors[f"{pair.module.name}.{part}"].double() for part in ("core", "factor_a"))
+        assert torch.equal(pair.factor_a, core @ factor_a)
+        assert pair.factor_b is adapter.tensors[f"{pair.module.name}.factor_b"]
+    assert list(adapter.dense()) == ["head.weight"]
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_version_of_an_adapter_with_a_core_is_plain_lora(dtype: str) -> None:
+    world = GlobalState(cored(dtype))
+    made, sent = world.export(), world.materialise()
+    assert made.spec == replace(SPEC, dtype=dtype)
+    assert made.tensors.keys() == state().tensors.keys()
+    assert {tensor.dtype for tensor in made.tensors.values()} == {sent.tensors["head.weight"].dtype}
+    for plain, whole in zip(made.pairs(), sent.pairs(), strict=True):
+        torch.testing.assert_close(
+            plain.factor_a.double(), whole.factor_a, rtol=2**-8 if dtype == "BF16" else 1e-6, atol=0
+        )
+        assert torch.equal(plain.factor_b, whole.factor_b)
+
+
+def test_core_and_residual_are_exported_together() -> None:
+    module = replace(MODULES[0], rank=1, alpha=1.0)
+    spec = AdapterSpec("lora", 1, 1.0, use_rslora=False, modules=(module,))
+    residual = AdapterState(spec, {"layer.k.factor_a": torch.ones(1, 3), "layer.k.factor_b": torch.ones(2, 1)})
+    made = GlobalState(cored(), residual=residual).export()
+    for name, product in product_of(replace(cored(), residual=residual)).items():
+        torch.testing.assert_close(product_of(made)[name].dense(), product.dense(), rtol=1e-5, atol=1e-5)
+    assert made.spec.peft_type == "lora"
+
+
+def test_an_adapter_with_a_core_has_one_rank() -> None:
+    with pytest.raises(AggregationError, match="rank 1 was asked of an adapter with a core"):
+        GlobalState(cored()).materialise(1)
 
 
 def test_dense_is_all_that_is_no_factor() -> None:

@@ -17,6 +17,11 @@ CASES = {case.name: case for case in cases()}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+def of_kind(name: str) -> dict[str, Case]:
+    """The cases that a rule takes, with adapters of its kind."""
+    return {case.name: case for case in cases(rule=make_rule(name))}
+
+
 def enough(name: str, case: Case) -> Case:
     """The case, with as many clients as the rule needs."""
     return crowded(case, make_rule(name).properties.min_updates)
@@ -25,11 +30,12 @@ def enough(name: str, case: Case) -> Case:
 @pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_every_rule_keeps_its_claim_or_says_what_it_lacks(name: str, case: Case) -> None:
-    if not fits(make_rule(name), case):
+    rule = make_rule(name)
+    if not fits(rule, case):
         with pytest.raises(AggregationError, match=f"case '{case.name}' needs .*, which {name} has not"):
-            examine(make_rule(name), case)
+            examine(rule, case)
         return
-    finding = examine(make_rule(name), enough(name, case))
+    finding = examine(rule, enough(name, of_kind(name)[case.name]))
     assert finding.passed, finding
     assert torch.isfinite(torch.tensor([finding.error, finding.optimum, finding.dense_error])).all()
 
@@ -55,14 +61,13 @@ def test_the_truncation_is_no_worse_than_factor_averaging(case: Case) -> None:
 def test_one_client_s_own_result_is_kept_by_all() -> None:
     """But for a threshold, which cuts even that."""
     options = {"florist": {"threshold": 1.0}}
-    case = CASES["one client"]
     rules = [make_rule(name, options.get(name)) for name in RULES]
     able = [rule for rule in rules if rule.properties.min_updates == 1]
-    assert all(examine(rule, case).error < 1e-6 for rule in able)
+    assert all(examine(rule, of_kind(rule.name)["one client"]).error < 1e-6 for rule in able)
     for rule in rules:
         if rule not in able:
             with pytest.raises(NotEnoughUpdates, match=rf"1 good updates: {rule.name} needs at least"):
-                examine(rule, case)
+                examine(rule, of_kind(rule.name)["one client"])
 
 
 class TestCases:

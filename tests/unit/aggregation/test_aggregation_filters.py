@@ -70,6 +70,22 @@ def test_the_lowest_scores_share_the_weight_and_ties_go_to_the_first() -> None:
     assert filters.chosen(torch.zeros(3, dtype=torch.float64), 1).tolist() == [1, 0, 0]
 
 
+def test_ties_up_to_rounding_go_to_the_first() -> None:
+    scores = torch.tensor([1.0 + 1e-12, 1.0, 5.0, 1.0 - 1e-12, 0.0, 1e-300], dtype=torch.float64)
+    assert filters.chosen(scores, 3).nonzero().flatten().tolist() == [0, 4, 5]
+    assert filters.chosen(scores[:4], 1).tolist() == [1, 0, 0, 0]
+
+
+def test_what_rounding_leaves_is_no_distance() -> None:
+    """Equal points whose inner products were rounded differently."""
+    points = drawn(count=3)
+    points[1] = points[0]
+    noisy = gram(points) * (1 + 1e-15 * torch.randn(3, 3, generator=torch.Generator().manual_seed(1)).double())
+    found = filters.distances((noisy + noisy.T) / 2)
+    assert found[0, 1] == 0.0
+    assert found[0, 2] > 1.0
+
+
 def test_peeling_is_krum_again_and_again() -> None:
     points, left, expected = drawn(count=11, far=2), list(range(11)), []
     for _ in range(7):

@@ -35,7 +35,8 @@ def of_class(*names: str) -> Any:
 
 
 def case_for(rule: Rule, name: str) -> Case:
-    return crowded(CASES[name], max(3, rule.properties.min_updates + 1))
+    found = {case.name: case for case in cases(rule=rule)}
+    return crowded(found[name], max(3, rule.properties.min_updates + 1))
 
 
 def trained(plan: TrainPlan, moves: Tensors) -> dict[str, Tensor]:
@@ -45,18 +46,18 @@ def trained(plan: TrainPlan, moves: Tensors) -> dict[str, Tensor]:
 def played(rule: Rule, case: Case, changes: Mapping[str, Change], state: GlobalState | None = None) -> GlobalState:
     """One whole round as a server plays it, with what some clients send changed; the state after it."""
     state = state or GlobalState(case.adapter, rule_state=rule.init(case.adapter.spec))
-    phase, held = 1, {}
+    phase, held = 1, dict[str, AdapterState]()
     while True:
         accumulator = rule.start(state, phase)
         for client_id, moves in case.trained.items():
             plan, payload = rule.plan(state, ClientView(client_id), phase)
-            delta, start = trained(plan, moves), payload
-            if plan.cached:
-                delta = {name: move for name, move in delta.items() if group_of(name) == "dense"}
-                start = replace(held[client_id], extra=payload.extra)
-            elif client_id in changes:
-                delta = dict(changes[client_id](payload, delta))
-            held[client_id] = apply_some(start, delta)
+            if plan.cached:  # answers from what it held after the first exchange
+                start, delta = replace(held[client_id], extra=payload.extra), trained(plan, {})
+            else:
+                start, delta = payload, trained(plan, moves)
+                if client_id in changes:
+                    delta = dict(changes[client_id](payload, delta))
+                held[client_id] = apply_some(payload, delta)
             sent = unpack(plan, payload, pack(plan, start, delta))
             accumulator.add(Update(client_id, sent, 1, received=payload), 1.0)
         found = accumulator.finish()

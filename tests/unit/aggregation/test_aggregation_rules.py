@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from federated import server_optimizers
 from federated.aggregation import (
     RULES,
     ClientView,
     FedSALoRA,
+    FedSB,
     FedSVD,
     FFALoRA,
     FlexLoRA,
@@ -31,6 +33,7 @@ from federated.uploads import pack, unpack
 CASES = {case.name: case for case in cases()}
 CASE = CASES["unequal weights"]
 CLIENT = ClientView("client-000")
+CORED = {case.name: case for case in cases(rule=FedSB())}
 ONE_PHASE = [name for name in sorted(RULES) if make_rule(name).properties.phases == 1]
 
 
@@ -171,7 +174,8 @@ def test_an_update_of_a_frozen_factor_is_refused_and_not_mixed_in(name: str) -> 
 @pytest.mark.parametrize("name", ONE_PHASE)
 def test_the_order_of_arrival_changes_no_bit(name: str) -> None:
     rule = make_rule(name)
-    case = crowded(CASE, rule.properties.min_updates)
+    case = CASE if rule.properties.adapter == "lora" else CORED[CASE.name]
+    case = crowded(case, rule.properties.min_updates)
     state = begun(rule, case)
     given, results = updates(rule, state, case), []
     for order in [given[::-1], *itertools.islice(itertools.permutations(given), 6)]:
@@ -273,8 +277,9 @@ class TestFlexLoRA:
 
 
 def experiment(rule: str, optimizer: ServerOptimizerConfig, **adapter: Any) -> ExperimentConfig:
-    weighted = not make_rule(rule).properties.robust
-    strategy = StrategyConfig(rule, weighted=weighted, server_optimizer=optimizer)
+    properties = make_rule(rule).properties
+    strategy = StrategyConfig(rule, weighted=not properties.robust, server_optimizer=optimizer)
+    adapter = {"kind": properties.adapter, **adapter}
     return ExperimentConfig(task=TaskConfig(labels=("no", "yes")), strategy=strategy, adapter=AdapterConfig(**adapter))
 
 
@@ -311,6 +316,52 @@ def test_mixed_ranks_go_with_rules_that_combine_them(name: str) -> None:
             ConfigError, match=rf"adapter\.client_ranks = \[8, 4\]: {name} averages factors of one rank"
         ):
             check_combination(rule, smaller)
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_a_rule_goes_with_its_own_kind_of_adapter(name: str) -> None:
+    rule = make_rule(name)
+    own = rule.properties.adapter
+    other = {"lora": "lora_xs", "lora_xs": "lora"}[own]
+    check_combination(rule, experiment(name, ServerOptimizerConfig()))
+    expected = rf"adapter\.kind = '{other}': {name} is a rule for adapters of kind {own}; set adapter\.kind={own}"
+    with pytest.raises(ConfigError, match=expected):
+        check_combination(rule, experiment(name, ServerOptimizerConfig(), kind=other))
+
+
+class TestFedSB:
+    def test_it_trains_and_sends_cores_and_dense_tensors_only(self):
+        rule, case = FedSB(), CORED["unequal weights"]
+        plan, payload = rule.plan(begun(rule, case), CLIENT, 1)
+        assert plan.trainable == plan.sent == ("core", "dense")
+        assert payload.tensors.keys() == case.adapter.tensors.keys()
+        mean = combined(rule, begun(rule, case), updates(rule, begun(rule, case), case), case).mean_delta
+        total = sum(case.weights.values())
+        for name in ("layer.k.core", "head.weight"):
+            expected = sum(case.weights[one] / total * moves[name].double() for one, moves in case.trained.items())
+            torch.testing.assert_close(mean[name], expected, rtol=1e-12, atol=1e-12)
+        assert {group_of(name) for name in mean} == {"core", "dense"}
+
+    def test_an_adapter_without_cores_is_refused(self):
+        with pytest.raises(AggregationError, match="a lora adapter has none: use lora_xs"):
+            FedSB().plan(begun(FedSB()), CLIENT, 1)
+
+    def test_an_update_of_a_frozen_factor_is_refused(self):
+        rule, case = FedSB(), CORED["unequal weights"]
+        accumulator = rule.start(begun(rule, case), 1)
+        with pytest.raises(AggregationError, match=r"update of mallory does not fit .*factor_a"):
+            accumulator.add(Update("mallory", case.trained["client-000"], 1), 1.0)
+
+    @pytest.mark.parametrize("name", ["momentum", "adam", "yogi", "adagrad"])
+    def test_server_optimizers_move_the_core_and_nothing_frozen(self, name: str):
+        rule, case = FedSB(), CORED["rsLoRA"]
+        mean = combined(rule, begun(rule, case), updates(rule, begun(rule, case), case), case).mean_delta
+        config = ServerOptimizerConfig(name, learning_rate=0.1)
+        gradient = {key: -tensor for key, tensor in mean.items()}
+        moments = server_optimizers.init(config, case.adapter)
+        made, _ = server_optimizers.step(config, moments, case.adapter, pseudo_gradient=gradient)
+        moved = {key for key, tensor in made.tensors.items() if not torch.equal(tensor, case.adapter.tensors[key])}
+        assert moved == set(mean)
 
 
 def test_an_option_that_a_rule_does_not_have_is_refused() -> None:

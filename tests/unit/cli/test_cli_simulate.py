@@ -118,6 +118,27 @@ def test_a_round_of(simulate: Simulate, overrides: tuple[str, ...], clients: int
     assert participants(simulate(*overrides)) == [clients]
 
 
+def test_buffered_rounds_from_data_to_report(simulate: Simulate) -> None:
+    run = simulate(
+        *("experiment=tiny", "round.mode=buffered", "round.buffer=2", "round.concurrency=3"),
+        *("rounds=3", "selection.policy=availability", "engine.workers=2"),
+    )
+    events = read_events(run / "metrics.jsonl")
+    rounds = [event for event in events if event["event"] == "round"]
+    assert [(event["published"], event["participants"]) for event in rounds] == [(True, 2)] * 3
+    assert any(event["rule"]["staleness_max"] > 0 for event in rounds)
+    assert [row["number"] for row in json.loads((run / "versions.json").read_text())] == [0, 1, 2, 3]
+    assert "staleness: mean" in (run / "report.html").read_text()
+
+
+def test_a_buffer_larger_than_the_federation_is_refused_before_anything_starts(
+    fedpeft: Callable[..., Any], here: Path
+) -> None:
+    done = fedpeft("simulate", APP, "experiment=tiny", "round.mode=buffered", "round.buffer=11", code=2)
+    assert "round.buffer = 11: the data has 10 clients, and each is in a buffer at most once" in done.err
+    assert list(here.iterdir()) == []
+
+
 def test_more_hostile_clients_than_the_rule_withstands_are_refused_before_anything_is_left(
     fedpeft: Callable[..., Any], here: Path
 ) -> None:

@@ -18,6 +18,7 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         "fedit": "1",
         "fedrot": "1",
         "fedsa": "0.5",
+        "fedsb": "0.0039",
         "fedsvd": "0.5",
         "ffa": "0.5",
         "rolora": "0.5",
@@ -37,6 +38,9 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         ]
         assert row[8] == properties.gauge
         assert f"{name}: {properties.paper}; in memory: {properties.memory}" in out
+        assert row[9] == {"any": "yes", "same_basis": "fresh", "no": "no"}[properties.asynchronous]
+    assert {rows[name][9] for name in ("fedit", "ffa")} == {"yes"}
+    assert "(adapter=ia3, layernorm, head, full, prompt) go with: fedit." in out
     assert rows["flexlora"][2] == "truncated"
     assert (rows["fedit"][8], rows["ffa"][8], rows["krum"][8]) == ("exposed", "refused", "immune")
     assert "all clients; n >= 4 f + 3 with f = strategy.options.byzantine = 1" in out

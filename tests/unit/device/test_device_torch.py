@@ -33,6 +33,8 @@ ROWS = {
     "tiny:sensor": [{"values": [[0.1, 0.2, 0.3], [0.3, -1.0, 0.0]]}],
 }
 
+FACTORLESS = [AdapterConfig(kind=kind) for kind in ("ia3", "layernorm", "head", "full", "prompt")]
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -106,8 +108,11 @@ def test_a_slot_answers_bit_for_bit_as_the_trained_adapter(any_recipe: Any, real
         AdapterConfig(rank=2, dtype="float16"),
         AdapterConfig(rank=2, train_head=False),
         AdapterConfig(rank=2, use_rslora=True, dropout=0.5),
+        *FACTORLESS,
+        AdapterConfig(kind="ia3", dtype="bfloat16", train_head=False),
+        AdapterConfig(kind="prompt", dtype="float16", virtual_tokens=3),
     ],
-    ids=["bfloat16", "float16", "frozen-head", "rslora-dropout"],
+    ids=lambda adapter: f"{adapter.kind}-{adapter.dtype}-{adapter.train_head}-{adapter.use_rslora}",
 )
 def test_every_kind_of_adapter_serves(adapter: AdapterConfig, recipe: Make, real_version: Make) -> None:
     made = recipe(adapter=adapter)
@@ -175,6 +180,23 @@ def test_slots_share_the_base_and_cost_only_their_adapter(any_recipe: Any, real_
         assert shared <= held.keys()
         adapter = sum(len(raw.data) for raw in decode_tensors(version.weights).values())
         assert sum(size for place, size in held.items() if place not in shared) == adapter
+
+
+@pytest.mark.parametrize("adapter", FACTORLESS, ids=lambda adapter: adapter.kind)
+def test_slots_of_other_kinds_share_the_rest_of_the_base(
+    adapter: AdapterConfig, recipe: Make, real_version: Make
+) -> None:
+    base = load_base(recipe().model).model
+    shared = {tensor.data_ptr() for tensor in [*base.parameters(), *base.buffers()]}
+    runtime, one, two = two_slots(recipe(adapter=adapter), real_version)
+    for version in (one, two):
+        with runtime.pin(version.digest) as slot:
+            held = {t.data_ptr(): t.nbytes for t in [*slot.handle.parameters(), *slot.handle.buffers()]}
+            assert not any(tensor.requires_grad for tensor in slot.handle.parameters())
+        size = sum(len(raw.data) for raw in decode_tensors(version.weights).values())
+        assert sum(size for place, size in held.items() if place not in shared) == size
+    answers = [runtime.predict(TEXTS, digest=digest).predictions for digest in (NULL, one.digest, two.digest)]
+    assert len({str(answer) for answer in answers}) == 3
 
 
 def test_slots_are_for_reading(any_recipe: Any, real_version: Make) -> None:

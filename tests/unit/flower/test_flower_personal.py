@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 from federated.aggregation import Accumulator, FedSALoRA, make_rule
 from federated.config import ExperimentConfig
 from federated.delta import apply
-from federated.errors import AggregationError, RunInterrupted
+from federated.device.intake import verify
+from federated.errors import AggregationError, DeviceError, RunInterrupted
 from federated.flower import (
     DeltaStrategy,
     InProcessGrid,
@@ -21,6 +22,7 @@ from federated.flower import (
     handle_query,
     handle_train,
     open_session,
+    simulate,
 )
 from federated.flower.client_memory import recalled
 from federated.flower.client_store import ClientStore
@@ -30,7 +32,7 @@ from federated.manifest import TrainPlan, VersionManifest
 from federated.registry import Registry
 from federated.state import AdapterState, Tensors, group_of
 from federated.testing import dense_mean, effective_of
-from federated.tracking import MemoryTracker
+from federated.tracking import MemoryTracker, read_events
 from federated.training import client_seed
 
 PLAN = TrainPlan(rank=2, kept=("factor_b", "dense"))
@@ -338,3 +340,25 @@ def test_versions_are_stored_but_no_channel_moves_to_them(
         records = registry.versions("run")
         assert [record.manifest.servable for record in records] == [True, False, False]
         assert registry.channels() == {}
+
+
+@pytest.mark.parametrize(("rule", "personal"), [("fedsa", True), ("fedit", False)])
+def test_a_run_says_whether_its_clients_keep_a_part(
+    experiment: ExperimentConfig, tmp_path: Path, rule: str, personal: bool
+) -> None:
+    strategy = replace(experiment.strategy, rule=rule)
+    summary = simulate(replace(experiment, rounds=1, strategy=strategy, run_dir=str(tmp_path / "run")), client_app())
+    (event,) = [one for one in read_events(summary.run_dir / "metrics.jsonl") if one["event"] == "run"]
+    assert event["personal"] == personal
+    assert any("no version of this run can be served" in note for note in event["notes"]) == personal
+    with Registry.open(summary.registry) as registry:
+        record = registry.get(summary.version_id)
+        assert record.manifest.servable != personal
+        if personal:
+            with pytest.raises(DeviceError, match=r"^version \w{12} cannot be served: its clients hold the rest"):
+                verify(
+                    record.manifest,
+                    registry.weights(record.version_id),
+                    version_id=record.version_id,
+                    base_digest=record.manifest.base_digest,
+                )

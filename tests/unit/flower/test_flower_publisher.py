@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from federated import __version__
 from federated.errors import RegistryError
 from federated.flower.publisher import RegistryPublisher, TrainingState, recipe_record, weights_digest
+from federated.flower.selection import Standing
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, ModuleSpec, sha256_hex
 from federated.registry import Registry
@@ -38,13 +39,17 @@ def training() -> TrainingState:
         7, {"m/q.factor_a": torch.full((2, 3), 1e-300, dtype=torch.float64), "v/a:b": ODD.double()}, "adam"
     )
     residual = AdapterState(RESIDUAL, {"q.factor_a": torch.full((1, 3), 1 / 7), "q.factor_b": ODD[:2].reshape(2, 1)})
-    return TrainingState(4, GlobalState(adapter, residual, rule_state=rule), moments, {"clinic": 9, "other: one": 2})
+    standings = {"clinic": Standing(12, (True, False)), "other: one": Standing()}
+    counters = {"clinic": 9, "other: one": 2}
+    state = GlobalState(adapter, residual, rule_state=rule)
+    return TrainingState(4, state, moments, counters, standings, ("clinic",))
 
 
 def test_bytes_and_back_bit_for_bit() -> None:
     before = training()
     after = TrainingState.from_bytes(before.to_bytes())
     assert (after.round_number, after.counters) == (4, {"clinic": 9, "other: one": 2})
+    assert (after.standings, after.at_work) == (before.standings, ("clinic",))
     assert after.global_state.adapter.spec == SPEC
     assert after.global_state.residual.spec == RESIDUAL
     assert after.global_state.rule_state.scalars == before.global_state.rule_state.scalars

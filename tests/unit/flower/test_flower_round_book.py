@@ -239,7 +239,9 @@ def test_the_client_event_says_all(opened: Make, honest: Make) -> None:
 
 def test_the_event_of_a_missed_round_says_so(opened: Make) -> None:
     _, book = opened()
-    event = round_event([book], version_id="v" * 64, missed="0 good updates of 3, the quorum is 2")
+    event = round_event(
+        book.close(), round_number=2, seconds=0.5, version_id="v" * 64, missed="0 good updates of 3, the quorum is 2"
+    )
     assert (event["published"], event["participants"], event["cohort"]) == (False, 0, 3)
     assert event["message"] == "0 good updates of 3, the quorum is 2: the global adapter stays as it was"
     assert event["version_id"] == event["parent"] == "v" * 64

@@ -1,12 +1,20 @@
-"""Cohorts depend on seed, round and names alone."""
+"""Cohorts depend on seed, round and names, and under two policies on what earlier rounds taught about the clients."""
 
+import itertools
+import math
 import random
+from collections import Counter
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federated.flower import select_cohort
+from federated.flower.selection import POLICIES, Standing, order_clients
+
+every_policy = pytest.mark.parametrize("policy", sorted(POLICIES))
+standing = st.builds(Standing, st.integers(0, 10**6), st.lists(st.booleans(), max_size=8).map(tuple))
 
 NAMES = [f"client-{number:03d}" for number in range(40)]
 
@@ -15,17 +23,34 @@ def pick(names: list[str], **changes: object) -> tuple[str, ...]:
     return select_cohort(names, **{"fraction": 0.25, "seed": 3, "round_number": 2, **changes})  # type: ignore[arg-type]
 
 
+@every_policy
 @settings(max_examples=60, deadline=None)
-@given(st.sets(st.text(max_size=6), max_size=20), st.floats(0.01, 1.0), st.integers(0, 99), st.integers(1, 99))
+@given(
+    st.dictionaries(st.text(max_size=6), st.none() | standing, max_size=20),
+    st.floats(0.01, 1.0),
+    st.integers(0, 99),
+    st.integers(1, 99),
+)
 def test_any_cohort_is_a_sorted_sample_whatever_the_order(
-    names: set[str], fraction: float, seed: int, round_number: int
+    policy: str, clients: dict[str, Standing | None], fraction: float, seed: int, round_number: int
 ) -> None:
-    found = select_cohort(sorted(names), fraction=fraction, seed=seed, round_number=round_number)
+    names, standings = set(clients), {name: one for name, one in clients.items() if one is not None}
+
+    def select(given: list[str], known: list[str]) -> tuple[str, ...]:
+        return select_cohort(
+            given,
+            fraction=fraction,
+            seed=seed,
+            round_number=round_number,
+            policy=policy,
+            standings={name: standings[name] for name in known},
+        )
+
+    found = select(sorted(names), sorted(standings))
     assert list(found) == sorted(set(found))
     assert set(found) <= names
     assert min(1, len(names)) <= len(found) <= len(names)
-    backwards = sorted(names, reverse=True)
-    assert select_cohort(backwards, fraction=fraction, seed=seed, round_number=round_number) == found
+    assert select(sorted(names, reverse=True), sorted(standings, reverse=True)) == found
 
 
 @pytest.mark.parametrize(
@@ -81,3 +106,114 @@ def test_this_very_cohort_is_kept_across_releases() -> None:
     """A resumed run under another release must sample the same clients."""
     found = select_cohort(["a", "b", "c", "d", "e"], fraction=0.4, seed=0, round_number=1)
     assert found == ("a", "b")  # `printf '0\0001\000a' | sha256sum` and so on: the two smallest
+
+
+class TestRoundRobin:
+    @settings(max_examples=60, deadline=None)
+    @given(st.sets(st.text(max_size=6), min_size=1, max_size=12), st.floats(0.01, 1.0), st.integers(1, 50))
+    def test_everybody_gets_a_turn(self, names: set[str], fraction: float, first: int):
+        def cohorts(count: int) -> list[tuple[str, ...]]:
+            return [
+                select_cohort(names, fraction=fraction, seed=1, round_number=number, policy="round_robin")
+                for number in range(first, first + count)
+            ]
+
+        size = len(cohorts(1)[0])
+        assert set(itertools.chain(*cohorts(math.ceil(len(names) / size)))) == names
+        assert Counter(itertools.chain(*cohorts(len(names)))) == dict.fromkeys(names, size)
+
+    def test_each_round_goes_on_where_the_last_one_ended(self):
+        asked = [pick(NAMES, policy="round_robin", fraction=0.3, round_number=number) for number in range(1, 6)]
+        assert [len(set(one) & set(other)) for one, other in itertools.pairwise(asked)] == [0, 0, 0, 0]
+        whole = order_clients(NAMES, size=12, seed=3, round_number=1, policy="round_robin")
+        assert set(asked[3]) == {*whole[36:], *whole[:8]}
+
+    def test_another_seed_is_another_order(self):
+        assert pick(NAMES, policy="round_robin", seed=4) != pick(NAMES, policy="round_robin", seed=3)
+
+
+def chi_square(found: Counter[tuple[str, ...]], shares: dict[tuple[str, ...], float]) -> float:
+    total = found.total()
+    return sum((found[key] - total * share) ** 2 / (total * share) for key, share in shares.items())
+
+
+class TestByExamples:
+    WEIGHTS: ClassVar[dict[str, int]] = {"a": 1, "b": 2, "c": 3, "d": 6}
+
+    def test_the_first_two_are_drawn_by_their_share_of_what_is_left(self):
+        """P(i then j) = w_i / W * w_j / (W - w_i): 12 outcomes, chi-square with 11 degrees of freedom."""
+        standings = {name: Standing(count) for name, count in self.WEIGHTS.items()}
+        orders = [
+            order_clients(self.WEIGHTS, size=2, seed=5, round_number=number, policy="by_examples", standings=standings)
+            for number in range(1, 6001)
+        ]
+        total = sum(self.WEIGHTS.values())
+        shares = {
+            (one, other): left / total * right / (total - left)
+            for (one, left), (other, right) in itertools.permutations(self.WEIGHTS.items(), 2)
+        }
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert chi_square(Counter((order[0], order[1]) for order in orders), shares) < 24.7  # its 99 % point
+        uniform = Counter(
+            tuple(order_clients(self.WEIGHTS, size=2, seed=5, round_number=number)[:2]) for number in range(1, 6001)
+        )
+        assert chi_square(uniform, shares) > 1000
+        assert chi_square(uniform, dict.fromkeys(shares, 1 / 12)) < 24.7
+
+    @pytest.mark.parametrize("number", range(1, 30))
+    def test_equal_counts_are_uniform(self, number: int):
+        standings = dict.fromkeys(NAMES, Standing(7))
+        weighted = pick(NAMES, round_number=number, policy="by_examples", standings=standings)
+        assert weighted == pick(NAMES, round_number=number)
+        assert weighted == pick(NAMES, round_number=number, policy="by_examples")  # nothing is known yet
+
+    @pytest.mark.parametrize("number", range(1, 30))
+    def test_who_is_not_known_counts_as_the_mean_of_those_who_are_there(self, number: int):
+        known = {name: Standing(count) for name, count in zip(NAMES, range(1, 20), strict=False)}  # mean 10
+        gone = {"gone": Standing(10**6)}
+        told = known | dict.fromkeys(NAMES[19:], Standing(10))
+        found = pick(NAMES, round_number=number, policy="by_examples", standings=known | gone)
+        assert found == pick(NAMES, round_number=number, policy="by_examples", standings=told)
+
+    def test_only_a_good_update_tells_a_count(self):
+        assert Standing().after(good=False, examples=9).examples == 0
+        assert Standing(5).after(good=False, examples=9).examples == 5
+        assert Standing(5).after(good=True, examples=9).examples == 9
+
+
+class TestAvailability:
+    @pytest.mark.parametrize(
+        ("answers", "share"),
+        [((), 1.0), ((True,) * 8, 1.0), ((False,) * 8, 1 / 9), ((True, False), 2 / 3), ((False,) * 100, 1 / 9)],
+    )
+    def test_it_is_the_share_of_the_last_eight_that_were_good(self, answers: tuple[bool, ...], share: float):
+        found = Standing()
+        for good in answers:
+            found = found.after(good=good, examples=1)
+        assert found.availability == share
+
+    def test_old_failures_are_forgotten(self):
+        found = Standing(answers=(False,) * 8)
+        for _ in range(8):
+            found = found.after(good=True, examples=1)
+        assert found.availability == 1.0
+
+    def test_who_answers_is_asked_more_often_and_nobody_never(self):
+        standings = {name: Standing(answers=(number < 20,) * 8) for number, name in enumerate(NAMES)}
+        counts: Counter[str] = Counter()
+        for number in range(1, 201):
+            counts.update(pick(NAMES, round_number=number, policy="availability", standings=standings))
+        good, bad = ([counts[name] for name in part] for part in (NAMES[:20], NAMES[20:]))
+        assert min(good) > max(bad)
+        assert min(bad) > 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "cohort"), [("round_robin", ("c", "d")), ("by_examples", ("a", "c")), ("availability", ("a", "c"))]
+)
+def test_these_cohorts_too_are_kept_across_releases(policy: str, cohort: tuple[str, ...]) -> None:
+    standings = {"b": Standing(3, (False, False)), "c": Standing(40), "d": Standing(1, (True,))}
+    found = select_cohort(
+        ["a", "b", "c", "d", "e"], fraction=0.4, seed=0, round_number=1, policy=policy, standings=standings
+    )
+    assert found == cohort

@@ -74,9 +74,32 @@ class TestResidual:
         assert state.global_state is before
 
     def test_other_arrays_replace_the_adapter_alone(self, state: ServerState):
-        state.adopt(arrays(**{"residual:q.factor_a": torch.zeros(1, 3), "q.factor_a": torch.full((2, 3), 0.75)}))
-        assert state.adapter.tensors["q.factor_a"].unique().tolist() == [0.75]
-        assert state.global_state.residual is RESIDUAL
+        own = state.arrays().to_torch_state_dict()
+        for beside in ({}, {name: tensor for name, tensor in own.items() if name.startswith("residual:")}):
+            state.adopt(arrays(**{"q.factor_a": torch.full((2, 3), 0.75), **beside}))
+            assert state.adapter.tensors["q.factor_a"].unique().tolist() == [0.75]
+            assert state.global_state.residual is RESIDUAL
+
+    @pytest.mark.parametrize(
+        "beside",
+        [
+            {"residual:q.factor_a": torch.full((1, 3), 1 / 3)},
+            {"residual:q.factor_a": torch.zeros(1, 3), "residual:q.factor_b": torch.full((2, 1), 3.0)},
+            {"residual:q.factor_a": torch.zeros(4, 3), "residual:q.factor_b": torch.full((2, 4), 3.0)},
+        ],
+        ids=["half of it", "values", "rank"],
+    )
+    def test_another_residual_is_refused_and_changes_nothing(
+        self, state: ServerState, server: Make, beside: dict[str, torch.Tensor]
+    ):
+        """Left out in silence, it would take a run's whole work with it."""
+        for one in (state, server()):
+            before = one.global_state
+            with pytest.raises(
+                AggregationError, match="another residual than this run's: go on from the saved version"
+            ):
+                one.adopt(arrays(**beside))
+            assert one.global_state is before
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_one_that_is_not_finite_is_refused_and_changes_nothing(

@@ -18,9 +18,9 @@ Make = Callable[..., Any]
 
 
 class TestSession:
-    def test_is_shared_where_nothing_that_makes_it_differs(self, real_config: ExperimentConfig, real_session: Session):
+    def test_is_shared_where_nothing_that_makes_it_differs(self, real_config: ExperimentConfig):
         other = replace(real_config, rounds=9, name="other", run_dir="elsewhere", registry="elsewhere")
-        assert open_session(other) is real_session
+        assert open_session(other) is open_session(real_config)
 
     @pytest.mark.parametrize(
         "change", [{"seed": 99}, {"train": {"steps": 2}}, {"adapter": {"rank": 3}}, {"data": {"seed": 1}}], ids=str

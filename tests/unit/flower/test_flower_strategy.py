@@ -16,6 +16,7 @@ from federated.errors import AggregationError, NotEnoughUpdates, RegistryError, 
 from federated.flower import DeltaStrategy, InProcessGrid
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.flower.records import Assignment
+from federated.flower.selection import Standing
 from federated.registry import Registry
 
 Make = Callable[..., Any]
@@ -118,6 +119,27 @@ class TestRounds:
         assert {number: sorted(names) for number, names in asked.items()} == cohorts
         assert {len(cohort) for cohort in cohorts.values()} == {2}
         assert len({tuple(cohort) for cohort in cohorts.values()}) > 1
+
+    def test_who_answered_and_with_how_much_is_remembered(self, federation: Make, useless_in: Make):
+        made = federation(rounds=3, round={"quorum": 0.6})
+        made.run(script={"client-001": useless_in(2), "client-002": useless_in(1, 2)})
+        assert [event["published"] for event in made.events("round")] == [True, False, True]
+        assert made.strategy.server.standings == {
+            "client-000": Standing(10, (True, True, True)),
+            "client-001": Standing(20, (True, False, True)),
+            "client-002": Standing(30, (False, False, True)),
+        }
+
+    def test_the_policy_decides_who_is_asked(self, federation: Make):
+        """Clients hold 10 to 80 examples; under round_robin all come equally often, under by_examples they do not."""
+        asked = {}
+        for policy in ("round_robin", "by_examples"):
+            made = federation(rounds=16, selection={"policy": policy, "fraction": 0.25})
+            made.run(clients=8)
+            names = [name for event in made.events("round_start") for name in event["cohort"]]
+            asked[policy] = [names.count(f"client-{number:03d}") for number in range(8)]
+        assert asked["round_robin"] == [4] * 8
+        assert sum(asked["by_examples"][4:]) > sum(asked["by_examples"][:4])
 
     def test_counters_are_remembered(self, federation: Make):
         made = federation(rounds=3)
@@ -418,6 +440,25 @@ class TestStopping:
         assert resumed.strategy.server.counters == whole.strategy.server.counters
         assert resumed.events("round")[0]["parent"] == version
         assert seen == [2, 3, 4]
+
+    @pytest.mark.parametrize("policy", ["uniform", "by_examples", "round_robin", "availability"])
+    @pytest.mark.parametrize("stop", [1, 3, 5])
+    def test_a_resumed_run_asks_the_clients_that_it_would_have_asked(
+        self, federation: Make, useless_in: Make, policy: str, stop: int
+    ):
+        """Of eight clients two fail now and then; what is known of all is saved with each version."""
+        changes: dict[str, Any] = {"selection": {"policy": policy, "fraction": 0.5}, "round": {"quorum": 0.1}}
+        script = {"client-003": useless_in(1, 2, 3, 4), "client-005": useless_in(2, 4, 5)}
+        whole, first = federation(rounds=7, **changes), federation(rounds=stop, **changes)
+        whole.run(clients=8, script=script)
+        first.run(clients=8, script=script)
+        saved = TrainingState.from_bytes(first.strategy.server.training_state(stop).to_bytes())
+        resumed = federation({"resume": (saved, first.strategy.version_id)}, rounds=7, **changes)
+        resumed.run(clients=8, script=script)
+        cohorts, again = ([event["cohort"] for event in made.events("round_start")] for made in (whole, resumed))
+        assert again == cohorts[stop:]
+        assert resumed.strategy.server.standings == whole.strategy.server.standings
+        assert digests(resumed) == digests(whole)[stop:]
 
     def test_a_run_that_is_finished_resumes_to_its_evaluation(self, federation: Make):
         first = federation(rounds=1)

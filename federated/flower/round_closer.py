@@ -1,0 +1,103 @@
+"""The end of a round, however it was filled: move the global adapter, publish its version, tell the trackers.
+
+Called by `federated.flower.strategy` for cohorts and by `federated.flower.buffered` for buffers; it asks no client.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from federated.aggregation import Result
+from federated.errors import AggregationError
+from federated.flower.publisher import Publisher
+from federated.flower.round_book import Outcome
+from federated.flower.round_report import round_event, train_metrics
+from federated.flower.server_state import ServerState
+from federated.manifest import VersionManifest
+from federated.tracking import Tracker
+
+__all__ = ["RoundCloser"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class RoundCloser:
+    """Ends rounds.
+
+    Args:
+        server: moves; its id of the last version follows.
+        publisher: makes versions.
+        tracker: takes a ``round`` event for each round.
+    """
+
+    def __init__(self, server: ServerState, publisher: Publisher, tracker: Tracker) -> None:
+        self._server = server
+        self._publisher = publisher
+        self._tracker = tracker
+
+    def publish(self, good: Sequence[Outcome], number: int, *, servable: bool) -> VersionManifest:
+        """Make a version of the global adapter as it is; ``good`` are those whose updates are in it."""
+        manifest = self._publisher.publish(
+            self._server.training_state(number),
+            parent=self._server.version_id,
+            participants=len(good),
+            metrics=train_metrics(good),
+            servable=servable,
+        )
+        self._server.version_id = manifest.version_id
+        return manifest
+
+    def close(
+        self,
+        found: Result | AggregationError,
+        outcomes: Sequence[Outcome],
+        *,
+        number: int,
+        seconds: float,
+        measured: Sequence[Outcome] | None = None,
+    ) -> dict[str, float] | None:
+        """Apply and publish a round's result; without one, the global adapter stays as it was.
+
+        Args:
+            found: what the rule made of the updates, or why it made nothing.
+            outcomes: what became of each client.
+            number: of the round, 1-based.
+            seconds: how long it took.
+            measured: those who measured the version that the round started from; default: all.
+
+        Returns:
+            Training metrics of the good clients; None when there is no new version.
+
+        Raises:
+            RegistryError: if the version cannot be stored.
+        """
+        self._server.note(outcomes)
+        try:
+            if isinstance(found, AggregationError):
+                raise found
+            moved = self._server.apply(found)
+        except AggregationError as error:
+            self._server.finished = number
+            _LOG.warning("round %d: %s: the global adapter stays as it was", number, error)
+            version = self._server.version_id
+            event = round_event(
+                outcomes, round_number=number, seconds=seconds, version_id=version, missed=str(error), measured=measured
+            )
+            self._tracker.emit(event)
+            return None
+        good = [outcome for outcome in outcomes if outcome.status == "ok"]
+        manifest = self.publish(good, number, servable=found.servable)
+        self._server.finished = number
+        event = round_event(
+            outcomes,
+            round_number=number,
+            seconds=seconds,
+            version_id=manifest.version_id,
+            manifest=manifest,
+            moved=moved,
+            metrics=found.metrics,
+            measured=measured,
+        )
+        self._tracker.emit(event)
+        return train_metrics(good)

@@ -14,7 +14,7 @@ loses no small step. Updates wait on disk; in memory is one layer of all clients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -145,26 +145,35 @@ class ProductSpace:
         """Inner products of products and dense deltas."""
         total = _gram_of(self.spool, sorted(self._received.dense()))
         for pair in self._received.pairs():
-            total += gram(self._changes(pair))
+            before = effective(pair)
+            changes = [
+                LowRank(torch.cat([moved_b, before.left], dim=1), torch.cat([before.right + moved_a, moved_a]))
+                for moved_a, moved_b in self._moves(pair)
+            ]
+            total += gram(changes)
         return total
 
     def change(self, pair: LoraPair, how: Combination) -> LowRank:
-        """The weighted sum of the changes.
+        """``sum_k w_k s dB_k A_k + s B_0 sum_k w_k dA_k``, of rank n r + r.
 
         Raises:
             AggregationError: for a statistic of coordinates, which would need the dense product.
         """
         if how.weights is None:
             raise AggregationError("a statistic of coordinates would need the dense d x d product: use factor space")
-        pairs = zip(how.weights.tolist(), self._changes(pair), strict=True)
-        return stack([product.scaled(weight) for weight, product in pairs if weight] or [effective(pair).scaled(0.0)])
+        before = effective(pair)
+        common = torch.zeros_like(before.right)
+        lefts, rights = [before.left], [common]
+        for weight, (moved_a, moved_b) in zip(how.weights.tolist(), self._moves(pair), strict=True):
+            common += weight * moved_a
+            if weight:
+                lefts.append(weight * moved_b)
+                rights.append(before.right + moved_a)
+        return LowRank(torch.cat(lefts, dim=1), torch.cat(rights))
 
-    def _changes(self, pair: LoraPair) -> list[LowRank]:
-        """``s (dB_k A_k + B_0 dA_k)`` of every client: small updates lose no digits to a difference of products."""
-        before, found = effective(pair), []
+    def _moves(self, pair: LoraPair) -> Iterator[tuple[Tensor, Tensor]]:
+        """``dA_k`` and ``s dB_k`` of every client: small updates lose no digits to a difference of products."""
         for client_id in self.spool.client_ids:
             moved_a = self.spool.get(client_id, f"{pair.module.name}.factor_a").double()
-            moved_b = self.spool.get(client_id, f"{pair.module.name}.factor_b").double() * pair.scaling
-            left = torch.cat([moved_b, before.left], dim=1)
-            found.append(LowRank(left, torch.cat([before.right + moved_a, moved_a])))
-        return found
+            moved_b = self.spool.get(client_id, f"{pair.module.name}.factor_b").double()
+            yield moved_a, moved_b * pair.scaling

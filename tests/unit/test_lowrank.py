@@ -14,6 +14,7 @@ from federated.lowrank import (
     balanced_factors,
     decompose,
     effective,
+    gram,
     inner,
     norm_of,
     rank_for_energy,
@@ -240,6 +241,17 @@ def test_nothing_has_all_of_its_energy_in_one_direction() -> None:
     found = decompose(LowRank(torch.zeros(4, 2, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)))
     assert (rank_for_energy(found, 0.9), found.kept(1), found.energy) == (1, 1.0, 0.0)
     assert not torch.isnan(found.u).any()
+
+
+@shapes
+def test_a_gram_matrix_holds_the_inner_products_of_all_ranks(d_out: int, d_in: int, rank: int) -> None:
+    products = [product(d_out, d_in, rank, seed=1), product(d_out, d_in, rank + 2, seed=2), product(d_out, d_in, 1)]
+    found = gram(products)
+    dense = torch.stack([one.dense().flatten() for one in products])
+    torch.testing.assert_close(found, dense @ dense.T)
+    assert torch.equal(found, found.T)
+    with pytest.raises(AggregationError, match="no product"):
+        gram([])
 
 
 @shapes

@@ -63,3 +63,12 @@ def test_a_disk_that_refuses_loses_nothing_of_the_others(monkeypatch: pytest.Mon
     spool.put("west", {"a": torch.full((2,), 3.0)})
     assert torch.equal(spool.get("east", "a"), torch.ones(2))
     assert torch.equal(spool.get("west", "a"), torch.full((2,), 3.0))
+
+
+def test_one_tensor_of_all_clients_in_the_order_of_their_ids() -> None:
+    spool = Spool()
+    for name, value in (("west", 3.0), ("east", 1.0), ("north", 2.0)):
+        spool.put(name, {"a": torch.full((2, 2), value)})
+    found = spool.stacked("a")
+    assert found.dtype == torch.float64
+    assert found[:, 0, 0].tolist() == [1.0, 2.0, 3.0]

@@ -13,9 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("strategy=fedawg", "strategy = 'fedawg': no such choice; expected one of fedadagrad, fedadam, fedavgm, fedit"),
+        (
+            "strategy=fedawg",
+            "strategy = 'fedawg': no such choice; expected one of bulyan, centered_clipping,",
+        ),
         ("experiment=tinny", "experiment = 'tinny': no such choice; expected one of airlines,"),
-        ("strategy.rule=median", "strategy.rule = 'median': unknown rule; expected one of fedit"),
+        ("strategy.rule=mode", "strategy.rule = 'mode': unknown rule; expected one of bulyan"),
         ("adapter.rnk=4", "adapter.rnk: unknown key; did you mean adapter.rank?"),
         ("adaptor.rank=4", "adaptor.rank: unknown key; did you mean adapter.rank?"),
         ("stratgy=fedadam", "stratgy: unknown key; did you mean strategy?"),
@@ -49,7 +52,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ),
         (
             "strategy=[fedawg]",
-            "strategy = 'fedawg': no such choice; expected one of fedadagrad, fedadam, fedavgm, fedit",
+            "strategy = 'fedawg': no such choice; expected one of bulyan, centered_clipping,",
         ),
         ("train.scheduler=Sometimes", "train.scheduler = 'Sometimes' is not in torch.optim.lr_scheduler"),
         ("rounds", "rounds: not an override; expected KEY=VALUE"),

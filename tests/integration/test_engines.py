@@ -107,7 +107,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 def buffered_ray(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The same there, in buffered rounds that take everybody: nothing is stale."""
     run_dir = tmp_path_factory.mktemp("buffered") / "run"
-    _by_command(EngineConfig("ray", workers=2), run_dir, "round.mode=buffered", "round.buffer=3")
+    _by_command(EngineConfig("ray", workers=2), run_dir, "round.mode=buffered", "round.buffer=3", "selection.wait=200")
     return _outcome(run_dir)
 
 

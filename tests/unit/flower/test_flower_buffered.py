@@ -504,8 +504,7 @@ def test_a_slow_client_of_a_real_worker_joins_a_later_buffer(federation: Make, f
     with InProcessGrid(app, 3, workers=3) as grid:
         made.strategy.start(grid, evaluate_fn=lambda number, _: second.set() if number == 2 else None)
     found = [(event["round_number"], event["client_id"], event["staleness"]) for event in tracker.of("client")]
-    assert sorted(found) == [
-        *((1, "client-000", 0), (1, "client-001", 0)),
-        *((2, "client-000", 0), (2, "client-001", 0)),
-        *((3, "client-000", 0), (3, "client-002", 2)),
-    ]
+    first, last = sorted(found)[:4], sorted(found)[4:]
+    assert first == [(number, client, 0) for number in (1, 2) for client in ("client-000", "client-001")]
+    assert last[1] == (3, "client-002", 2)
+    assert last[0] in [(3, "client-000", 0), (3, "client-001", 0)]  # whichever was quicker

@@ -79,6 +79,7 @@ class FLoRA:
             fixed_space=False,
             residual=True,
             asynchronous="same_basis",
+            gauge="immune",
             paper="Wang et al. 2024, arXiv:2409.05976",
         )
 

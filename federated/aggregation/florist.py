@@ -74,6 +74,7 @@ class FLoRIST:
             fixed_space=False,
             residual=True,
             asynchronous="same_basis",
+            gauge="immune",
             paper="Ramesh and Dass 2025, arXiv:2506.09199",
         )
 

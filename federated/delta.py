@@ -32,6 +32,7 @@ class Update:
         metrics: what the client reports.
         received: the adapter that the server sent it, for rules that need ``after = received + delta``; the server's
             own object, shared among clients that were sent the same.
+        steps: optimizer steps that the server's own plan takes for that many examples; not read from the message.
     """
 
     client_id: str
@@ -41,6 +42,7 @@ class Update:
     payload_digest: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     received: AdapterState | None = None
+    steps: int = 1
 
 
 def _check_same(left: Tensors, right: Tensors) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from federated.digests import canonical_json, digest_of, sha256_hex
+from federated.train_plan import TrainPlan
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -37,10 +38,10 @@ __all__ = [
 
 PROTOCOL_VERSION = 1
 
-DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
+DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1}
 """safetensors' names of the dtypes that may travel or be stored, with their size in bytes."""
 
-_NUMPY: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
+_NUMPY: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U8": "|u1"}
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,14 @@ class RawTensor:
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Self:
-        """Wrap a float16/32/64 or int64 array (copied when it is not contiguous).
+        """Wrap a float16/32/64, int64 or uint8 array (copied when it is not contiguous).
 
         Raises:
             ValueError: if the dtype cannot travel.
         """
-        name = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64"}.get(array.dtype.str[1:])
+        name = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64", "u1": "U8"}.get(array.dtype.str[1:])
         if name is None:
-            raise ValueError(f"dtype {array.dtype} cannot travel; expected float16, float32, float64 or int64")
+            raise ValueError(f"dtype {array.dtype} cannot travel; expected float16, float32, float64, int64 or uint8")
         ordered = np.ascontiguousarray(array, dtype=_NUMPY[name])
         return cls(name, tuple(array.shape), ordered.tobytes())
 
@@ -276,65 +277,6 @@ def _check_types(envelope: Envelope) -> None:
                  "payload_digest", "codec"):  # fmt: skip
         if type(getattr(envelope, name)) is not str:
             raise ValueError(f"envelope field {name} is not a string")
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """What a rule asks of one client in one phase: plain data, interpreted by `federated.training`.
-
-    Args:
-        mode: ``"train"`` or ``"evaluate"``.
-        phase: exchange within the round, 1-based.
-        rank: LoRA rank of the payload for this client.
-        trainable: the groups that move: any of ``"factor_a"``, ``"factor_b"``, ``"core"``, ``"dense"``.
-        kept: those of them that stay on the client, which goes on from its own the next time (FedSA-LoRA).
-        align: turn both factors, before they are sent, so that this one is near the received one: ``"factor_a"`` or
-            ``"factor_b"`` (FedRot-LoRA); empty leaves them as they are.
-        align_strength: how far, in [0, 1].
-        proximal_mu: FedProx's mu.
-        tail_penalty: weight of a penalty on the last rows of A and columns of B (HetLoRA); 0 means none.
-        tail_start: the first of them.
-        upload: what goes up: the trained groups' ``"delta"``; the ``"sketch"`` of their products, with the dense delta
-            (the client then keeps what it trained until the round is over); or a ``"projection"`` of the products
-            onto a basis that is sent along (FedASK).
-        sketch_columns: of a sketch; a layer has no more than its smaller side.
-        sketch_seed: of the sketch's random matrix, shared by all clients.
-        cached: answer from what this client trained in an earlier phase of the round, without training.
-        evaluate_before: measure the received adapter on the client's held-out data before training.
-        evaluate_after: measure the trained one too.
-    """
-
-    mode: str = "train"
-    phase: int = 1
-    rank: int = 0
-    trainable: tuple[str, ...] = ("factor_a", "factor_b", "dense")
-    kept: tuple[str, ...] = ()
-    align: str = ""
-    align_strength: float = 1.0
-    proximal_mu: float = 0.0
-    tail_penalty: float = 0.0
-    tail_start: int = 0
-    upload: str = "delta"
-    sketch_columns: int = 0
-    sketch_seed: int = 0
-    cached: bool = False
-    evaluate_before: bool = True
-    evaluate_after: bool = False
-
-    @property
-    def digest(self) -> str:
-        """Digest of the plan."""
-        return digest_of(asdict(self))
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """Rebuild from `dataclasses.asdict`."""
-        return cls(**{**value, "trainable": tuple(value["trainable"]), "kept": tuple(value["kept"])})
-
-    @property
-    def sent(self) -> tuple[str, ...]:
-        """The groups whose delta goes to the server."""
-        return tuple(group for group in self.trainable if group not in self.kept)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ _TORCH: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I64": torch.int64,
+    "U8": torch.uint8,
 }
 _NAMES = {dtype: name for name, dtype in _TORCH.items()}
 

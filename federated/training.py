@@ -6,8 +6,8 @@ a seed and the global random state is left as it was.
 * The loss is the mean of per-sample losses over an optimizer step, however many forward passes it is made of.
 * Trainable tensors are float32 while they train, whatever the adapter's dtype; ``delta = after - before`` in float32.
 * The frozen base stays in eval mode: the one dropout is the adapter's own.
-* FedProx: ``mu * (w - w_received)`` is added to the gradient, and so is a plan's penalty (`federated.penalties`); the
-  reported loss is without them.
+* FedProx: ``mu * (w - w_received)`` is added to the gradient, and so are a plan's penalty (`federated.penalties`) and a
+  constant shift that comes with the state (`federated.corrections`: SCAFFOLD, FedDyn); the reported loss is without.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from torch.optim import lr_scheduler
 
 from federated.adapters import AdapterModel
 from federated.config import TrainConfig
+from federated.corrections import SHIFT
 from federated.delta import subtract
 from federated.errors import ConfigError, DataError, FederatedError, ModelError
 from federated.manifest import TrainPlan, digest_of
 from federated.penalties import TailPenalty, tail_penalty
-from federated.state import AdapterState, group_of
+from federated.state import AdapterState, Tensors, group_of
 from federated.tasks import Evaluation, Features, Task
 from federated.tasks.batching import step_groups
 
@@ -111,7 +112,8 @@ class LocalTrainer:
                 metrics |= self._measured("eval_before", data.test)
             if plan.mode == "evaluate":
                 return LocalResult({}, 0, {**metrics, "seconds": time.perf_counter() - began})
-            metrics |= self._train(plan, data.train, seed)
+            shift = {name.removeprefix(SHIFT): one for name, one in state.extra.items() if name.startswith(SHIFT)}
+            metrics |= self._train(plan, data.train, seed, shift=shift)
             if (plan.evaluate_after or self.config.evaluate_after) and data.test:
                 metrics |= self._measured("eval_after", data.test)
         metrics["seconds"] = time.perf_counter() - began
@@ -144,7 +146,7 @@ class LocalTrainer:
     def _measured(self, prefix: str, features: Sequence[Features]) -> dict[str, float]:
         return {f"{prefix}_{name}": float(value) for name, value in self._evaluate(features).to_dict().items()}
 
-    def _train(self, plan: TrainPlan, train: Sequence[Features], seed: int) -> dict[str, float]:
+    def _train(self, plan: TrainPlan, train: Sequence[Features], seed: int, *, shift: Tensors) -> dict[str, float]:
         if not train:
             raise DataError("the client has no training examples; expected at least one")
         self.adapter.set_trainable(plan.trainable)
@@ -153,6 +155,7 @@ class LocalTrainer:
         groups = step_groups([self.task.length(one) for one in train], self.config, seed)
         mu, penalty = plan.proximal_mu or self.config.proximal_mu, tail_penalty(plan, named)
         steps = _Steps(parameters, self.config, mu, total=len(groups), penalty=penalty)
+        steps.shift_by([shift[name] for name in named] if shift else [])
         losses, clipped = [], 0
         self.adapter.set_dropout(True)
         try:
@@ -225,10 +228,15 @@ class _Steps:
         self._bound = config.max_grad_norm
         self._mu = mu
         self._received = [parameter.detach().clone() for parameter in parameters] if mu else []
+        self._shift: list[Tensor] = []
         self._optimizer = _optimizer(parameters, config)
         self._scheduler = _scheduler(self._optimizer, config, total=total)
         device = parameters[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=device == "cuda" and config.precision == "float16")
+
+    def shift_by(self, shift: Sequence[Tensor]) -> None:
+        """Add these to every gradient, one to each parameter; none adds nothing."""
+        self._shift = [one.to(p.device, p.dtype) for p, one in zip(self._parameters, shift, strict=False)]
 
     def step(self, loss: float) -> bool:
         """Move once and forget the gradients; returns whether they were clipped."""
@@ -247,6 +255,8 @@ class _Steps:
         for parameter, received in zip(self._parameters, self._received, strict=False):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - received, alpha=self._mu)
+        for parameter, shift in zip(self._parameters, self._shift, strict=False):
+            parameter.grad = shift.clone() if parameter.grad is None else parameter.grad.add_(shift)
         if self._penalty is not None:
             self._penalty.add_gradient()
 

@@ -16,25 +16,31 @@ from federated.aggregation.centered_clipping import CenteredClipping
 from federated.aggregation.combine import check_combination, clients_needed, cohort_size
 from federated.aggregation.factor_mean import FactorMean
 from federated.aggregation.fedask import FedASK
+from federated.aggregation.feddyn import FedDyn
 from federated.aggregation.fedex import FedEx
 from federated.aggregation.fedit import FedIT
+from federated.aggregation.fednova import FedNova
+from federated.aggregation.fedprox import FedProx
 from federated.aggregation.fedrot import FedRotLoRA
 from federated.aggregation.fedsa import FedSALoRA
 from federated.aggregation.fedsb import FedSB
 from federated.aggregation.fedsvd import FedSVD
 from federated.aggregation.ffa import FFALoRA
+from federated.aggregation.flasc import FLASC
 from federated.aggregation.flexlora import FlexLoRA
 from federated.aggregation.flora import FLoRA
 from federated.aggregation.florist import FLoRIST
 from federated.aggregation.geometric_median import GeometricMedian
 from federated.aggregation.hetlora import HetLoRA
 from federated.aggregation.krum import Krum
+from federated.aggregation.lora_a2 import LoRAA2
 from federated.aggregation.lora_fair import LoRAFAIR
 from federated.aggregation.median import CoordinateMedian
 from federated.aggregation.multi_krum import MultiKrum
 from federated.aggregation.norm_bound import NormBound
 from federated.aggregation.protocol import Accumulator, ClientView, NextPhase, Result, Rule, RuleProperties
 from federated.aggregation.rolora import RoLoRA
+from federated.aggregation.scaffold import Scaffold
 from federated.aggregation.sums import WeightedSum
 from federated.aggregation.trimmed_mean import TrimmedMean
 from federated.errors import ConfigError
@@ -47,6 +53,10 @@ __all__ = [
     "ClientView",
     "CoordinateMedian",
     "FFALoRA",
+    "FLASC",
+    "FedDyn",
+    "FedNova",
+    "FedProx",
     "FLoRA",
     "FLoRIST",
     "FactorMean",
@@ -58,6 +68,7 @@ __all__ = [
     "FedSB",
     "FedSVD",
     "FlexLoRA",
+    "LoRAA2",
     "HetLoRA",
     "LoRAFAIR",
     "GeometricMedian",
@@ -69,6 +80,7 @@ __all__ = [
     "RoLoRA",
     "Rule",
     "RuleProperties",
+    "Scaffold",
     "TrimmedMean",
     "WeightedSum",
     "basis_of",
@@ -79,17 +91,22 @@ __all__ = [
 ]
 
 RULES: Mapping[str, Callable[..., Rule]] = {
+    "feddyn": FedDyn,
     "fedask": FedASK,
     "fedex": FedEx,
     "bulyan": Bulyan,
     "centered_clipping": CenteredClipping,
     "fedit": FedIT,
+    "fednova": FedNova,
+    "fedprox": FedProx,
     "fedrot": FedRotLoRA,
     "fedsa": FedSALoRA,
     "fedsb": FedSB,
     "fedsvd": FedSVD,
     "ffa": FFALoRA,
+    "flasc": FLASC,
     "flexlora": FlexLoRA,
+    "lora_a2": LoRAA2,
     "hetlora": HetLoRA,
     "lora_fair": LoRAFAIR,
     "flora": FLoRA,
@@ -100,6 +117,7 @@ RULES: Mapping[str, Callable[..., Rule]] = {
     "multi_krum": MultiKrum,
     "norm_bound": NormBound,
     "rolora": RoLoRA,
+    "scaffold": Scaffold,
     "trimmed_mean": TrimmedMean,
 }
 """Rule names that a config may use; what each is called with are its options."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 
 from federated.aggregation.protocol import Rule
-from federated.config import AdapterConfig, ExperimentConfig, RoundConfig, SelectionConfig, StrategyConfig
+from federated.config import (
+    AdapterConfig,
+    ExperimentConfig,
+    RoundConfig,
+    SelectionConfig,
+    StrategyConfig,
+    TrainConfig,
+)
 from federated.config.parts import WITHOUT_FACTORS
 from federated.errors import ConfigError
 
@@ -28,6 +35,7 @@ def check_combination(rule: Rule, config: ExperimentConfig, *, clients: int | No
     _check_kind(rule, config.adapter)
     _check_optimizer(rule, config.strategy)
     _check_ranks(rule, config.adapter)
+    _check_training(rule, config.train)
     _check_mode(rule, config.round)
     _check_weights(rule, config.strategy)
     _check_cohort(rule, config.selection, clients)
@@ -68,6 +76,8 @@ def _check_optimizer(rule: Rule, strategy: StrategyConfig) -> None:
     how = "by a factorisation whose directions change from round to round"
     if rule.properties.residual:
         how = "and a residual that holds what it does not"
+    if not rule.properties.averages:
+        how = "with a memory of all moves before"
     raise ConfigError(
         f"strategy.server_optimizer = {found}: {rule.name} makes the next adapter itself, {how}, so there is no "
         "pseudo-gradient to follow; use sgd with learning rate 1"
@@ -97,6 +107,17 @@ def _check_ranks(rule: Rule, adapter: AdapterConfig) -> None:
             f"adapter.client_ranks = {list(adapter.client_ranks)}: {rule.name} averages factors of one rank "
             f"(adapter.rank = {adapter.rank}); give all clients that rank, or use a rule that takes mixed ranks "
             "(see fedpeft strategies)"
+        )
+
+
+def _check_training(rule: Rule, train: TrainConfig) -> None:
+    """Control variates are differences of points: they say something about gradients under plain SGD alone."""
+    plain = train.optimizer == "sgd" and train.momentum == 0 and train.scheduler == "none"
+    if rule.properties.plain_sgd and not plain:
+        found = f"train.optimizer = {train.optimizer} with momentum {train.momentum:g}, schedule {train.scheduler}"
+        raise ConfigError(
+            f"{found}: {rule.name} needs SGD without momentum, in steps of one size; add "
+            "train=sgd train.momentum=0 train.scheduler=none"
         )
 
 

@@ -35,6 +35,9 @@ class RuleProperties:
         adapter: the kind of LoRA that it works on.
         personal: clients keep a part of the model (`TrainPlan.kept`); no version can be served.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
+        averages: what all clients hold alike, and one client's own result, become their weighted mean; False for a
+            rule that steps beyond it (FedDyn).
+        plain_sgd: clients must train by SGD without momentum, in steps of one size.
         asynchronous: whether an update may go into another version than the next after the one that it started from.
             ``any``: into later ones too, since all are relative to the same (`federated.aggregation.basis`).
             ``same_basis``: no, each version has a basis of its own, but rounds need no fixed cohort.
@@ -62,6 +65,8 @@ class RuleProperties:
     adapter: Literal["lora", "lora_xs"] = "lora"
     personal: bool = False
     fixed_space: bool = True
+    averages: bool = True
+    plain_sgd: bool = False
     asynchronous: Literal["any", "same_basis", "no"] = "no"
     paper: str = ""
     gauge: Literal["immune", "refused", "exposed"] = "exposed"

@@ -11,6 +11,7 @@ from federated.delta import Update
 from federated.errors import AggregationError
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, ModuleSpec
+from federated.sparse import thin
 from federated.state import AdapterState, Tensors
 from federated.uploads import layout
 
@@ -82,15 +83,16 @@ def _traffic(rule: Rule) -> tuple[str, str]:
     """Tensors up and down in the first round, in all its exchanges, asked of the rule itself."""
     module = ModuleSpec("layer", _SIDE, _SIDE, _RANK, 2.0 * _RANK)
     spec = AdapterSpec(rule.properties.adapter, _RANK, 2.0 * _RANK, use_rslora=False, modules=(module,))
-    factors = {"layer.factor_a": torch.zeros(_RANK, _SIDE), "layer.factor_b": torch.zeros(_SIDE, _RANK)}
-    core = {"layer.core": torch.zeros(_RANK, _RANK)} if spec.has_core else {}
+    factors = {"layer.factor_a": torch.ones(_RANK, _SIDE), "layer.factor_b": torch.ones(_SIDE, _RANK)}
+    core = {"layer.core": torch.ones(_RANK, _RANK)} if spec.has_core else {}
     state, phase = GlobalState(AdapterState(spec, {**factors, **core}), rule_state=rule.init(spec)), 1
     up = down = 0
     while True:
         plan, payload = rule.plan(state, ClientView("anybody"), phase)
         entries = layout(plan, payload)
-        up += sum(entry.nbytes for entry in entries) // 4
-        down += sum(tensor.numel() for named in (payload.tensors, payload.extra) for tensor in named.values())
+        up += sum(entry.nbytes for entry in entries)
+        sent = thin(payload.tensors) if plan.density_down < 1 else payload.tensors
+        down += _nbytes(sent) + _nbytes(payload.extra)
         if phase == rule.properties.phases:
             return _share(up, factors), _share(down, factors)
         accumulator = rule.start(state, phase)
@@ -103,4 +105,8 @@ def _traffic(rule: Rule) -> tuple[str, str]:
 
 
 def _share(count: int, factors: Tensors) -> str:
-    return f"{count / sum(tensor.numel() for tensor in factors.values()):.2g}"
+    return f"{count / _nbytes(factors):.2g}"
+
+
+def _nbytes(tensors: Tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -19,6 +19,7 @@ from federated.delta import apply_some
 from federated.errors import BaseMismatch, ConfigError
 from federated.flower.client_cache import cache, cached
 from federated.flower.client_memory import recalled, remember
+from federated.flower.client_steering import Steering
 from federated.flower.client_store import ClientStore
 from federated.flower.records import (
     Assignment,
@@ -107,7 +108,10 @@ def _trained(
     data = session.local_data(task.client_id)
     seed = client_seed(session.config.seed, task.round_number, task.client_id)
     start = recalled(store, task.plan, state, version_id=task.parent_version)
-    result = session.trainer.run(start, task.plan, data, seed=seed)
+    steering = Steering(store, task.plan, state, round_number=task.round_number)
+    steered = steering.steered(start, learning_rate=session.config.train.learning_rate)
+    result = session.trainer.run(steered, task.plan, data, seed=seed)
+    steering.remember(result.delta, steps=int(result.metrics["steps"]))
     remember(
         store,
         task.plan,

@@ -14,6 +14,7 @@ from federated.flower.round_book import RoundBook
 from federated.global_state import GlobalState
 from federated.manifest import TrainPlan
 from federated.state import AdapterState
+from federated.tasks.batching import step_count
 from federated.uploads import layout
 from federated.wire import Expectation, Limits
 
@@ -69,7 +70,7 @@ class TaskWriter:
             key = (view.rank, client_id if self._rule.properties.own_payloads else "")
             if key not in plans:
                 plan, payload = self._plan(state, view, mode, phase=phase)
-                plans[key] = plan, payload, adapter_packet(payload)
+                plans[key] = plan, payload, adapter_packet(payload, sparse=plan.density_down < 1)
             plan, payload, packet = plans[key]
             assignment = self._assign(plan, client_id, version_id, round_number=round_number)
             expected[client_id] = self._expect(assignment, payload, (counters or {}).get(client_id, 0))
@@ -88,6 +89,7 @@ class TaskWriter:
             plans=all_plans,
             limits=Limits(max_norm=self._config.round.max_norm),
             bytes_down=sizes,
+            steps=lambda examples: step_count(examples, self._config.train),
             evaluate_only=mode == "evaluate",
         )
         return messages, book
@@ -101,8 +103,11 @@ class TaskWriter:
     def _plan(self, state: GlobalState, view: ClientView, mode: str, *, phase: int) -> tuple[TrainPlan, AdapterState]:
         plan, payload = self._rule.plan(state, view, phase)
         train = self._config.train
-        plan = replace(plan, mode=mode, proximal_mu=train.proximal_mu, evaluate_after=train.evaluate_after)
-        return plan, payload
+        mu = plan.proximal_mu or train.proximal_mu
+        plan = replace(plan, mode=mode, proximal_mu=mu, evaluate_after=train.evaluate_after)
+        if mode == "evaluate" and plan.density_down < 1:  # what is measured last is what is published
+            plan, payload = replace(plan, density_down=1.0), state.materialise(view.rank)
+        return plan, payload if mode == "train" else replace(payload, extra={})
 
     def _assign(self, plan: TrainPlan, client_id: str, version_id: str, *, round_number: int) -> Assignment:
         token = task_token(self._secret, run_id=self._run_id, round_number=round_number, plan=plan, client_id=client_id)

@@ -15,16 +15,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Self
+from typing import Any, Self
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from federated.config import ExperimentConfig, experiment_from
+from federated.corrections import CORRECTIONS
 from federated.errors import FederatedError, WireError
 from federated.manifest import AdapterSpec, TrainPlan, canonical_json
-from federated.state import AdapterState, from_raw, to_raw
-from federated.wire import decode_packet, encode_packet
+from federated.sparse import factor_shapes, fill, split, thin
+from federated.state import AdapterState, Tensors, from_raw, to_raw
+from federated.wire import DEFAULT_LIMITS, decode_packet, encode_packet
 
 __all__ = [
     "PACKET_STYPE",
@@ -93,12 +95,14 @@ def _check_types(task: Assignment) -> None:
     """Numbers and names end up in file names on the client: nothing else may stand in their place."""
     plan = task.plan
     counts = (task.round_number, plan.phase, plan.rank, plan.tail_start, plan.sketch_columns, plan.sketch_seed)
-    if any(type(number) is not int or number < 0 for number in counts):
-        raise ValueError("round_number, phase, rank, rows, columns and seeds are integers of at least 0")
+    if any(type(number) is not int or number < 0 for number in (*counts, plan.memory_round, plan.rank_budget)):
+        raise ValueError("rounds, phase, rank, rows, columns and seeds are integers of at least 0")
     if type(plan.tail_penalty) not in (int, float) or not 0 <= plan.tail_penalty < math.inf:
         raise ValueError("a penalty is a finite number of at least 0")
     if plan.upload not in ("delta", "sketch", "projection") or type(plan.cached) is not bool:
         raise ValueError("an upload is a delta, a sketch or a projection, and cached is true or false")
+    if plan.correction not in CORRECTIONS or not (0 < plan.density_up <= 1 and 0 < plan.density_down <= 1):
+        raise ValueError("the correction is one of ours, and densities are above 0 and at most 1")
     names = (task.run_id, task.client_id, task.task_token, task.parent_version, task.base_digest)
     if any(type(name) is not str for name in (*names, *plan.trainable, *plan.kept)) or plan.mode not in (
         "train",
@@ -170,12 +174,15 @@ _RESIDUAL, _EXTRA = "residual:", "extra:"
 """Prefixes of the tensors beside the adapter's own."""
 
 
-def adapter_packet(state: AdapterState) -> bytes:
-    """Pack an adapter for the way down."""
-    residual = state.residual
-    header = {"kind": "adapter", "spec": state.spec.plain}
+def adapter_packet(state: AdapterState, *, sparse: bool = False) -> bytes:
+    """Pack an adapter for the way down; ``sparse`` leaves out the zeros of its factors."""
+    residual, tensors = state.residual, state.tensors
+    header: dict[str, Any] = {"kind": "adapter", "spec": state.spec.plain}
     header |= {"residual": residual.spec.plain} if residual else {}
-    groups = {"": state.tensors, _RESIDUAL: residual.tensors if residual else {}, _EXTRA: state.extra}
+    if sparse:
+        factors, dense = split(tensors)
+        header, tensors = header | {"sparse": True}, dense | thin(factors)
+    groups: dict[str, Tensors] = {"": tensors, _RESIDUAL: residual.tensors if residual else {}, _EXTRA: state.extra}
     return encode_packet(
         header, to_raw({prefix + name: tensor for prefix, named in groups.items() for name, tensor in named.items()})
     )
@@ -203,6 +210,8 @@ def _adapter(data: bytes) -> AdapterState:
     for name, tensor in from_raw(raw).items():
         prefix = next((one for one in (_RESIDUAL, _EXTRA) if name.startswith(one)), "")
         groups[prefix][name.removeprefix(prefix)] = tensor
+    if header.get("sparse"):
+        groups[""] = _filled(groups[""], spec)
     frozen = _residual(residual, groups[_RESIDUAL])
     return AdapterState(spec, groups[""], residual=frozen, extra=groups[_EXTRA])
 
@@ -218,6 +227,16 @@ def _residual(spec: AdapterSpec | None, tensors: dict[str, Tensor]) -> AdapterSt
         missing = sorted(factors - tensors.keys())[:3]
         raise WireError(f"the packet holds a residual's spec, and not its tensors: missing {missing}")
     return AdapterState(spec, tensors)
+
+
+def _filled(tensors: Tensors, spec: AdapterSpec) -> dict[str, Tensor]:
+    """The factors with their zeros, unless they would be larger than any packet may be."""
+    shapes = factor_shapes(spec)
+    sizes = [size for shape in shapes.values() for size in shape]
+    entries = sum(math.prod(shape) for shape in shapes.values()) if all(type(size) is int for size in sizes) else 0
+    if not 0 < 4 * entries <= DEFAULT_LIMITS.max_bytes or min(sizes) < 1:
+        raise WireError("the packet's sparse adapter has sizes that no adapter of this protocol has")
+    return fill(tensors, shapes)
 
 
 def _packet_record(packet: bytes) -> ArrayRecord:

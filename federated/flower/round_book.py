@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from federated.flower.records import Reply
 from federated.manifest import TensorLayout, TrainPlan
 from federated.state import AdapterState, from_raw
 from federated.uploads import unpack
-from federated.wire import Expectation, Limits, admit
+from federated.wire import Expectation, Limits, admit, bad_positions
 
 __all__ = ["Outcome", "RoundBook", "evaluation_of", "pooled_evaluation", "whole_round"]
 
@@ -121,6 +121,7 @@ class RoundBook:
         limits: of size and norm.
         bytes_down: size of the packet that each client was sent.
         evaluate_only: no update is expected, only metrics.
+        steps: optimizer steps that so many examples take.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class RoundBook:
         limits: Limits,
         bytes_down: Mapping[str, int],
         evaluate_only: bool = False,
+        steps: Callable[[int], int] = lambda _: 1,
     ) -> None:
         self.round_number = round_number
         self.outcomes: list[Outcome] = []
@@ -146,6 +148,7 @@ class RoundBook:
         self._limits = limits
         self._bytes_down = bytes_down
         self._evaluate_only = evaluate_only
+        self._steps = steps
         self._started = time.monotonic()
 
     @property
@@ -200,7 +203,11 @@ class RoundBook:
             raise UpdateRejected("bad_encoding", "the reply holds no packet", client_id=client_id)
         expected, layout = self._expected[client_id], self._layouts[client_id]
         admitted = admit(reply.packet, expected, layout=layout, limits=self._limits)
-        envelope = admitted.envelope
+        envelope, received = admitted.envelope, self._payloads[client_id]
+        try:
+            delta = unpack(self._plans[client_id], received, from_raw(admitted.tensors))
+        except WireError as error:
+            raise bad_positions(str(error), client_id) from None
         zero = "zero_update" if admitted.norm == 0 else None
         self._note(
             client_id,
@@ -213,15 +220,15 @@ class RoundBook:
             bytes_up=len(reply.packet),
             counter=envelope.counter,
         )
-        received = self._payloads[client_id]
         return Update(
             client_id=client_id,
-            delta=unpack(self._plans[client_id], received, from_raw(admitted.tensors)),
+            delta=delta,
             num_examples=envelope.num_examples,
             round_number=self.round_number,
             payload_digest=envelope.payload_digest,
             metrics=reply.metrics,
             received=received,
+            steps=self._steps(envelope.num_examples),
         )
 
     def _check_claim(self, client_id: str, reply: Reply) -> None:

@@ -13,7 +13,16 @@ from federated.config import TrainConfig
 from federated.errors import DataError
 from federated.tasks.protocol import Batch, Features
 
-__all__ = ["exact_mean", "in_eval_mode", "pad_1d", "require_some", "sorted_batches", "step_groups", "to_device_of"]
+__all__ = [
+    "exact_mean",
+    "in_eval_mode",
+    "pad_1d",
+    "require_some",
+    "sorted_batches",
+    "step_count",
+    "step_groups",
+    "to_device_of",
+]
 
 _WINDOW = 4
 """Batches among which training examples are sorted by length: more saves more padding, and mixes less."""
@@ -81,6 +90,18 @@ def step_groups(lengths: Sequence[int], config: TrainConfig, seed: int) -> list[
         groups += [batches[start : start + per_step] for start in range(0, len(batches), per_step)]
         left -= 0 if config.steps else len(order)
     return groups[: config.steps] if config.steps else groups
+
+
+def step_count(count: int, config: TrainConfig) -> int:
+    """How many optimizer steps `step_groups` makes of ``count`` examples, at least 1: the server knows it as well."""
+    if config.steps:
+        return config.steps
+    passes, rest = divmod(max(1, round(config.epochs * count)), count)
+
+    def of_a_pass(examples: int) -> int:
+        return math.ceil(math.ceil(examples / config.batch_size) / config.gradient_accumulation)
+
+    return passes * of_a_pass(count) + of_a_pass(rest)
 
 
 def _like_lengths(order: list[int], lengths: Sequence[int], size: int, generator: torch.Generator) -> list[list[int]]:

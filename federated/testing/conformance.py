@@ -226,7 +226,7 @@ def _measured(rule: Rule, case: Case, *, made: AdapterState, after: Mapping[str,
         optimum=float(torch.stack(missed).sum().sqrt()) / size,
         dense_error=max(dense_errors),
         bound=_BOUND[case.adapter.spec.dtype],
-        dense_claim=not rule.properties.robust,
+        dense_claim=rule.properties.averages and not rule.properties.robust,
     )
 
 

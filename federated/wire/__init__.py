@@ -8,10 +8,11 @@ else whatever the bytes, `admit` raises `UpdateRejected` with a code of `REASONS
 
 from __future__ import annotations
 
-from federated.wire.admission import Admitted, admit, seal_update
+from federated.wire.admission import Admitted, admit, bad_positions, seal_update
 from federated.wire.codec import decode_packet, decode_tensors, encode_packet, encode_tensors
 from federated.wire.envelope import Expectation, check_content, check_envelope, read_envelope
 from federated.wire.limits import DEFAULT_LIMITS, Limits
+from federated.wire.positions import decode_positions, encode_positions, positions_bytes
 from federated.wire.reasons import REASONS
 
 __all__ = [
@@ -21,12 +22,16 @@ __all__ = [
     "Limits",
     "REASONS",
     "admit",
+    "bad_positions",
     "check_content",
     "check_envelope",
     "decode_packet",
+    "decode_positions",
     "decode_tensors",
     "encode_packet",
+    "encode_positions",
     "encode_tensors",
+    "positions_bytes",
     "read_envelope",
     "seal_update",
 ]

@@ -10,14 +10,14 @@ import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from federated.errors import WireError
+from federated.errors import UpdateRejected, WireError
 from federated.manifest import AdapterSpec, Envelope, RawTensor, TensorLayout, layout_of, sha256_hex
 from federated.wire.codec import decode_packet, encode_tensors, join_packet
 from federated.wire.envelope import Expectation, check_content, check_envelope, read_envelope
 from federated.wire.limits import DEFAULT_LIMITS, Limits
 from federated.wire.reasons import refused
 
-__all__ = ["Admitted", "admit", "seal_update"]
+__all__ = ["Admitted", "admit", "bad_positions", "seal_update"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ def _check_size(size: int, expected: Expectation, *, layout: TensorLayout, limit
     allowed = min(limits.max_bytes, needed)
     if size > allowed:
         raise refused("too_large", f"found {size} bytes, at most {allowed} are accepted", expected.client_id)
+
+
+def bad_positions(found: str, client_id: str) -> UpdateRejected:
+    """The refusal of an update whose tensors do not say which values they hold, for whoever unpacks them."""
+    return refused("bad_positions", found, client_id)
 
 
 def seal_update(

@@ -56,7 +56,14 @@ _LENGTH = struct.Struct("<Q")  # length of the safetensors header
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]*")
 _RESERVED = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_LIBRARY_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+_LIBRARY_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "U8": "uint8",
+}
 
 
 def encode_tensors(tensors: Mapping[str, RawTensor]) -> bytes:

@@ -131,8 +131,8 @@ def check_content(
         limits: ``max_norm`` applies here.
 
     Returns:
-        The L2 norm over all tensors together, in adapter units, summed in float64. It is 0.0 for an update that
-        changes nothing, which is not refused.
+        The L2 norm over all tensors together, in adapter units, summed in float64; bytes (``U8``) say which values are
+        sent and are not in it. It is 0.0 for an update that changes nothing, which is not refused.
 
     Raises:
         UpdateRejected: ``layout_mismatch``, ``not_finite`` or ``norm_exceeded``.
@@ -204,6 +204,8 @@ def _layout_fault(found: TensorLayout, expected: TensorLayout) -> str | None:
 
 
 def _square_sum(name: str, tensor: RawTensor, client_id: str) -> float:
+    if tensor.dtype == "U8":  # which values are sent, and no values
+        return 0.0
     # Overflow and NaN are found in the result, where they cannot be missed, and not by numpy's warnings.
     with np.errstate(all="ignore"):
         values = tensor.array.astype(np.float64).ravel()

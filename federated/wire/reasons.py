@@ -35,6 +35,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "payload_digest_mismatch": "the payload is not the one that the envelope names: it was changed or damaged",
         "layout_mismatch": "not exactly the tensors that were asked for: send each with its name, shape and dtype",
         "not_finite": "a NaN or an infinity: training diverged; lower the learning rate",
+        "bad_positions": "the update does not say which values it holds: send as many as asked for, each once",
         "norm_exceeded": "the update is larger than the run allows: train less, or clip to the run's bound",
     }
 )

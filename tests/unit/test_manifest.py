@@ -71,6 +71,10 @@ class TestRawTensor:
         assert np.array_equal(raw.array, array)
         assert raw.array.dtype.str == f"<{dtype}"
 
+    def test_bytes_keep_their_values(self):
+        raw = RawTensor.from_array(np.array([0, 1, 255], dtype=np.uint8))
+        assert (raw.dtype, raw.array.tolist(), raw.data) == ("U8", [0, 1, 255], b"\x00\x01\xff")
+
     def test_a_view_is_copied_in_row_major_order(self):
         array = np.arange(6, dtype="<f4").reshape(2, 3)
         assert np.array_equal(RawTensor.from_array(array.T).array, array.T)
@@ -101,7 +105,7 @@ class TestRawTensor:
         one, two = RawTensor.from_array(np.zeros((2, 3))), RawTensor.from_array(np.zeros(1, "<f4"))
         assert layout_of({"b": one, "a": two}) == (TensorEntry("a", (1,), "F32"), TensorEntry("b", (2, 3), "F64"))
 
-    @pytest.mark.parametrize(("dtype", "size"), [("BF16", 12), ("F32", 24), ("I64", 48)])
+    @pytest.mark.parametrize(("dtype", "size"), [("BF16", 12), ("F32", 24), ("I64", 48), ("U8", 6)])
     def test_entry_knows_its_size(self, dtype, size):
         assert TensorEntry("w", (2, 3), dtype).nbytes == size
         assert TensorEntry("w", (), dtype).nbytes == size // 6
@@ -181,7 +185,19 @@ class TestTrainPlan:
         assert back.digest == plan.digest
 
     @pytest.mark.parametrize(
-        "change", [{"mode": "evaluate"}, {"rank": 9}, {"trainable": ()}, {"proximal_mu": 1.0}, {"evaluate_after": True}]
+        "change",
+        [
+            {"mode": "evaluate"},
+            {"rank": 9},
+            {"trainable": ()},
+            {"proximal_mu": 1.0},
+            {"evaluate_after": True},
+            {"correction": "feddyn"},
+            {"memory_round": 3},
+            {"density_down": 0.5},
+            {"density_up": 0.5},
+            {"rank_budget": 1},
+        ],
     )
     def test_every_field_is_in_the_digest(self, change: dict[str, Any]):
         assert replace(TrainPlan(), **change).digest != TrainPlan().digest

@@ -40,10 +40,11 @@ SPECIAL = torch.tensor([0x7FC1, -0x7F, 0x7F80, 1, -0x8000], dtype=torch.int16)
         (SPECIAL.view(torch.float16), "F16"),
         (torch.tensor([[2.0**-1074, -math.inf]], dtype=torch.float64), "F64"),
         (torch.tensor([2**63 - 1, -(2**63)]), "I64"),
+        (torch.tensor([0, 255], dtype=torch.uint8), "U8"),
         (torch.tensor(1.5), "F32"),
         (torch.empty(0, 3), "F32"),
     ],
-    ids=["float32", "bfloat16", "float16", "float64", "int64", "scalar", "empty"],
+    ids=["float32", "bfloat16", "float16", "float64", "int64", "uint8", "scalar", "empty"],
 )
 def test_bytes_and_back_bit_for_bit(tensor: torch.Tensor, dtype: str) -> None:
     raw = to_raw({"w": tensor})

@@ -1,6 +1,7 @@
 """LocalTrainer: steps against their definitions, repeatability, what is reported, what is refused."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from federated.adapters import attach, base_from_module, load_base
 from federated.adapters.fingerprint import base_digest
 from federated.adapters.tiny import TinySensor
 from federated.config import AdapterConfig, ModelConfig, TaskConfig, TrainConfig
+from federated.corrections import SHIFT
 from federated.delta import norm, subtract
 from federated.errors import ConfigError, DataError, FederatedError, ModelError
 from federated.manifest import TrainPlan
 from federated.state import AdapterState, group_of
 from federated.tasks import make_task
-from federated.tasks.batching import step_groups
+from federated.tasks.batching import step_count, step_groups
 from federated.training import LocalData, LocalTrainer, _autocast_dtype, _has_bfloat16, _Steps, client_seed
 
 SENSOR = TaskConfig(name="sensor", labels=("up", "down"), max_length=16)
@@ -167,6 +169,17 @@ class TestOrder:
         assert sorted(map(len, self.batches())) == [2, *[4] * 12]
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 31, 100])
+@pytest.mark.parametrize("train", [
+    {}, {"epochs": 0.3}, {"epochs": 2.0}, {"epochs": 2.6}, {"steps": 5}, {"gradient_accumulation": 3},
+    {"gradient_accumulation": 3, "epochs": 3.5}, {"batch_size": 1}, {"batch_size": 200},
+], ids=str)  # fmt: skip
+def test_the_number_of_steps_follows_from_the_number_of_examples(count: int, train: dict[str, float]) -> None:
+    config = TrainConfig(**{"batch_size": 4, **train})
+    lengths = [1 + index % 5 for index in range(count)]
+    assert step_count(count, config) == len(step_groups(lengths, config, seed=count))
+
+
 class TestProximal:
     @pytest.mark.parametrize("where", ["plan", "config"])
     def test_the_second_step_is_pulled_back_by_mu(self, where):
@@ -206,6 +219,50 @@ class TestProximal:
         found = trainer.run(start(trainer), QUIET, series_data(trainer), seed=3).delta
         assert not found["idle.factor_b"].any()
         assert found["mix.factor_b"].any()
+
+
+class TestShift:
+    """What SCAFFOLD and FedDyn add to each gradient comes with the state, beside its tensors."""
+
+    @staticmethod
+    def shifted(state, scale=0.5):
+        shift = {name: scale * torch.ones_like(tensor) for name, tensor in state.tensors.items()}
+        return replace(state, extra={f"{SHIFT}{name}": tensor for name, tensor in shift.items()}), shift
+
+    def test_it_is_added_to_every_gradient(self):
+        trainer = series_trainer(batch_size=12, steps=1)
+        state, data = start(trainer), series_data(trainer)
+        steered, shift = self.shifted(state)
+        grads, loss = gradient(trainer, state, data.train)
+        found = trainer.run(steered, QUIET, data, seed=3)
+        assert_same(found.delta, {name: -0.1 * (grads[name] + shift[name]) for name in grads}, atol=1e-6, rtol=1e-4)
+        assert found.metrics["train_loss"] == pytest.approx(loss, rel=1e-5)
+
+    def test_it_is_gone_in_the_next_run(self):
+        trainer = series_trainer(batch_size=12, steps=2)
+        state, data = start(trainer), series_data(trainer)
+        before = trainer.run(state, QUIET, data, seed=3).delta
+        trainer.run(self.shifted(state)[0], QUIET, data, seed=3)
+        assert same_bits(trainer.run(state, QUIET, data, seed=3).delta, before)
+
+    def test_zero_changes_no_bit(self):
+        trainer = series_trainer(batch_size=4, steps=3)
+        state, data = start(trainer), series_data(trainer)
+        before = trainer.run(state, QUIET, data, seed=3).delta
+        assert same_bits(trainer.run(self.shifted(state, scale=0.0)[0], QUIET, data, seed=3).delta, before)
+
+    def test_only_what_the_plan_trains_moves(self):
+        trainer = series_trainer(batch_size=4, steps=2)
+        steered, _ = self.shifted(start(trainer))
+        found = trainer.run(
+            steered, TrainPlan(evaluate_before=False, trainable=("factor_b",)), series_data(trainer), seed=3
+        )
+        assert {name.rsplit(".", 1)[-1] for name in found.delta} == {"factor_b"}
+
+    def test_the_bound_on_the_gradient_holds_for_the_sum(self):
+        trainer = series_trainer(batch_size=12, steps=1, max_grad_norm=1e-3)
+        found = trainer.run(self.shifted(start(trainer))[0], QUIET, series_data(trainer), seed=3)
+        assert norm(found.delta) == pytest.approx(0.1 * 1e-3, rel=1e-2)
 
 
 class TestClipping:

@@ -39,6 +39,7 @@ def drawn(adapter, seed):
 def experiment(kind, rule="fedit", **adapter):
     return experiment_from({
         "task": {"labels": ["no", "yes"]}, "adapter": {"kind": kind, **adapter}, "strategy": {"rule": rule},
+        "train": {"optimizer": "sgd"},
     })  # fmt: skip
 
 

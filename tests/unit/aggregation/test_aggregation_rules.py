@@ -1,6 +1,7 @@
 """What is particular to each rule: who trains what, in which turn, in which order, and what is refused."""
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,20 +10,30 @@ import torch
 
 from federated import server_optimizers
 from federated.aggregation import (
+    FLASC,
     RULES,
     ClientView,
+    FedIT,
     FedSALoRA,
     FedSB,
     FedSVD,
     FFALoRA,
     FlexLoRA,
+    LoRAA2,
     Result,
     RoLoRA,
     Rule,
     check_combination,
     make_rule,
 )
-from federated.config import AdapterConfig, ExperimentConfig, ServerOptimizerConfig, StrategyConfig, TaskConfig
+from federated.config import (
+    AdapterConfig,
+    ExperimentConfig,
+    ServerOptimizerConfig,
+    StrategyConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from federated.delta import Update
 from federated.errors import AggregationError, ConfigError, NotEnoughUpdates
 from federated.global_state import GlobalState
@@ -184,6 +195,81 @@ def test_the_order_of_arrival_changes_no_bit(name: str) -> None:
     assert all(torch.equal(other[key], results[0][key]) for other in results for key in results[0])
 
 
+class TestSparseMessages:
+    """FLASC and LoRA-A2: each its own equation in float64, and what they are when nothing is left out."""
+
+    @pytest.mark.parametrize(
+        "case", [CASE, CASES["Conv1D"], CASES["rsLoRA"], CASES["bfloat16"]], ids=lambda one: one.name
+    )
+    @pytest.mark.parametrize("density", [0.05, 0.5])
+    def test_flasc_is_the_mean_of_the_largest_entries(self, case: Case, density: float):
+        rule = FLASC(density_down=density, density_up=density)
+        state = begun(rule, case)
+        plan, payload = rule.plan(state, CLIENT, 1)
+        names = [name for name in payload.tensors if group_of(name) != "dense"]
+
+        def top(tensors: Tensors) -> dict[str, torch.Tensor]:
+            flat = torch.cat([tensors[name].double().flatten() for name in names])
+            bound = flat.abs().sort(descending=True).values[math.ceil(density * len(flat)) - 1]
+            return {
+                name: torch.where(tensors[name].double().abs() >= bound, tensors[name].double(), 0) for name in names
+            }
+
+        held = state.materialise().tensors
+        for name, tensor in (top(held) | {"head.weight": held["head.weight"]}).items():
+            assert torch.equal(payload.tensors[name].double(), tensor.double())
+        given = [
+            Update(client, unpack(plan, payload, pack(plan, payload, moves)), 1)
+            for client, moves in case.trained.items()
+        ]
+        mean = combined(rule, state, given, case).mean_delta
+        total = sum(case.weights.values())
+        for name in names:
+            expected = sum(case.weights[one] / total * top(moves)[name] for one, moves in case.trained.items())
+            torch.testing.assert_close(mean[name], expected, rtol=1e-12, atol=1e-15)
+
+    def test_flasc_that_leaves_nothing_out_is_fedit(self):
+        flasc, state = FLASC(density_down=1, density_up=1), begun(FedIT())
+        assert flasc.plan(state, CLIENT, 1)[0] == FedIT().plan(state, CLIENT, 1)[0]
+        payloads = [rule.plan(state, CLIENT, 1)[1].tensors for rule in (flasc, FedIT())]
+        assert all(torch.equal(payloads[0][name], tensor) for name, tensor in payloads[1].items())
+        found, expected = (combined(rule, state, updates(rule, state)).mean_delta for rule in (flasc, FedIT()))
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    @pytest.mark.parametrize("turn", ["factor_b", "factor_a"])
+    def test_lora_a2_is_the_mean_of_the_chosen_ranks(self, turn: str):
+        rule, state = LoRAA2(rank=1), replace(begun(LoRAA2()), rule_state=RuleState({"turn": turn}))
+        plan, payload = rule.plan(state, CLIENT, 1)
+        assert (plan.trainable, plan.rank_budget) == ((turn, "dense"), 1)
+        expected, given = {}, []
+        for client, moves in CASE.trained.items():
+            share = CASE.weights[client] / sum(CASE.weights.values())
+            delta = {name: move for name, move in moves.items() if group_of(name) in plan.trainable}
+            given.append(Update(client, unpack(plan, payload, pack(plan, payload, delta)), 1))
+            scored = []
+            for pair in payload.pairs():
+                b, a = (moves if turn == kind else payload.tensors for kind in ("factor_b", "factor_a"))
+                for rank in range(pair.module.rank):
+                    column, row = b[f"{pair.module.name}.factor_b"][:, rank], a[f"{pair.module.name}.factor_a"][rank]
+                    scored.append((float(torch.outer(column, row).norm()), pair.module.name, rank))
+            for _, layer, rank in sorted(scored, reverse=True)[:2]:
+                at = (slice(None), rank) if turn == "factor_b" else (rank, slice(None))
+                kept = expected.setdefault(f"{layer}.{turn}", torch.zeros_like(delta[f"{layer}.{turn}"]).double())
+                kept[at] += share * delta[f"{layer}.{turn}"].double()[at]
+        result = combined(rule, state, given)
+        assert result.rule_state.scalars == {"turn": "factor_a" if turn == "factor_b" else "factor_b"}
+        for name, tensor in expected.items():
+            torch.testing.assert_close(result.mean_delta[name], tensor, rtol=1e-12, atol=1e-15)
+
+    @pytest.mark.parametrize("rank", [3, 99])
+    def test_lora_a2_with_room_for_all_ranks_is_rolora(self, rank: int):
+        a2, state = LoRAA2(rank=rank), begun(RoLoRA())
+        assert a2.plan(state, CLIENT, 1)[0] == RoLoRA().plan(state, CLIENT, 1)[0]
+        found, expected = (combined(rule, state, updates(rule, state)) for rule in (a2, RoLoRA()))
+        assert found.rule_state == expected.rule_state
+        assert all(torch.equal(found.mean_delta[name], tensor) for name, tensor in expected.mean_delta.items())
+
+
 class TestFlexLoRA:
     def test_the_share_of_energy_in_the_adapter_is_reported(self):
         even = CASES["many clients"]
@@ -279,8 +365,9 @@ class TestFlexLoRA:
 def experiment(rule: str, optimizer: ServerOptimizerConfig, **adapter: Any) -> ExperimentConfig:
     properties = make_rule(rule).properties
     strategy = StrategyConfig(rule, weighted=not properties.robust, server_optimizer=optimizer)
-    adapter = {"kind": properties.adapter, **adapter}
-    return ExperimentConfig(task=TaskConfig(labels=("no", "yes")), strategy=strategy, adapter=AdapterConfig(**adapter))
+    kind = {"kind": properties.adapter, **adapter}
+    parts = {"strategy": strategy, "adapter": AdapterConfig(**kind), "train": TrainConfig(optimizer="sgd")}
+    return ExperimentConfig(task=TaskConfig(labels=("no", "yes")), **parts)
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
@@ -292,6 +379,7 @@ def test_server_optimizers_go_with_rules_that_yield_a_delta(name: str, optimizer
         check_combination(rule, config)
     else:
         how = "and a residual" if rule.properties.residual else "by a factorisation"
+        how = how if rule.properties.averages else "with a memory"
         expected = f"{name} makes the next adapter itself, {how}.*use sgd with learning rate 1"
         with pytest.raises(ConfigError, match=expected):
             check_combination(rule, config)

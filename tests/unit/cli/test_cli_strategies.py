@@ -23,6 +23,12 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         "ffa": "0.5",
         "rolora": "0.5",
         "flexlora": "1",
+        "feddyn": "1",
+        "fednova": "1",
+        "fedprox": "1",
+        "flasc": "0.28",  # a quarter of the values, 4 bits for the position of each
+        "lora_a2": "0.13",  # one factor, two of its eight ranks
+        "scaffold": "1",
         "flora": "1",
         "hetlora": "1",
         "lora_fair": "1",
@@ -30,7 +36,8 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         "krum": "1",
     }
     assert {name: rows[name][3] for name in expected} == expected
-    assert {name: row[4] for name, row in rows.items()} == dict.fromkeys(rows, "1") | {"fedask": "2"}
+    down = {"fedask": "2", "flasc": "0.28", "scaffold": "2"}
+    assert {name: row[4] for name, row in rows.items()} == dict.fromkeys(rows, "1") | down
     for name, row in rows.items():
         properties = make_rule(name).properties
         assert row[5:8] == [
@@ -40,7 +47,7 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         assert f"{name}: {properties.paper}; in memory: {properties.memory}" in out
         assert row[9] == {"any": "yes", "same_basis": "fresh", "no": "no"}[properties.asynchronous]
     assert {rows[name][9] for name in ("fedit", "ffa")} == {"yes"}
-    assert "(adapter=ia3, layernorm, head, full, prompt) go with: fedit." in out
+    assert "(adapter=ia3, layernorm, head, full, prompt) go with: feddyn, fedit, fednova, fedprox, scaffold." in out
     assert rows["flexlora"][2] == "truncated"
     assert (rows["fedit"][8], rows["ffa"][8], rows["krum"][8]) == ("exposed", "refused", "immune")
     assert "all clients; n >= 4 f + 3 with f = strategy.options.byzantine = 1" in out

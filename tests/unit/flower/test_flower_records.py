@@ -30,7 +30,7 @@ from federated.flower.records import (
 )
 from federated.manifest import AdapterSpec, ModuleSpec, TrainPlan, canonical_json
 from federated.state import AdapterState, to_raw
-from federated.wire import encode_packet
+from federated.wire import decode_packet, encode_packet
 
 PLAN = TrainPlan(rank=2, trainable=("factor_b",), proximal_mu=0.5)
 TASK = Assignment("run", "clinic", 3, "f" * 64, "p" * 64, "b" * 64, PLAN)
@@ -137,6 +137,50 @@ class TestAdapterPacket:
         back = parse_adapter_packet(adapter_packet(state))
         assert back.spec == state.spec
         assert to_raw(back.tensors) == to_raw(state.tensors)
+
+    @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+    def test_zeros_can_be_left_out(self, adapter: Make, dtype: str):
+        state: AdapterState = adapter(0.0, dtype)
+        factor = state.tensors["q.factor_a"].clone()
+        factor[1, 2] = 1 / 3
+        head = {"head.weight": torch.zeros(4, 4)}
+        state = replace(state, tensors={**state.tensors, **head, "q.factor_a": factor}, extra={"more": torch.ones(2)})
+        packet = adapter_packet(state, sparse=True)
+        back = parse_adapter_packet(packet)
+        assert to_raw(back.tensors) == to_raw(state.tensors)
+        assert back.extra.keys() == {"more"}
+        _, raw, _ = decode_packet(packet)
+        assert raw["sparse:values"].shape == (5,)  # one third, and four times -0.0
+
+    def test_a_large_sparse_adapter_is_small_on_the_wire(self):
+        spec = AdapterSpec("lora", 8, 8.0, use_rslora=False, modules=(ModuleSpec("q", 512, 512, 8, 8.0),))
+        tensors = {"q.factor_a": torch.zeros(8, 512), "q.factor_b": torch.zeros(512, 8)}
+        tensors["q.factor_b"][::4] = 1.0
+        state = AdapterState(spec, tensors)
+        assert len(adapter_packet(state, sparse=True)) < 0.2 * len(adapter_packet(state))
+
+    @pytest.mark.parametrize(
+        "spec",
+        [
+            {"d_in": 2**40},
+            {"rank": 0},
+            {"d_out": -3},
+            {"d_in": "many"},
+            {"d_in": 2.5},
+        ],
+        ids=str,
+    )
+    def test_a_sparse_adapter_of_impossible_size_is_refused_before_it_is_made(self, adapter: Make, spec: Any):
+        header, raw, _ = decode_packet(adapter_packet(adapter(), sparse=True))
+        header["spec"]["modules"][0] |= spec
+        with pytest.raises(WireError, match="sizes that no adapter of this protocol has"):
+            parse_adapter_packet(encode_packet(header, raw))
+
+    def test_a_sparse_adapter_without_its_values_is_refused(self, adapter: Make):
+        header, raw, _ = decode_packet(adapter_packet(adapter(), sparse=True))
+        for name in raw:
+            with pytest.raises(WireError, match="the sparse values or their positions are missing"):
+                parse_adapter_packet(encode_packet(header, {key: one for key, one in raw.items() if key != name}))
 
     def test_a_residual_and_what_is_extra_travel_beside_it(self, adapter: Make):
         beside = AdapterState(RESIDUAL, {"q.factor_a": torch.full((1, 3), 1 / 7), "q.factor_b": torch.ones(2, 1)})

@@ -10,7 +10,13 @@ from flwr.app import Error, Message, RecordDict
 
 from federated.errors import AggregationError, DataError
 from federated.flower.messages import TaskWriter
-from federated.flower.records import assignment_of, refusal_content, reply_content
+from federated.flower.records import (
+    assignment_of,
+    packet_of,
+    parse_adapter_packet,
+    refusal_content,
+    reply_content,
+)
 from federated.flower.round_book import Outcome, RoundBook, evaluation_of, pooled_evaluation
 from federated.flower.round_report import round_event, train_metrics
 from federated.flower.server_state import ServerState
@@ -55,6 +61,42 @@ def test_the_config_s_wishes_are_in_the_plan(opened: Make) -> None:
     sent, _ = opened(train={"proximal_mu": 0.25, "evaluate_after": True})
     plan = assignment_of(sent["client-000"]).plan
     assert (plan.proximal_mu, plan.evaluate_after, plan.rank, plan.mode) == (0.25, True, 2, "train")
+
+
+def test_a_rule_s_own_proximal_term_comes_before_the_config_s(config: Make, adapter: Make) -> None:
+    from federated.aggregation import FedProx
+
+    found = []
+    for mu in (0.5, 0.0):
+        plain, rule = config(train={"proximal_mu": 0.25}), FedProx(mu=mu)
+        server = ServerState(adapter(), rule=rule, optimizer=plain.strategy.server_optimizer)
+        writer = TaskWriter(plain, rule=rule, run_id="run", base_digest="b" * 64, secret=b"key")
+        sent, _ = writer.write(server.global_state, NODES, round_number=1, mode="train")
+        found.append({assignment_of(message).plan.proximal_mu for message in sent})
+    assert found == [{0.5}, {0.25}]
+
+
+def test_what_only_helps_to_train_is_not_sent_to_be_evaluated(config: Make, adapter: Make) -> None:
+    from federated.aggregation import Scaffold
+
+    plain, rule, sizes = config(), Scaffold(), {}
+    server = ServerState(adapter(), rule=rule, optimizer=plain.strategy.server_optimizer)
+    writer = TaskWriter(plain, rule=rule, run_id="run", base_digest="b" * 64, secret=b"key")
+    for mode in ("train", "evaluate"):
+        sent, _ = writer.write(server.global_state, NODES, round_number=1, mode=mode)
+        packets = [parse_adapter_packet(packet_of(message.content)) for message in sent]
+        sizes[mode] = {len(packet.extra) for packet in packets}
+    assert sizes == {"train": {2}, "evaluate": {0}}
+
+
+@pytest.mark.parametrize(("train", "steps"), [({"steps": 7}, 7), ({"batch_size": 4, "epochs": 2.0}, 6)], ids=str)
+def test_an_update_s_steps_follow_from_the_plan_and_not_from_the_message(
+    opened: Make, honest: Make, train: dict[str, Any], steps: int
+) -> None:
+    sent, book = opened(train=train)
+    message = sent["client-000"]
+    update = book.receive(honest(message, assignment_of(message), metrics={"steps": 1e6}))
+    assert (update.num_examples, update.steps) == (10, steps)
 
 
 def test_a_good_reply_is_an_update(opened: Make, honest: Make, honest_delta: Make) -> None:

@@ -123,6 +123,16 @@ def test_the_norm_of_honest_content_is_returned(envelope: Envelope, tensors: Ten
     assert norm == pytest.approx(np.sqrt(6 * 0.25 + 4 * 1.0 + 1.0 + 4.0), rel=1e-15)
 
 
+def test_bytes_say_which_values_are_sent_and_are_no_part_of_the_norm(
+    envelope: Envelope, tensors: Tensors, layout: TensorLayout
+) -> None:
+    more = {**tensors, "sparse:positions": RawTensor("U8", (3,), b"\xff\x00\x01")}
+    wider = (*layout, TensorEntry("sparse:positions", (3,), "U8"))
+    expected = check_content(envelope, tensors, layout=layout, limits=DEFAULT_LIMITS)
+    found = check_content(replace(envelope, layout=wider), more, layout=wider, limits=DEFAULT_LIMITS)
+    assert found == expected
+
+
 def test_an_update_that_changes_nothing_has_norm_zero_and_passes(
     envelope: Envelope, tensors: Tensors, layout: TensorLayout
 ) -> None:

@@ -301,6 +301,8 @@ class RoundConfig:
         poll_interval: seconds between looks for replies.
         max_norm: refuse an update whose L2 norm is larger; 0 means no bound.
         max_examples: refuse an update that claims more training examples: a claim is a weight in the mean.
+        evaluate_every: clients measure the adapter that they received in rounds 1, 1 + n, 1 + 2n ...; 0 never. The last
+            adapter is measured at the end in any case.
     """
 
     mode: Literal["sync", "buffered"] = "sync"
@@ -314,6 +316,7 @@ class RoundConfig:
     poll_interval: Positive = 0.05
     max_norm: NonNegative = 0.0
     max_examples: Count = 1_000_000
+    evaluate_every: Annotated[int, Field(ge=0)] = 1
 
 
 @dataclass(frozen=True, config=STRICT)

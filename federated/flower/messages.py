@@ -69,7 +69,7 @@ class TaskWriter:
             view = ClientView(client_id, self._rank(state, (ranks or {}).get(client_id)))
             key = (view.rank, client_id if self._rule.properties.own_payloads else "")
             if key not in plans:
-                plan, payload = self._plan(state, view, mode, phase=phase)
+                plan, payload = self._plan(state, view, mode, phase=phase, round_number=round_number)
                 plans[key] = plan, payload, adapter_packet(payload, sparse=plan.density_down < 1)
             plan, payload, packet = plans[key]
             assignment = self._assign(plan, client_id, version_id, round_number=round_number)
@@ -100,11 +100,18 @@ class TaskWriter:
             return None
         return declared if declared < state.adapter.spec.rank else None
 
-    def _plan(self, state: GlobalState, view: ClientView, mode: str, *, phase: int) -> tuple[TrainPlan, AdapterState]:
+    def _plan(
+        self, state: GlobalState, view: ClientView, mode: str, *, phase: int, round_number: int
+    ) -> tuple[TrainPlan, AdapterState]:
         plan, payload = self._rule.plan(state, view, phase)
-        train = self._config.train
-        mu = plan.proximal_mu or train.proximal_mu
-        plan = replace(plan, mode=mode, proximal_mu=mu, evaluate_after=train.evaluate_after)
+        train, every = self._config.train, self._config.round.evaluate_every
+        plan = replace(
+            plan,
+            mode=mode,
+            proximal_mu=plan.proximal_mu or train.proximal_mu,
+            evaluate_before=every > 0 and (round_number - 1) % every == 0,
+            evaluate_after=train.evaluate_after,
+        )
         if mode == "evaluate" and plan.density_down < 1:  # what is measured last is what is published
             plan, payload = replace(plan, density_down=1.0), state.materialise(view.rank)
         return plan, payload if mode == "train" else replace(payload, extra={})

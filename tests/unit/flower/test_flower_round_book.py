@@ -29,13 +29,13 @@ NODES = {"client-000": 1, "client-001": 2, "client-002": 3}
 def opened(config: Make, adapter: Make) -> Make:
     """Messages by client, and the book of a first round."""
 
-    def make(mode: str = "train", **changes: Any) -> tuple[dict[str, Message], RoundBook]:
+    def make(mode: str = "train", *, round_number: int = 1, **changes: Any) -> tuple[dict[str, Message], RoundBook]:
         from federated.aggregation import FedIT
 
         plain = config(**changes)
         server = ServerState(adapter(), rule=FedIT(), optimizer=plain.strategy.server_optimizer)
         writer = TaskWriter(plain, rule=FedIT(), run_id="run", base_digest="b" * 64, secret=b"key")
-        sent, book = writer.write(server.global_state, NODES, round_number=1, mode=mode, version_id="v" * 64)
+        sent, book = writer.write(server.global_state, NODES, round_number=round_number, mode=mode, version_id="v" * 64)
         return {assignment_of(message).client_id: message for message in sent}, book
 
     return make
@@ -61,6 +61,18 @@ def test_the_config_s_wishes_are_in_the_plan(opened: Make) -> None:
     sent, _ = opened(train={"proximal_mu": 0.25, "evaluate_after": True})
     plan = assignment_of(sent["client-000"]).plan
     assert (plan.proximal_mu, plan.evaluate_after, plan.rank, plan.mode) == (0.25, True, 2, "train")
+
+
+@pytest.mark.parametrize(("every", "rounds"), [(1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (4, [1, 5]), (0, [])])
+def test_clients_measure_what_they_received_in_the_rounds_that_the_config_says(
+    opened: Make, every: int, rounds: list[int]
+) -> None:
+    found = []
+    for number in range(1, 6):
+        sent, _ = opened(round={"evaluate_every": every}, round_number=number)
+        if assignment_of(sent["client-000"]).plan.evaluate_before:
+            found.append(number)
+    assert found == rounds
 
 
 def test_a_rule_s_own_proximal_term_comes_before_the_config_s(config: Make, adapter: Make) -> None:

@@ -5,7 +5,21 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 
-__all__ = ["byte_size", "is_share", "metric", "moment", "number", "percent", "setting", "short_digest", "words"]
+__all__ = [
+    "byte_size",
+    "figure",
+    "is_share",
+    "metric",
+    "moment",
+    "number",
+    "percent",
+    "setting",
+    "short_digest",
+    "words",
+]
+
+_SHARES = ("energy_kept", "residual_kept", "remainder_carried", "remainder_lost")
+"""What rules report as a share of one."""
 
 
 def words(name: str) -> str:
@@ -25,6 +39,13 @@ def metric(value: float | None, name: str) -> str:
     if "_num_" in f"_{name}":
         return number(value, 12)
     return f"{value:.3f}" if value is not None and 1e-3 <= abs(value) < 1e4 else number(value)
+
+
+def figure(value: float | None, name: str) -> str:
+    """What a rule reports of a round: percent for shares, decimal units for bytes, else a number; a dash for None."""
+    if name in _SHARES:
+        return percent(value, 2)
+    return byte_size(value) if name.endswith("_bytes") else number(value)
 
 
 def number(value: float | None, digits: int = 4) -> str:

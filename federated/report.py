@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from federated.errors import DataError
-from federated.formats import byte_size, is_share, metric, moment, number, percent, setting, short_digest, words
+from federated.formats import byte_size, figure, is_share, metric, moment, number, percent, setting, short_digest, words
 from federated.plots import Series, bar_chart, line_chart
-from federated.run_history import History, history_of, mean_detail, metric_names, result_warning
+from federated.run_history import History, history_of, mean_detail, metric_names, result_warning, rule_figures
 from federated.tracking import read_events
 
 __all__ = ["write_report"]
@@ -67,6 +67,7 @@ def _render(history: History, *, versions: Sequence[Mapping[str, Any]], config: 
         moment=moment,
         percent=percent,
         metric=metric,
+        figure=figure,
         code=short_digest,
         setting=setting,
     )
@@ -74,6 +75,7 @@ def _render(history: History, *, versions: Sequence[Mapping[str, Any]], config: 
     return environment.get_template("report.html.j2").render(
         history=history,
         metrics=metrics,
+        figures=rule_figures(history),
         warning=result_warning(history),
         headline=_headline(history, metrics),
         comparison=_comparison(history, metrics),
@@ -161,7 +163,18 @@ def _plots(history: History, metrics: Sequence[str]) -> list[tuple[str, str]]:
         Series(label, _points({n: _scaled(e.get(f"bytes_{way}")) for n, e in history.rounds.items()}), color)
         for way, label, color in (("up", "sent by clients", _COLORS["global"]), ("down", "received", _COLORS["train"]))
     ]
-    return [*plots, ("Bytes", bar_chart(bars, ylabel="MB per round, all clients"))]
+    return [*plots, ("Bytes", bar_chart(bars, ylabel="MB per round, all clients")), *_kept(history)]
+
+
+def _kept(history: History) -> list[tuple[str, str]]:
+    """Which share of a round's sum the rule's rank, threshold or residual let pass, if it says so."""
+    lines = [
+        Series(words(name), _points({n: (e.get("rule") or {}).get(name) for n, e in history.rounds.items()}), color)
+        for name, color in (("energy_kept", _COLORS["global"]), ("residual_kept", _COLORS["central"]))
+    ]
+    if not any(line.points for line in lines):
+        return []
+    return [("Energy kept", line_chart(lines, ylabel="share of the round's energy", percent=True))]
 
 
 def _held_out(history: History, name: str) -> Series:

@@ -176,6 +176,12 @@ def _take(history: History, event: Event) -> None:
             history.end = event
 
 
+def rule_figures(history: History) -> list[str]:
+    """What the rule reported of itself in any round, in the order of its first mention; staleness is not its own."""
+    names = dict.fromkeys(name for event in history.rounds.values() for name in event.get("rule") or {})
+    return [name for name in names if not name.startswith("staleness")]
+
+
 def result_warning(history: History) -> str:
     """What to tell of a run that made its adapter worse; empty for any other run.
 

@@ -242,6 +242,21 @@ def test_a_run_whose_clients_keep_a_part_claims_no_global_adapter(tmp_path: Path
     assert "the last adapter of its own that this client measured" in personal
 
 
+def test_what_the_rule_reports_is_a_table_and_a_chart_of_the_energy_kept(tmp_path: Path, whole: str) -> None:
+    events = whole_run()
+    rounds = [event for event in events if event["event"] == "round"]
+    for kept, event in zip((0.91234, 0.75, 1.0), rounds, strict=False):
+        event["rule"] = {"energy_kept": kept, "residual_bytes": 12_300.0, "staleness_mean": 0.5}
+    rounds[-1]["rule"]["uncovered_layers"] = 2.0
+    page = page_of(folder(tmp_path / "run", events))
+    assert "<th>energy kept</th><th>residual bytes</th><th>uncovered layers</th></tr>" in page
+    assert "<td>91.23 %</td><td>12.3 kB</td><td>-</td></tr>" in page
+    assert "<td>100.00 %</td><td>12.3 kB</td><td>2</td></tr>" in page
+    assert page.count("<figure>") == whole.count("<figure>") + 1
+    assert "<h3>Energy kept</h3>" in page
+    assert "What the rule says" not in whole
+
+
 def test_round_that_published_nothing_says_so(tmp_path: Path) -> None:
     events = rounds_of(1)
     events[-1]["published"] = False

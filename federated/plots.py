@@ -7,8 +7,9 @@ readable when a page shows it at full width there. The same data give the same t
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,8 +128,16 @@ def _look(series: Sequence[Series], ylabel: str, *, percent: bool) -> dict[str, 
         "max_scale": 6,
         "show_x_guides": False,
         "x_value_formatter": lambda value: f"{value:g}",
-        "value_formatter": (lambda value: f"{value:.0%}") if percent else _plain,
+        "value_formatter": _percent_of(series) if percent else _plain,
     }
+
+
+def _percent_of(series: Sequence[Series]) -> Callable[[float], str]:
+    """Percent with as many decimals as tell the axis' labels apart."""
+    values = [y for line in series for y in line.points.values()] or [0.0]
+    step = (max(values) - min(values)) / 5  # about so many labels
+    decimals = max(0, math.ceil(-math.log10(step)) - 2) if step > 1e-8 else 0
+    return lambda value: f"{value:.{decimals}%}"
 
 
 def _plain(value: float) -> str:

@@ -37,6 +37,7 @@ from federated.aggregation.protocol import ClientView, Result, RuleProperties
 from federated.aggregation.remainder import Remainder
 from federated.config.parts import STRICT
 from federated.delta import Update
+from federated.errors import ConfigError
 from federated.global_state import GlobalState
 from federated.lowrank import decompose
 from federated.manifest import AdapterSpec, TrainPlan
@@ -72,6 +73,18 @@ class FlexLoRA:
         gauge="immune",
         memory="the sum of one layer's products",
     )
+
+    def __post_init__(self) -> None:
+        """Refuse a bound on what is not carried.
+
+        Raises:
+            ConfigError: for ``error_rank`` without ``error_feedback``.
+        """
+        if self.error_rank and not self.error_feedback:
+            raise ConfigError(
+                f"strategy.options.error_rank = {self.error_rank}: nothing is carried without error feedback; set "
+                "strategy.options.error_feedback=true too"
+            )
 
     def init(self, spec: AdapterSpec) -> RuleState:  # noqa: ARG002 - the protocol's signature
         """Nothing is carried yet."""

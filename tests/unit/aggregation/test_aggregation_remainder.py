@@ -155,5 +155,7 @@ def test_no_update_at_all_carries_nothing() -> None:
 def test_options_out_of_range_are_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match=r"strategy\.options\.error_rank = -1: .* greater than or equal to 0"):
         make_rule("flexlora", {"error_rank": -1})
+    with pytest.raises(ConfigError, match=r"error_rank = 3: nothing is carried .*error_feedback=true"):
+        make_rule("flexlora", {"error_rank": 3})
     with pytest.raises(ConfigError, match=r"strategy\.options\.carry = True: no option of flexlora; expected some of"):
         make_rule("flexlora", {"carry": True})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from federated.aggregation import RULES, ClientView, NextPhase, Rule, make_rule
 from federated.delta import Update
@@ -21,24 +22,17 @@ _RANK, _SIDE = 8, 1024
 _BUFFERED = {"any": "yes", "same_basis": "fresh", "no": "no"}
 _CLAIMS = {
     "exact": "exact",
-    "truncation": "truncated",
-    "approximate": "approximate",
+    "truncation": "best",
+    "approximate": "approx.",
 }
 
 
 def show(console: Console) -> None:
     """Print a row per rule; bytes are of one square layer, in units of its factors together."""
-    heads = (
-        "sum of B A",
-        "up",
-        "down",
-        "server\noptimizer",
-        "mixed\nranks",
-        "a sum*",
-        "another\nbasis**",
-        "buffered\nrounds",
-    )
-    table = Table("strategy", *heads)
+    heads = ("B A", "up", "down", "server\nopt.", "mixed\nranks", "robust", "sum*", "basis**", "buffer")
+    # Fits a terminal of 80 columns; names are never cut off, for half of one is of no use.
+    columns = [Column("strategy", no_wrap=True, min_width=17), *(Column(head, overflow="fold") for head in heads)]
+    table = Table(*columns, box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in sorted(RULES):
         rule = make_rule(name)
         properties = rule.properties
@@ -46,13 +40,19 @@ def show(console: Console) -> None:
         cells = (
             _yes(properties.fixed_space),
             _yes(properties.mixed_ranks),
+            _yes(properties.robust),
             _yes(properties.linear),
             properties.gauge,
             _BUFFERED[properties.asynchronous],
         )
-        claim = _CLAIMS[properties.exactness] + (", own B" if properties.personal else "")
+        claim = "own-B" if properties.personal else _CLAIMS[properties.exactness]
         table.add_row(name, claim, up, down, *cells)
     console.print(table)
+    _say(
+        console,
+        "B A: the mean of the clients' products is what the next adapter holds: exactly, the best "
+        "that its rank can hold, or approximately; or, where each keeps its own B, exactly for each.",
+    )
     _say(console, "Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
     any_adapter = ", ".join(name for name in sorted(RULES) if not make_rule(name).properties.needs_lora)
     _say(console, f"Adapters without factors (adapter=ia3, layernorm, head, full, prompt) go with: {any_adapter}.")
@@ -61,13 +61,23 @@ def show(console: Console) -> None:
         needs = f"; {properties.min_updates_why}" if properties.min_updates_why else ""
         _say(console, f"{name}: {properties.paper}; in memory: {properties.memory}{needs}")
     _say(
-        console, "Buffered rounds: with updates from older versions too, from the newest alone (fresh), or not at all."
+        console,
+        "Buffer: buffered rounds, with updates from older versions too, from the newest alone (fresh), or not at all.",
     )
-    _say(console, "* the server needs only the sum of the updates: the condition of secure aggregation.")
     _say(
         console,
-        "** what (B Q, Q^-1 A), the same update in another basis, does to the result: nothing (immune), it cannot be "
-        "sent because one factor is frozen (refused), or it changes it (exposed).",
+        "Robust rules stand in place of the others and combine with none: what they keep is not the mean that another "
+        "rule needs.",
+    )
+    _say(
+        console,
+        "* the server needs only the sum of the updates: the condition of secure aggregation, and of privacy by noise "
+        "on the sum (client-level). Noise in a client's own steps (example-level) is no matter of the rule.",
+    )
+    _say(
+        console,
+        "** basis: what (B Q, Q^-1 A), the same update in another basis, does to the result: nothing (immune), it "
+        "cannot be sent because one factor is frozen (refused), or it changes it (exposed).",
     )
 
 

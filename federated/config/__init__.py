@@ -21,15 +21,19 @@ from federated.config.parts import (
     TrackingConfig,
     TrainConfig,
 )
+from federated.config.privacy import ClientPrivacyConfig, ExamplePrivacyConfig, PrivacyConfig
 
 __all__ = [
     "STRICT",
     "AdapterConfig",
+    "ClientPrivacyConfig",
     "DataConfig",
     "EngineConfig",
+    "ExamplePrivacyConfig",
     "ExperimentConfig",
     "ModelConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "RoundConfig",
     "SelectionConfig",
     "ServerOptimizerConfig",

@@ -25,6 +25,7 @@ from federated.config.parts import (
     TrackingConfig,
     TrainConfig,
 )
+from federated.config.privacy import PrivacyConfig
 from federated.config.wording import one_line
 from federated.errors import ConfigError
 from federated.manifest import digest_of
@@ -56,6 +57,7 @@ class ExperimentConfig:
     task: TaskConfig = Field(default_factory=TaskConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     strategy: StrategyConfig = Field(default_factory=StrategyConfig)
     selection: SelectionConfig = Field(default_factory=SelectionConfig)
     round: RoundConfig = Field(default_factory=RoundConfig)
@@ -106,8 +108,8 @@ class ExperimentConfig:
 
     @cached_property
     def parts_json(self) -> str:
-        """What the working parts of a process are made from, as JSON: model, adapter, task, data, training and seed."""
-        parts = {name: asdict(getattr(self, name)) for name in ("model", "adapter", "task", "data", "train")}
+        """What the working parts of a process are made from, as JSON: model, adapter, task, data, training, privacy, seed."""
+        parts = {name: asdict(getattr(self, name)) for name in ("model", "adapter", "task", "data", "train", "privacy")}
         return json.dumps({"seed": self.seed, **parts}, sort_keys=True)
 
     @property

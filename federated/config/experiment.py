@@ -108,7 +108,7 @@ class ExperimentConfig:
 
     @cached_property
     def parts_json(self) -> str:
-        """What the working parts of a process are made from, as JSON: model, adapter, task, data, training, privacy, seed."""
+        """What a process' working parts are made from, as JSON: model, adapter, task, data, training, privacy, seed."""
         parts = {name: asdict(getattr(self, name)) for name in ("model", "adapter", "task", "data", "train", "privacy")}
         return json.dumps({"seed": self.seed, **parts}, sort_keys=True)
 

@@ -1,5 +1,9 @@
-"""Differential privacy: clipping, noise, sampling, accounts and audits.
+"""What keeps a promise about privacy: clipping, noise, sampling and their accounts.
 
-Tensors in, tensors out: it knows no Flower, no rule and no training loop. `federated.flower` and `federated.training`
-call it; import from its modules.
+Beside `federated.wire`, `federated.adapters` and `federated.tasks`, and knows none of them: modules and tensors come in
+as arguments, and so do chance and the clock. `federated.training` and `federated.flower` call it.
 """
+
+from __future__ import annotations
+
+__all__: list[str] = []

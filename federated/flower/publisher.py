@@ -124,6 +124,7 @@ class Publisher(Protocol):
         participants: int,
         metrics: Mapping[str, float],
         servable: bool = True,
+        privacy: Mapping[str, Any] | None = None,
     ) -> VersionManifest:
         """Make a version; the manifest's ``version_id`` names it."""
         ...
@@ -166,6 +167,7 @@ class RegistryPublisher:
         participants: int,
         metrics: Mapping[str, float],
         servable: bool = True,
+        privacy: Mapping[str, Any] | None = None,
     ) -> VersionManifest:
         """Make a version of the training state's adapter.
 
@@ -183,6 +185,7 @@ class RegistryPublisher:
             round_number=training.round_number,
             parent=parent,
             participants=participants,
+            privacy=privacy,
             metrics=dict(metrics),
             code_version=__version__,
             servable=servable,

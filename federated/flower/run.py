@@ -25,6 +25,7 @@ from federated.config import ExperimentConfig
 from federated.display import LiveDisplay
 from federated.errors import ConfigError, FederatedError, NotEnoughUpdates, RunInterrupted, StorageFull, VersionNotFound
 from federated.flower.publisher import RegistryPublisher, TrainingState
+from federated.flower.server_privacy import ServerPrivacy
 from federated.flower.session import Session, app_folder, open_session
 from federated.flower.strategy import DeltaStrategy
 from federated.registry import Registry, VersionRecord
@@ -137,7 +138,7 @@ class Run:
                     )
                     self._all_rounds(strategy, grid)
                     self.warn(tracker)
-                    status = "completed"
+                    status, message = "completed", strategy.stopped
                 except RunInterrupted as error:
                     status, message = "interrupted", self.how_to_go_on(str(error))
                     raise
@@ -151,7 +152,7 @@ class Run:
     def _all_rounds(self, strategy: DeltaStrategy, grid: Grid) -> None:
         finished = strategy.server.finished
         result = strategy.start(grid)
-        if self.config.rounds > finished and not result.train_metrics_clientapp:
+        if self.config.rounds > finished and not (result.train_metrics_clientapp or strategy.stopped):
             raise NotEnoughUpdates(
                 f"no round from {finished + 1} to {self.config.rounds} moved the global adapter, for want of good "
                 f"updates; {self.folder / 'report.html'} gives the reason of each client"
@@ -188,8 +189,8 @@ class Run:
         return f"{stopped}; to go on: {shlex.join(command)}"
 
     def _strategy(self, registry: Registry, tracker: Tracker) -> DeltaStrategy:
-        base = self.session.adapter.base.base_digest
-        rule_and_optimizer = f"{self.config.strategy.rule} + {self.config.strategy.server_optimizer.name}"
+        base, strategy = self.session.adapter.base.base_digest, self.config.strategy
+        rule_and_optimizer = f"{strategy.rule} + {strategy.server_optimizer.name}"
         publisher = RegistryPublisher(
             registry, self.config, run_id=self.run_id, base_digest=base, method=rule_and_optimizer
         )
@@ -201,6 +202,7 @@ class Run:
             tracker=tracker,
             run_id=self.run_id,
             resume=self._saved(registry),
+            privacy=ServerPrivacy.of(self.config, make_rule(strategy.rule, strategy.options), folder=self.folder),
         )
 
     def _saved(self, registry: Registry) -> tuple[TrainingState, str] | None:

@@ -10,7 +10,7 @@ version's manifest has none of it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from federated.aggregation import Accumulator, ClientView, Rule
 from federated.aggregation.cohorts import planned_cohort
 from federated.aggregation.private_mean import PrivateMean, noise_of_updates
 from federated.config import ExperimentConfig
+from federated.flower.selection import Standing, select_cohort
 from federated.global_state import GlobalState
 from federated.manifest import digest_of
 from federated.privacy.cohorts import PoissonCohorts
 from federated.privacy.server_budget import ServerBudget
 from federated.uploads import layout
 
-__all__ = ["NOT_PROTECTED", "ServerPrivacy"]
+__all__ = ["NOT_PROTECTED", "ServerPrivacy", "choose_cohort"]
 
 NOT_PROTECTED = (
     "who took part and when",
@@ -35,6 +36,10 @@ NOT_PROTECTED = (
 """What a run's records say of clients without noise: for the server's eyes."""
 _KEY = "cohorts.key"
 _RELATION = "add or remove one client"
+_SAMPLING = {
+    "none": "none: no amplification is claimed",
+    "poisson": "poisson: each client independently, by a secret key; holds for whoever does not know who took part",
+}
 
 
 class ServerPrivacy:
@@ -149,7 +154,37 @@ class ServerPrivacy:
         return {"accounts": [account], "not_protected": list(NOT_PROTECTED)}
 
 
-_SAMPLING = {
-    "none": "none: no amplification is claimed",
-    "poisson": "poisson: each client independently, by a secret key; holds for whoever does not know who took part",
-}
+def choose_cohort(
+    config: ExperimentConfig,
+    round_number: int,
+    present: Collection[str],
+    *,
+    standings: Mapping[str, Standing],
+    privacy: ServerPrivacy | None = None,
+) -> tuple[str, ...]:
+    """Who takes part in a round; with client-level privacy it is planned and charged first.
+
+    Args:
+        config: the experiment.
+        round_number: 1-based.
+        present: the clients that are there.
+        standings: what is known of each.
+        privacy: of the run, where there is any.
+
+    Raises:
+        BudgetExhausted: if the round does not fit what is left; nobody is asked then.
+    """
+    if privacy is not None:
+        privacy.plan(present)
+        privacy.charge(round_number)
+        drawn = privacy.draw(present)
+        if drawn is not None:
+            return drawn
+    return select_cohort(
+        list(present),
+        fraction=config.selection.fraction,
+        seed=config.seed,
+        round_number=round_number,
+        policy=config.selection.policy,
+        standings=standings,
+    )

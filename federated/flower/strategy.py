@@ -35,8 +35,7 @@ from federated.flower.publisher import Publisher, RegistryPublisher, TrainingSta
 from federated.flower.records import metric_record
 from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation, whole_round
 from federated.flower.round_closer import RoundCloser
-from federated.flower.selection import select_cohort
-from federated.flower.server_privacy import ServerPrivacy
+from federated.flower.server_privacy import ServerPrivacy, choose_cohort
 from federated.flower.server_state import ServerState
 from federated.flower.session import open_session
 from federated.global_state import GlobalState
@@ -254,37 +253,20 @@ class DeltaStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Sample the cohort and write one message per client."""
+        """Sample the cohort and write one message per client.
+
+        Raises:
+            BudgetExhausted: if the round does not fit the privacy budget.
+        """
         del config
         self.server.adopt(arrays)
         self._gather(grid)
         self._grid = grid
-        cohort = self._select(server_round)
+        present, privacy = self._directory.nodes, self._privacy
+        cohort = choose_cohort(self.config, server_round, present, standings=self.server.standings, privacy=privacy)
         event = {"event": "round_start", "round_number": server_round, "cohort": list(cohort)}
         self._tracker.emit({**event, "version_id": self.version_id})
         return self._write(server_round, cohort, mode="train")
-
-    def _select(self, number: int) -> tuple[str, ...]:
-        """Who takes part; with client-level privacy the round is charged first.
-
-        Raises:
-            BudgetExhausted: if the round does not fit what is left.
-        """
-        present = self._directory.nodes
-        if self._privacy is not None:
-            self._privacy.plan(present)
-            self._privacy.charge(number)
-            drawn = self._privacy.draw(present)
-            if drawn is not None:
-                return drawn
-        return select_cohort(
-            list(present),
-            fraction=self.config.selection.fraction,
-            seed=self.config.seed,
-            round_number=number,
-            policy=self.config.selection.policy,
-            standings=self.server.standings,
-        )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ SIZE = 2 * 3 + 2 * 2
 class Captured(NoiseSource):
     """Noise of a fixed kind, kept as it was drawn."""
 
-    drawn: list[torch.Tensor] = []
+    drawn: ClassVar[list[torch.Tensor]] = []
 
     def normal(self, count: int) -> torch.Tensor:
         values = super().normal(count)
@@ -209,9 +209,7 @@ def test_poisson_cohorts_come_from_a_key_that_is_nowhere_else(federation: Make, 
     config = federation(**private({"sampling": "poisson"}, rounds=12, selection={"fraction": 0.3})).strategy.config
     made = federation(**private({"sampling": "poisson"}, rounds=12, selection={"fraction": 0.3}))
     held = ServerPrivacy(config, made.strategy.rule, folder=tmp_path)
-    made = federation(
-        {"privacy": held}, **private({"sampling": "poisson"}, rounds=12, selection={"fraction": 0.3})
-    )
+    made = federation({"privacy": held}, **private({"sampling": "poisson"}, rounds=12, selection={"fraction": 0.3}))
     made.run(clients=6)
     cohorts = [event["cohort"] for event in made.events("round_start")]
     assert len({len(cohort) for cohort in cohorts}) > 1

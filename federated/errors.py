@@ -14,6 +14,8 @@
     │   ├── CorruptBlob          stored bytes do not match their digest
     │   ├── ChannelConflict      somebody else moved the channel first
     │   └── StorageFull
+    ├── PrivacyError             an account, a ledger or a protection that cannot be what it says
+    │   └── BudgetExhausted      what was asked would spend more than may be spent
     ├── DeviceError              slots, activation, serving
     ├── PrivacyError             what was promised about privacy cannot be kept
     │   └── BudgetExhausted      the privacy budget is spent
@@ -39,6 +41,8 @@ __all__ = [
     "CorruptBlob",
     "ChannelConflict",
     "StorageFull",
+    "PrivacyError",
+    "BudgetExhausted",
     "DeviceError",
     "RunInterrupted",
     "PrivacyError",
@@ -113,6 +117,14 @@ class ChannelConflict(RegistryError):
 
 class StorageFull(RegistryError):
     """The disk under the registry is full."""
+
+
+class PrivacyError(FederatedError):
+    """An account, a ledger or a protection that cannot be what it says; nothing private was computed."""
+
+
+class BudgetExhausted(PrivacyError):
+    """What was asked would spend more than may be spent; what was made so far stays."""
 
 
 class DeviceError(FederatedError):

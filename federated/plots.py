@@ -29,12 +29,12 @@ class Series:
 
     Args:
         label: for the legend.
-        points: x to y; missing values are left out by the caller.
+        points: x, a whole number or not, to y; missing values are left out by the caller.
         color: any CSS colour.
     """
 
     label: str
-    points: Mapping[int, float] | Mapping[float, float]
+    points: Mapping[Any, float]
     color: str
 
 

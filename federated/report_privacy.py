@@ -20,7 +20,7 @@ _COLORS = {"client": "#1d4ed8", "example": "#b45309"}
 def _accounts(event: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Unit to its account, of a ``round`` event."""
     accounts = (event.get("privacy") or {}).get("accounts") or ()
-    return {str(account.get("privacy_unit")): account for account in accounts if account.get("epsilon") is not None}
+    return {str(account.get("unit")): account for account in accounts if account.get("epsilon") is not None}
 
 
 def privacy_cards(history: History) -> list[tuple[str, str, str]]:
@@ -28,13 +28,12 @@ def privacy_cards(history: History) -> list[tuple[str, str, str]]:
     last = history.rounds.get(history.last_round, {})
     cards = []
     for unit, account in _accounts(last).items():
-        remark = f"target_delta {account.get('target_delta'):g}, {account.get('neighbouring') or 'no relation given'}"
+        remark = f"target_delta {account.get('target_delta'):g}; {account.get('neighbouring')}"
+        if account.get("not_protected"):
+            remark += f"; not protected: {', '.join(account['not_protected'])}"
         if account.get("private") is False:
             remark = f"NOT PRIVATE: repeatable noise of a test; {remark}"
         cards.append((f"{float(account['epsilon']):.3g}", f"epsilon, each {unit}", remark))
-    not_covered = (last.get("privacy") or {}).get("not_protected") or ()
-    if not_covered:
-        cards.append((str(len(not_covered)), "not protected in this report", "; ".join(not_covered)))
     return cards
 
 

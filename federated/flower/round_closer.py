@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from federated.aggregation import Result
@@ -49,8 +50,9 @@ class RoundCloser:
             depend on single clients.
         """
         private = self._privacy
+        state = self._server.training_state(number)
         manifest = self._publisher.publish(
-            self._server.training_state(number),
+            state if private is None else replace(state, ledger_head=private.budget.head),
             parent=self._server.version_id,
             participants=len(good) if private is None else round(private.planned),
             metrics=train_metrics(good) if private is None else {},

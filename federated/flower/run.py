@@ -130,6 +130,7 @@ class Run:
             registry.require_base(self.session.adapter.base.base_digest)
             with run_trackers(self.folder, self.config) as tracker:
                 status, message = "failed", ""
+                strategy: DeltaStrategy | None = None
                 try:
                     strategy = self._strategy(registry, tracker)
                     personal = strategy.rule.properties.personal
@@ -146,6 +147,8 @@ class Run:
                     message = str(error)
                     raise
                 finally:
+                    if strategy is not None:
+                        strategy.close()
                     self._close(registry, tracker, status, message=message)
             return self.summary(registry, strategy.version_id or "")
 
@@ -189,7 +192,7 @@ class Run:
         return f"{stopped}; to go on: {shlex.join(command)}"
 
     def _strategy(self, registry: Registry, tracker: Tracker) -> DeltaStrategy:
-        base, strategy = self.session.adapter.base.base_digest, self.config.strategy
+        base, strategy, saved = self.session.adapter.base.base_digest, self.config.strategy, self._saved(registry)
         rule_and_optimizer = f"{strategy.rule} + {strategy.server_optimizer.name}"
         publisher = RegistryPublisher(
             registry, self.config, run_id=self.run_id, base_digest=base, method=rule_and_optimizer
@@ -201,9 +204,14 @@ class Run:
             publisher=publisher,
             tracker=tracker,
             run_id=self.run_id,
-            resume=self._saved(registry),
-            privacy=ServerPrivacy.of(self.config, make_rule(strategy.rule, strategy.options), folder=self.folder),
+            resume=saved,
+            privacy=self._private(saved),
         )
+
+    def _private(self, saved: tuple[TrainingState, str] | None) -> ServerPrivacy | None:
+        rule = make_rule(self.config.strategy.rule, self.config.strategy.options)
+        head = saved[0].ledger_head if saved else None
+        return ServerPrivacy.of_run(self.config, rule, folder=self.folder, run_id=self.run_id, saved_head=head)
 
     def _saved(self, registry: Registry) -> tuple[TrainingState, str] | None:
         """The newest version of this run with its training state, when the run is resumed."""

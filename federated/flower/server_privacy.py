@@ -4,8 +4,8 @@ Each round is charged before anybody is asked, and again when it is run again: a
 release costs budget and no privacy. Ledger and cohort key live in the run's folder; without a folder they are as long-
 lived as the strategy.
 
-What it does not cover is listed beside every epsilon (`NOT_PROTECTED`): it belongs to the server's own records, and a
-version's manifest has none of it.
+What it does not cover is listed beside every epsilon (`federated.privacy.account.NOT_PROTECTED`): it belongs to the
+server's own records, and a version's manifest has none of it.
 """
 
 from __future__ import annotations
@@ -21,25 +21,15 @@ from federated.config import ExperimentConfig
 from federated.flower.selection import Standing, select_cohort
 from federated.global_state import GlobalState
 from federated.manifest import digest_of
+from federated.privacy.account import privacy_record
 from federated.privacy.cohorts import PoissonCohorts
+from federated.privacy.ledger import Ledger
 from federated.privacy.server_budget import ServerBudget
 from federated.uploads import layout
 
-__all__ = ["NOT_PROTECTED", "ServerPrivacy", "choose_cohort"]
+__all__ = ["ServerPrivacy", "choose_cohort"]
 
-NOT_PROTECTED = (
-    "who took part and when",
-    "training losses and update norms",
-    "held-out metrics",
-    "refusals and quorum",
-)
-"""What a run's records say of clients without noise: for the server's eyes."""
-_KEY = "cohorts.key"
-_RELATION = "add or remove one client"
-_SAMPLING = {
-    "none": "none: no amplification is claimed",
-    "poisson": "poisson: each client independently, by a secret key; holds for whoever does not know who took part",
-}
+_KEY, _LEDGER = "cohorts.key", "privacy_ledger.jsonl"
 
 
 class ServerPrivacy:
@@ -48,8 +38,8 @@ class ServerPrivacy:
     Args:
         config: the experiment, with ``privacy.client.enabled``.
         rule: aggregates.
-        folder: of the run, for ledger and cohort key; None keeps both in memory.
-        budget: what was spent and may be; default: made from the config.
+        budget: what was spent and may be; default: with a ledger in memory.
+        folder: of the run, for the cohort key; None keeps it in memory.
 
     Attributes:
         planned: the planned cohort of the current round.
@@ -63,8 +53,8 @@ class ServerPrivacy:
         config: ExperimentConfig,
         rule: Rule,
         *,
-        folder: Path | None = None,
         budget: ServerBudget | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._config = config
         self._rule = rule
@@ -76,9 +66,36 @@ class ServerPrivacy:
         self._cohorts: PoissonCohorts | None = None
 
     @classmethod
-    def of(cls, config: ExperimentConfig, rule: Rule, *, folder: Path | None = None) -> ServerPrivacy | None:
-        """What the config asks for; None where client-level privacy is not enabled."""
-        return cls(config, rule, folder=folder) if config.privacy.client.enabled else None
+    def of(cls, config: ExperimentConfig, rule: Rule) -> ServerPrivacy | None:
+        """What the config asks for, kept in memory; None where client-level privacy is not enabled."""
+        return cls(config, rule) if config.privacy.client.enabled else None
+
+    @classmethod
+    def of_run(
+        cls, config: ExperimentConfig, rule: Rule, *, folder: Path, run_id: str, saved_head: str | None = None
+    ) -> ServerPrivacy | None:
+        """The same with ledger and cohort key in the run's folder; `close` lets others open them.
+
+        Args:
+            config: the experiment.
+            rule: aggregates.
+            folder: of the run.
+            run_id: the run.
+            saved_head: the ledger's head as the version says that is gone on from; None for a fresh run.
+
+        Raises:
+            PrivacyError: if the ledger is missing, damaged, in use or an older copy, or nothing fits the budget.
+        """
+        if not config.privacy.client.enabled:
+            return None
+        subject = {"subject": f"server of {run_id}", "data_digest": digest_of(["clients of", run_id])}
+        ledger = Ledger.open(folder / _LEDGER, **subject, create=saved_head is None)
+        try:
+            ledger.require_descends_from(saved_head)
+            return cls(config, rule, budget=ServerBudget(config, run_id=run_id, ledger=ledger), folder=folder)
+        except BaseException:
+            ledger.close()
+            raise
 
     def plan(self, present: Collection[str]) -> None:
         """Fix the round's planned cohort; the first call fixes the population of sampled cohorts.
@@ -136,22 +153,13 @@ class ServerPrivacy:
             test_seed=seed,
         )
 
-    def record(self) -> dict[str, Any]:
-        """What stands beside each version and round: epsilon so far, and under which assumptions."""
-        privacy = self._config.privacy
-        account = {
-            "privacy_unit": "client",
-            "epsilon": self.budget.epsilon,
-            "target_delta": privacy.target_delta,
-            "target_epsilon": privacy.target_epsilon or None,
-            "neighbouring": _RELATION,
-            "accountant": privacy.accountant,
-            "sampling": _SAMPLING[self._client.sampling],
-            "noise_multiplier": self.budget.noise_multiplier,
-            "steps": self.budget.steps,
-            "private": self._test_seed < 0,
-        }
-        return {"accounts": [account], "not_protected": list(NOT_PROTECTED)}
+    def record(self) -> dict[str, Any] | None:
+        """What stands beside each version and round: epsilon so far, and what it means nothing without."""
+        return privacy_record([self.budget.account()])
+
+    def close(self) -> None:
+        """Let others open the ledger."""
+        self.budget.close()
 
 
 def choose_cohort(

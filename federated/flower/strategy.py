@@ -135,6 +135,11 @@ class DeltaStrategy(Strategy):
         """The global adapter as named float32 arrays, for `start`."""
         return self.server.arrays()
 
+    def close(self) -> None:
+        """Let others open the privacy ledger, where there is one."""
+        if self._privacy is not None:
+            self._privacy.close()
+
     def summary(self) -> None:
         """Log what this strategy is made of."""
         _LOG.info("DeltaStrategy: %s, %d rounds, run %s", self.method, self.config.rounds, self.run_id)

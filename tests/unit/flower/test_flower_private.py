@@ -91,7 +91,7 @@ def test_a_quorum_that_fails_releases_nothing_and_is_charged(federation: Make):
     made.run(script={"client-001": useless})
     (event,) = made.events("round")
     assert not event["published"]
-    assert event["privacy"]["accounts"][0]["steps"] == 1
+    assert event["privacy"]["accounts"][0]["epsilon"] == pytest.approx(epsilon([GaussianSteps(1.0, 1.0, 1)], 1e-5))
     assert torch.equal(vector(made), START)
 
 
@@ -156,7 +156,7 @@ def test_epsilon_stands_beside_each_version_and_its_metrics_do_not(federation: M
     spent = [manifest.privacy["accounts"][0] for manifest in published]
     expected = [0.0, *(epsilon([GaussianSteps(1.0, 1.0, rounds)], 1e-5) for rounds in (1, 2))]
     assert [account["epsilon"] for account in spent] == pytest.approx(expected)
-    assert {account["privacy_unit"] for account in spent} == {"client"}
+    assert {account["unit"] for account in spent} == {"client"}
     assert [dict(manifest.metrics) for manifest in published] == [{}, {}, {}]
     assert [manifest.participants for manifest in published] == [0, 3, 3]
     assert [event["privacy"]["accounts"][0]["epsilon"] for event in made.events("round")] == pytest.approx(expected[1:])

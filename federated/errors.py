@@ -15,6 +15,8 @@
     │   ├── ChannelConflict      somebody else moved the channel first
     │   └── StorageFull
     ├── DeviceError              slots, activation, serving
+    ├── PrivacyError             what was promised about privacy cannot be kept
+    │   └── BudgetExhausted      the privacy budget is spent
     └── RunInterrupted           the user stopped a run (finished rounds are safe)
 
 A message says what was found, what was expected and what to do. It never contains private data.
@@ -39,6 +41,8 @@ __all__ = [
     "StorageFull",
     "DeviceError",
     "RunInterrupted",
+    "PrivacyError",
+    "BudgetExhausted",
 ]
 
 
@@ -117,3 +121,11 @@ class DeviceError(FederatedError):
 
 class RunInterrupted(FederatedError):
     """The user stopped a run; rounds that had finished are published."""
+
+
+class PrivacyError(FederatedError):
+    """What was promised about privacy cannot be kept."""
+
+
+class BudgetExhausted(PrivacyError):
+    """The privacy budget is spent."""

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from federated.config import ExamplePrivacyConfig, TrainConfig
+from federated.config import TrainConfig
 from federated.errors import PrivacyError
 from federated.privacy.chance import NoiseSource, poisson_batches
 from federated.privacy.example_clipping import ClippedSum, clipped_sum
 from federated.privacy.per_sample import BatchLoss, Gradients
 
-__all__ = ["Observed", "PrivateGradients", "PrivateSchedule", "check_private_training", "private_schedule"]
+__all__ = ["Observed", "PrivateGradients", "PrivateSchedule", "check_private_training", "micro_batches", "private_schedule"]
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,14 @@ def check_private_training(config: TrainConfig) -> None:
 class PrivateGradients:
     """Fills the parameters' ``grad`` with private gradients, step after step.
 
+    Attributes:
+        parameters: as given.
+        schedule: as given.
+
     Args:
         parameters: what is trained, by name; noise is drawn in this order.
         schedule: of the run.
-        example: clipping norm; its noise multiplier is not looked at.
+        clip_norm: C, positive.
         noise_multiplier: sigma, positive.
         source: of batches and noise.
         observer: is shown each step, before the optimizer moves.
@@ -120,25 +124,28 @@ class PrivateGradients:
         self,
         parameters: Mapping[str, nn.Parameter],
         schedule: PrivateSchedule,
-        example: ExamplePrivacyConfig,
         *,
+        clip_norm: float,
         noise_multiplier: float,
         source: NoiseSource,
         observer: Callable[[Observed], None] | None = None,
     ) -> None:
         if not (noise_multiplier > 0 and math.isfinite(noise_multiplier)):
-            raise PrivacyError(f"noise_multiplier is {noise_multiplier}; expected a positive number, or nothing is private")
-        self._parameters = parameters
-        self._schedule = schedule
-        self._clip_norm = example.clip_norm
-        self._deviation = noise_multiplier * example.clip_norm
+            raise PrivacyError(
+                f"the noise multiplier is {noise_multiplier}, with which nothing is private; expected a positive number: "
+                "set privacy.example.noise_multiplier, or solve for privacy.target_epsilon first"
+            )
+        self.parameters = parameters
+        self.schedule = schedule
+        self._clip_norm = clip_norm
+        self._noise_multiplier = noise_multiplier
         self._source = source
         self._observer = observer
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """The batches of all steps, each sorted by length for little padding; what is in them is as it was drawn."""
         drawn = poisson_batches(
-            len(lengths), self._schedule.sampling, steps=self._schedule.steps, source=self._source
+            len(lengths), self.schedule.sampling, steps=self.schedule.steps, source=self._source
         )
         return [sorted(batch, key=lengths.__getitem__) for batch in drawn]
 
@@ -150,24 +157,32 @@ class PrivateGradients:
             indices: the examples of the batch.
             parts: the clipped sums of its micro-batches; none for an empty batch.
         """
-        clipped = {name: _added(one, [part.tensors[name] for part in parts]) for name, one in self._parameters.items()}
+        clipped = {name: _added(one, [part.tensors[name] for part in parts]) for name, one in self.parameters.items()}
         noise = self._noise()
         if self._observer is not None:
             norms = torch.cat([part.norms for part in parts]) if parts else torch.zeros(0, dtype=torch.float64)
             self._observer(Observed(step, tuple(indices), norms, clipped, noise))
-        for name, parameter in self._parameters.items():
-            made = (clipped[name] + noise[name]) / self._schedule.expected_batch
+        for name, parameter in self.parameters.items():
+            made = (clipped[name] + noise[name]) / self.schedule.expected_batch
             parameter.grad = made.to(parameter.dtype)
 
     def clipped(self, made: Gradients, loss: BatchLoss, batch: dict[str, Tensor]) -> ClippedSum:
         """The clipped sum of one micro-batch."""
         return clipped_sum(made.gradients(loss, batch), self._clip_norm)
 
+    def metrics(self) -> dict[str, float]:
+        """What is to be accounted: ``dp_steps``, ``dp_sampling`` (q) and ``dp_noise_multiplier``; all known before."""
+        return {
+            "dp_steps": float(self.schedule.steps),
+            "dp_sampling": self.schedule.sampling,
+            "dp_noise_multiplier": self._noise_multiplier,
+        }
+
     def _noise(self) -> dict[str, Tensor]:
         """All of a step's noise in one draw."""
-        sizes = [parameter.numel() for parameter in self._parameters.values()]
-        parts = self._source.normal(sum(sizes)).mul_(self._deviation).split(sizes)
-        named = zip(self._parameters.items(), parts, strict=True)
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        parts = self._source.normal(sum(sizes)).mul_(self._noise_multiplier * self._clip_norm).split(sizes)
+        named = zip(self.parameters.items(), parts, strict=True)
         return {name: part.view(one.shape).to(one.device) for (name, one), part in named}
 
 

@@ -8,6 +8,7 @@ trained tensors has another ``forward``, whose backward keeps the gradients of s
     y = x W^T + b           nn.Linear, and transformers' Conv1D with y = x W + b
     y = normalised(x) w + b nn.LayerNorm; RMSNorm of any make, by a copy of w for each example
     y = s * (W x + b)       peft's IA3 layers, likewise
+    y = w[ids]              nn.Embedding; each example has a whole gradient of its own, with a row for each word
     whatever a module itself says may be copied for each example (``per_sample_parameters``: a soft prompt)
 
 Nothing is left out: a gradient that reaches a tensor by any other way ends in its ``grad``, which is looked at. Under
@@ -62,10 +63,9 @@ class _Fused:
 
     def gradients(self, loss: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `federated.privacy.per_sample.Gradients`."""
-        losses = loss(self._model, batch)
-        self._kept.start(len(losses))
+        self._kept.start(len(next(iter(batch.values()))))
         try:
-            losses.sum().backward()
+            loss(self._model, batch).sum().backward()
             self._refuse_others()
             return {name: self._kept.taken(name, parameter) for name, parameter in self._parameters.items()}
         finally:

@@ -15,15 +15,19 @@ __all__ = ["Kept", "Layer", "find_layers"]
 
 
 class Kept:
-    """The gradients of the examples of one batch, by name, as they come in during a backward pass."""
+    """The gradients of the examples of one batch, by name, as they come in during a backward pass.
+
+    Attributes:
+        expected: how many examples there are.
+    """
 
     def __init__(self) -> None:
-        self._expected = 0
+        self.expected = 0
         self._gradients: dict[str, Tensor] = {}
 
     def start(self, expected: int) -> None:
         """Forget everything, and expect that many examples."""
-        self._expected = expected
+        self.expected = expected
         self._gradients.clear()
 
     def add(self, name: str, gradient: Tensor) -> None:
@@ -32,9 +36,9 @@ class Kept:
         Raises:
             PrivacyError: if n is not the number of examples.
         """
-        if len(gradient) != self._expected:
+        if len(gradient) != self.expected:
             raise PrivacyError(
-                f"the layer of {name} sees {len(gradient)} rows where the batch has {self._expected} examples: whose "
+                f"the layer of {name} sees {len(gradient)} rows where the batch has {self.expected} examples: whose "
                 "gradient is whose cannot be told; set privacy.example.per_sample=vmap"
             )
         if name in self._gradients:
@@ -46,7 +50,7 @@ class Kept:
         """What came in for one tensor; zeros where it had no effect."""
         found = self._gradients.pop(name, None)
         if found is None:
-            found = parameter.new_zeros((self._expected, *parameter.shape), dtype=_wide(parameter.dtype))
+            found = parameter.new_zeros((self.expected, *parameter.shape), dtype=_wide(parameter.dtype))
         return found
 
 
@@ -83,7 +87,7 @@ def find_layers(model: nn.Module, names: Mapping[int, str]) -> list[Layer]:
     return found
 
 
-def _known(module: nn.Module, owned: Mapping[str, str], names: Mapping[int, str]) -> Layer | None:
+def _known(module: Any, owned: Mapping[str, str], names: Mapping[int, str]) -> Layer | None:
     if hasattr(module, "ia3_l"):
         return _scaled_layer(module, names)
     if not owned:
@@ -94,6 +98,8 @@ def _known(module: nn.Module, owned: Mapping[str, str], names: Mapping[int, str]
         forward = _Projection(module, owned, transposed=kind is not nn.Linear)
     elif kind is nn.LayerNorm:
         forward = _Norm(module, owned)
+    elif kind is nn.Embedding and not (module.sparse or module.scale_grad_by_freq or module.max_norm):
+        forward = _Lookup(module, owned["weight"])
     elif kind.__name__.endswith("RMSNorm") and set(module._parameters) == {"weight"}:
         forward = _Copied(module, owned, _root_mean_square if kind is nn.RMSNorm else None)
     elif set(owned) <= set(getattr(module, "per_sample_parameters", ())):
@@ -198,6 +204,43 @@ class _NormPass(torch.autograd.Function):
         back = torch.ops.aten.native_layer_norm_backward
         asked = (True, False, False)
         return back(grad.contiguous(), x, shape, mean, scale, weight.to(x.dtype), None, asked)[0], None, None, None
+
+
+class _Lookup:
+    """An embedding's forward; ids that all examples share (positions) are a copy for each."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module = module
+        self._name = name
+
+    def __call__(self, kept: Kept, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """``w[ids]``."""
+        module: Any = self._module
+        ids = input.expand(kept.expected, *input.shape[1:]) if len(input) == 1 else input
+        made: Tensor = _LookupPass.apply(module.weight, ids, (kept, self._name, module.padding_idx))  # type: ignore[no-untyped-call]
+        return made
+
+
+class _LookupPass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, wanted: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype, ctx.wanted = weight.shape, _wide(weight.dtype), wanted
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, None, None]:
+        (grad,) = outer
+        (ids,) = ctx.saved_tensors
+        kept, name, padding = ctx.wanted
+        rows, (words, size) = len(grad), ctx.shape
+        places = (ids.reshape(rows, -1) + torch.arange(rows, device=ids.device)[:, None] * words).flatten()
+        made = torch.zeros(rows * words, size, dtype=ctx.dtype, device=grad.device)
+        made = made.index_add_(0, places, grad.reshape(-1, size).to(ctx.dtype)).view(rows, words, size)
+        if padding is not None:
+            made[:, padding] = 0.0
+        kept.add(name, made)
+        return None, None, None
 
 
 class _Copied:

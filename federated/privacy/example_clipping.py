@@ -41,7 +41,7 @@ def clipped_sum(gradients: Mapping[str, Tensor], clip_norm: float) -> ClippedSum
         gradients: [n, *shape] by name; rows that are not finite are overwritten.
         clip_norm: C, positive.
     """
-    rows = {name: gradient.flatten(1) for name, gradient in gradients.items()}
+    rows = {name: gradient.reshape(len(gradient), -1) for name, gradient in gradients.items()}
     norms = _norms(rows, torch.float32)
     if not bool(norms.isfinite().all()):  # a square may be too large for float32 where the gradient is not
         norms = _norms(rows, torch.float64)

@@ -17,8 +17,6 @@
     ├── PrivacyError             an account, a ledger or a protection that cannot be what it says
     │   └── BudgetExhausted      what was asked would spend more than may be spent
     ├── DeviceError              slots, activation, serving
-    ├── PrivacyError             what was promised about privacy cannot be kept
-    │   └── BudgetExhausted      the privacy budget is spent
     └── RunInterrupted           the user stopped a run (finished rounds are safe)
 
 A message says what was found, what was expected and what to do. It never contains private data.
@@ -45,8 +43,6 @@ __all__ = [
     "BudgetExhausted",
     "DeviceError",
     "RunInterrupted",
-    "PrivacyError",
-    "BudgetExhausted",
 ]
 
 
@@ -133,11 +129,3 @@ class DeviceError(FederatedError):
 
 class RunInterrupted(FederatedError):
     """The user stopped a run; rounds that had finished are published."""
-
-
-class PrivacyError(FederatedError):
-    """What was promised about privacy cannot be kept."""
-
-
-class BudgetExhausted(PrivacyError):
-    """The privacy budget is spent."""

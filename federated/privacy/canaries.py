@@ -25,9 +25,9 @@ from federated.privacy.client_level import NoisySum
 from federated.privacy.cohorts import PoissonCohorts
 from federated.state import Tensors
 
-__all__ = ["Audit", "Canaries", "ClientLevelPath", "audit_mechanism"]
+__all__ = ["Audit", "Canaries", "ClientLevelPath", "Mechanism", "audit_mechanism"]
 
-Path = Callable[[Mapping[str, Tensors]], Tensors]
+Mechanism = Callable[[Mapping[str, Tensors]], Tensors]
 """One step: from the members' updates by name to what is released."""
 _LENGTH = 10.0
 """Of a canary, in clipping norms."""
@@ -159,7 +159,7 @@ class Audit:
 
 
 def audit_mechanism(
-    path: Path,
+    path: Mechanism,
     *,
     canaries: int,
     steps: int,

@@ -18,10 +18,10 @@ TINY = ("experiment=tiny", "data.partition.num_clients=2", "train.steps=1", "eng
 def test_it_prints_bound_threat_model_canaries_and_ceiling(fedpeft: Callable[..., Any]) -> None:
     done = fedpeft("privacy", "audit", APP, "--quick", *CLIENT, "privacy.client.noise_multiplier=2")
     assert "lower bound at 95 %" in done.out
-    assert "200 canaries over 1 steps, unit client, target_delta 1e-05" in done.out
+    assert "200 canaries over 1 steps, target_delta 1e-05" in done.out
     assert "Threat model: sees the sum of all releases" in done.out
     assert done.out.count("nothing found") == 2
-    assert "The ceiling is below" not in done.out
+    assert "Where the ceiling is below" not in done.out
 
 
 def test_sampled_cohorts_are_audited_as_they_are_drawn(fedpeft: Callable[..., Any]) -> None:
@@ -30,9 +30,21 @@ def test_sampled_cohorts_are_audited_as_they_are_drawn(fedpeft: Callable[..., An
     assert done.out.count("nothing found") == 2
 
 
+def test_both_units_are_audited_where_both_are_enabled(fedpeft: Callable[..., Any]) -> None:
+    noise = ("privacy.client.noise_multiplier=2", "privacy.example.noise_multiplier=2")
+    done = fedpeft("privacy", "audit", APP, "--quick", *CLIENT, "privacy=both", *noise)
+    assert done.out.count("nothing found") == 4
+    assert "example" in done.out
+
+
+def test_noise_that_each_client_solves_for_must_be_given(fedpeft: Callable[..., Any]) -> None:
+    done = fedpeft("privacy", "audit", APP, "--quick", "privacy=example_dp", code=2)
+    assert "give the one to be audited" in done.err
+
+
 def test_it_says_when_it_could_not_have_found_anything(fedpeft: Callable[..., Any]) -> None:
     done = fedpeft("privacy", "audit", APP, "--quick", *CLIENT, "privacy.client.noise_multiplier=0.5")
-    assert "The ceiling is below the accounted epsilon" in done.out
+    assert "Where the ceiling is below the accounted epsilon" in done.out
 
 
 def test_a_broken_mechanism_is_an_error(fedpeft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

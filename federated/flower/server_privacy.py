@@ -88,8 +88,12 @@ class ServerPrivacy:
         """
         if not config.privacy.client.enabled:
             return None
-        subject = {"subject": f"server of {run_id}", "data_digest": digest_of(["clients of", run_id])}
-        ledger = Ledger.open(folder / _LEDGER, **subject, create=saved_head is None)
+        ledger = Ledger.open(
+            folder / _LEDGER,
+            subject=f"server of {run_id}",
+            data_digest=digest_of(["clients of", run_id]),
+            create=saved_head is None,
+        )
         try:
             ledger.require_descends_from(saved_head)
             return cls(config, rule, budget=ServerBudget(config, run_id=run_id, ledger=ledger), folder=folder)

@@ -66,7 +66,7 @@ class _Vectorised:
         except RuntimeError as error:
             raise PrivacyError(
                 "this model or task does not run under torch.func.vmap: it looks at values, or changes tensors in "
-                "place; train an adapter without embeddings, and set privacy.example.per_sample=auto"
+                "place; set privacy.example.per_sample=auto, or train another kind of adapter"
             ) from error
         wide = {name: torch.promote_types(one.dtype, torch.float32) for name, one in self._parameters.items()}
         return {name: made[path].to(wide[name]) for name, path in self._paths.items()}
@@ -93,7 +93,7 @@ def opened(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator
 
 def _ready_mask(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ARG001
     mask = named.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:  # noqa: PLR2004 - [1, time]
+    if isinstance(mask, Tensor) and mask.dim() == 2:
         hidden = (1.0 - mask[:, None, None, :].to(torch.float32)) * torch.finfo(torch.float32).min
         named = {**named, "attention_mask": hidden.expand(-1, -1, mask.shape[1], -1)}
     return inputs, named

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,14 @@ from federated.privacy.chance import NoiseSource, poisson_batches
 from federated.privacy.example_clipping import ClippedSum, clipped_sum
 from federated.privacy.per_sample import BatchLoss, Gradients
 
-__all__ = ["Observed", "PrivateGradients", "PrivateSchedule", "check_private_training", "micro_batches", "private_schedule"]
+__all__ = [
+    "Observed",
+    "PrivateGradients",
+    "PrivateSchedule",
+    "check_private_training",
+    "micro_batches",
+    "private_schedule",
+]
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ class PrivateGradients:
     ) -> None:
         if not (noise_multiplier > 0 and math.isfinite(noise_multiplier)):
             raise PrivacyError(
-                f"the noise multiplier is {noise_multiplier}, with which nothing is private; expected a positive number: "
+                f"the noise multiplier is {noise_multiplier}, with which nothing is private; expected one above 0: "
                 "set privacy.example.noise_multiplier, or solve for privacy.target_epsilon first"
             )
         self.parameters = parameters
@@ -144,9 +152,7 @@ class PrivateGradients:
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """The batches of all steps, each sorted by length for little padding; what is in them is as it was drawn."""
-        drawn = poisson_batches(
-            len(lengths), self.schedule.sampling, steps=self.schedule.steps, source=self._source
-        )
+        drawn = poisson_batches(len(lengths), self.schedule.sampling, steps=self.schedule.steps, source=self._source)
         return [sorted(batch, key=lengths.__getitem__) for batch in drawn]
 
     def fill(self, step: int, indices: Sequence[int], parts: Sequence[ClippedSum]) -> None:
@@ -181,7 +187,8 @@ class PrivateGradients:
     def _noise(self) -> dict[str, Tensor]:
         """All of a step's noise in one draw."""
         sizes = [parameter.numel() for parameter in self.parameters.values()]
-        parts = self._source.normal(sum(sizes)).mul_(self._noise_multiplier * self._clip_norm).split(sizes)
+        drawn = self._source.normal(sum(sizes)).mul_(self._noise_multiplier * self._clip_norm)
+        parts = torch.split(drawn, sizes)
         named = zip(self.parameters.items(), parts, strict=True)
         return {name: part.view(one.shape).to(one.device) for (name, one), part in named}
 
@@ -197,4 +204,4 @@ def micro_batches(indices: Sequence[int], size: int) -> list[Sequence[int]]:
     """A batch in parts of at most ``size``, nearly equal: whatever was drawn, never more memory than for one batch."""
     count = math.ceil(len(indices) / size)
     cuts = [len(indices) * one // count for one in range(count + 1)] if count else []
-    return [indices[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [indices[start:stop] for start, stop in pairwise(cuts)]

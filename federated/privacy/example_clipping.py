@@ -56,4 +56,5 @@ def clipped_sum(gradients: Mapping[str, Tensor], clip_norm: float) -> ClippedSum
 def _norms(rows: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """L2 norm of each example, float64 [n]."""
     parts = [torch.linalg.vector_norm(one, dim=1, dtype=torch.promote_types(one.dtype, dtype)) for one in rows.values()]
-    return torch.linalg.vector_norm(torch.stack(parts).double(), dim=0)
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(parts).double(), dim=0)
+    return norms

@@ -75,9 +75,9 @@ def chosen_method(method: str, model: nn.Module, parameters: Mapping[str, nn.Par
         if not missing:
             return name
     raise PrivacyError(
-        f"{missing[0]} cannot be trained under privacy.example: privacy.example.per_sample = {method} gives no gradient "
-        f"of single examples for it ({len(missing)} of {len(parameters)} trained tensors); set auto, or train an "
-        "adapter that leaves it out"
+        f"{missing[0]} cannot be trained under privacy.example: privacy.example.per_sample = {method} gives no "
+        f"gradient of single examples for it ({len(missing)} of {len(parameters)} trained tensors); set auto, or train "
+        "an adapter that leaves it out"
     )
 
 

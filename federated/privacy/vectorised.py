@@ -66,7 +66,7 @@ class _Vectorised:
         except RuntimeError as error:
             raise PrivacyError(
                 "this model or task does not run under torch.func.vmap: it looks at values, or changes tensors in "
-                "place; train an adapter without embeddings, and set privacy.example.per_sample=auto"
+                "place; set privacy.example.per_sample=auto, or train another kind of adapter"
             ) from error
         wide = {name: torch.promote_types(one.dtype, torch.float32) for name, one in self._parameters.items()}
         return {name: made[path].to(wide[name]) for name, path in self._paths.items()}

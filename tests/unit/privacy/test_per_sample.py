@@ -125,10 +125,8 @@ def test_opacus_refuses_checkpointing_that_is_not_reentrant():
 
 
 @pytest.mark.parametrize("kind", ["all-linear", "layernorm", "ia3", "head", "prompt", "full"])
-@pytest.mark.parametrize("model", ["bert", "llama-labels", "gpt2-stock"])
+@pytest.mark.parametrize("model", ["bert", "llama-labels"])
 def test_fused_under_bfloat16_autocast(model, kind):
-    if (model, kind) in IMPOSSIBLE:
-        pytest.skip("no such adapter")
     case = case_of(model, kind)
     expected = case.truth()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -206,6 +204,7 @@ def test_nothing_stays_behind(method, failing):
 @pytest.mark.parametrize("method", ["fused", "hooks"])
 def test_a_failed_batch_does_not_reach_the_next(method):
     case = case_of("bert", "qv")
+    expected = case.truth()
 
     def broken(model, batch):
         case.loss(model, batch).sum().backward(inputs=list(case.parameters.values())[:2])
@@ -215,11 +214,11 @@ def test_a_failed_batch_does_not_reach_the_next(method):
         with per_sample(method, case.model, case.parameters) as made:
             with pytest.raises(KeyError):
                 made.gradients(broken, case.batch)
-            assert_equal_gradients(made.gradients(case.loss, case.batch), case.truth())
+            assert_equal_gradients(made.gradients(case.loss, case.batch), expected)
     with pytest.raises(KeyError), per_sample(method, case.model, case.parameters) as made:
         made.gradients(broken, case.batch)
     assert_untouched(case)
-    assert_equal_gradients(found_by(method, case), case.truth())
+    assert_equal_gradients(found_by(method, case), expected)
 
 
 # What is refused
@@ -271,9 +270,7 @@ def plain_case(way, count=5):
 
     truth = {name: [] for name in parameters}
     for x in batch["x"]:
-        grads = torch.autograd.grad(
-            loss(model, {"x": x[None]}).sum(), list(parameters.values()), allow_unused=True
-        )
+        grads = torch.autograd.grad(loss(model, {"x": x[None]}).sum(), list(parameters.values()), allow_unused=True)
         for (name, one), grad in zip(parameters.items(), grads, strict=True):
             truth[name].append(torch.zeros_like(one) if grad is None else grad)
     return model, parameters, loss, batch, {name: torch.stack(one) for name, one in truth.items()}
@@ -300,9 +297,21 @@ def test_fused_refuses_what_it_cannot_account_for(way):
 
 def test_opacus_rows_that_are_no_examples_are_refused():
     model, parameters, loss, batch, _ = plain_case("flat")
-    with pytest.raises(PrivacyError, match="no gradient of each of the 5 examples"):
-        with per_sample("hooks", model, parameters) as made:
-            made.gradients(loss, batch)
+    with pytest.raises(PrivacyError, match="no gradient of each of"), per_sample("hooks", model, parameters) as made:
+        made.gradients(loss, batch)
+
+
+def test_an_error_inside_of_opacus_is_refused():
+    model, parameters, loss, batch, _ = plain_case("good")
+
+    def failing(model, batch):
+        losses = loss(model, batch)
+        losses.register_hook(lambda gradient: gradient.missing)
+        return losses
+
+    refused = pytest.raises(PrivacyError, match=r"Opacus cannot take this model's gradients \(AttributeError\)")
+    with refused, per_sample("hooks", model, parameters) as made:
+        made.gradients(failing, batch)
 
 
 def test_opacus_around_its_hooks_is_refused():
@@ -332,15 +341,15 @@ def test_a_tensor_of_no_model_is_refused_by_name():
 @pytest.mark.parametrize("method", ["fused", "hooks"])
 def test_a_method_that_is_asked_for_is_not_replaced(method):
     model, parameters, *_ = plain_case("loose")
-    with pytest.raises(PrivacyError, match=f"loose cannot be trained .* per_sample = {method}"):
-        with per_sample(method, model, parameters):
-            raise AssertionError("opened")
+    refused = pytest.raises(PrivacyError, match=f"loose cannot be trained .*per_sample = {method}")
+    with refused, per_sample(method, model, parameters):
+        raise AssertionError("opened")
 
 
 def test_whatever_else_is_trainable_is_refused():
     model, parameters, *_ = plain_case("good")
     del parameters["second.bias"]
-    with pytest.raises(PrivacyError, match="second.bias is trainable and would not be protected"):
+    with pytest.raises(PrivacyError, match=r"second.bias is trainable and would not be protected"):
         chosen_method("auto", model, parameters)
 
 
@@ -384,7 +393,7 @@ def test_scaled_layers_in_another_state_are_not_covered(state):
 
 def test_language_models_do_not_run_under_vmap():
     case = case_of("llama", "qv")
-    with pytest.raises(PrivacyError, match="does not run under torch.func.vmap"):
+    with pytest.raises(PrivacyError, match=r"does not run under torch.func.vmap"):
         found_by("vmap", case)
 
 

@@ -142,14 +142,14 @@ class AdapterSpec:
 
     Args:
         peft_type: ``"lora"``; ``"lora_xs"``: each module has a core (rank x rank) between its frozen factors; or
-            without factors ``"ia3"``, ``"layernorm"``, ``"head"``, ``"full"`` or ``"prompt"``.
+            without factors ``"ia3"``, ``"layernorm"``, ``"head"``, ``"full"``, ``"prompt"`` or ``"prefix"``.
         rank, alpha: LoRA's r, the largest one where modules differ, and ``lora_alpha``; 0 without factors.
         use_rslora: scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``.
         modules: the layers that have factors, sorted by name.
         head: the task head, if any.
         dtype: dtype of the tensors that a device holds (``"F32"``, ``"BF16"``, ``"F16"``).
         trained: the other tensors that are trained on the base, sorted by name (IA3's vectors, norms).
-        virtual_tokens: length of a soft prompt.
+        virtual_tokens: length of a soft prompt or a prefix.
     """
 
     peft_type: str

@@ -16,12 +16,25 @@ from federated.adapters.base import BaseModel
 from federated.adapters.copies import all_tensors, check_copies, norm_tensors, own_copies
 from federated.adapters.heads import backbone_path
 from federated.adapters.ia3 import check_ia3, ia3_tensors, inject_ia3
-from federated.adapters.prompt import check_prompt, most_positions
+from federated.adapters.prefix import check_prefix, with_prefix
+from federated.adapters.prompt import check_prompt, most_positions, with_prompt
 from federated.config import AdapterConfig, TaskConfig
 from federated.errors import ModelError
 from federated.manifest import AdapterSpec
 
 __all__ = ["FACTORLESS", "Factorless"]
+
+Live = dict[str, nn.Parameter]
+"""Tensors that are trained, by canonical name."""
+
+
+def _no_tensors(base: BaseModel, tree: nn.Module, spec: AdapterSpec) -> Live:  # noqa: ARG001
+    """A head, a prompt or a prefix goes around the tree, not into it."""
+    return {}
+
+
+def _nothing_around(base: BaseModel, model: nn.Module, *, tokens: int, seed: int) -> tuple[nn.Module, Live]:  # noqa: ARG001
+    return model, {}
 
 
 @dataclass(frozen=True)
@@ -33,12 +46,15 @@ class Factorless:
         check: refuses a spec that is not true of the base.
         install: puts it on a shared tree, and returns the live tensors by name.
         fields: of a spec, those that it uses besides head and dtype.
+        surround: puts it around the whole model, head included (``tokens`` long, first values by ``seed``), and returns
+            the model to use from now on with the live tensors by name.
     """
 
     describe: Callable[[BaseModel, AdapterConfig, TaskConfig], Mapping[str, Any]]
     check: Callable[[BaseModel, AdapterSpec], None]
-    install: Callable[[BaseModel, nn.Module, AdapterSpec], dict[str, nn.Parameter]]
+    install: Callable[[BaseModel, nn.Module, AdapterSpec], Live]
     fields: tuple[str, ...] = ()
+    surround: Callable[..., tuple[nn.Module, Live]] = _nothing_around
 
 
 def _headed(task: TaskConfig) -> bool:
@@ -93,7 +109,7 @@ def _check_full(base: BaseModel, spec: AdapterSpec) -> None:
     check_copies(base, spec, all_tensors(base, headed=spec.head is not None))
 
 
-def _prompt(base: BaseModel, adapter: AdapterConfig, task: TaskConfig) -> Mapping[str, Any]:
+def _virtual(base: BaseModel, adapter: AdapterConfig, task: TaskConfig) -> Mapping[str, Any]:
     most = most_positions(base)
     if adapter.virtual_tokens + task.max_length > most:
         raise ModelError(
@@ -101,11 +117,6 @@ def _prompt(base: BaseModel, adapter: AdapterConfig, task: TaskConfig) -> Mappin
             f"{most} positions of {base.source}; set task.max_length to at most {most - adapter.virtual_tokens}"
         )
     return {"virtual_tokens": adapter.virtual_tokens}
-
-
-def _no_tensors(base: BaseModel, tree: nn.Module, spec: AdapterSpec) -> dict[str, nn.Parameter]:  # noqa: ARG001
-    """A head or a prompt goes around the tree, not into it."""
-    return {}
 
 
 FACTORLESS: Mapping[str, Factorless] = {
@@ -127,6 +138,7 @@ FACTORLESS: Mapping[str, Factorless] = {
         lambda base, tree, spec: own_copies(tree, spec.trained),  # noqa: ARG005
         fields=("trained",),
     ),
-    "prompt": Factorless(_prompt, check_prompt, _no_tensors, fields=("virtual_tokens",)),
+    "prefix": Factorless(_virtual, check_prefix, _no_tensors, ("virtual_tokens",), with_prefix),
+    "prompt": Factorless(_virtual, check_prompt, _no_tensors, ("virtual_tokens",), with_prompt),
 }
 """By `AdapterSpec.peft_type`; the one kind with factors, ``lora``, is `federated.adapters.lora`."""

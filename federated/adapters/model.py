@@ -20,7 +20,6 @@ from federated.adapters.base import BaseModel
 from federated.adapters.heads import build_head
 from federated.adapters.kinds import FACTORLESS
 from federated.adapters.lora import core_of, dropouts_of, factors_of, inject, set_rank, set_residual
-from federated.adapters.prompt import PROMPT, with_prompt
 from federated.adapters.spec import check_spec, check_task, head_spec, spec_for
 from federated.config import AdapterConfig, TaskConfig
 from federated.errors import ModelError
@@ -216,14 +215,14 @@ def _move(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter]:
 def attach(base: BaseModel, adapter: AdapterConfig, task: TaskConfig, *, seed: int) -> AdapterModel:
     """Put a new adapter on a base model; the base is not changed.
 
-    It starts as nothing, so its first answers are the null model's; a soft prompt alone starts as words in front of
-    each text, and answers differently.
+    It starts as nothing, so its first answers are the null model's; a soft prompt and a prefix alone start as words in
+    front of each text, and answer differently.
 
     Args:
         base: shared, frozen.
         adapter: kind, rank, scaling, targets.
         task: decides the head.
-        seed: seeds the first factors, the prompt and the head.
+        seed: seeds the first factors, the words of a prompt or prefix, and the head.
 
     Raises:
         ModelError: if the adapter does not fit the base (see `spec_for`).
@@ -249,7 +248,8 @@ def shell(
         tensors = _factors(tree, spec)
     model, head = (tree, {}) if spec.head is None else build_head(base, tree, spec.head)
     if spec.virtual_tokens:
-        model, tensors[PROMPT] = with_prompt(base, model, tokens=spec.virtual_tokens, seed=seed)
+        model, around = FACTORLESS[spec.peft_type].surround(base, model, tokens=spec.virtual_tokens, seed=seed)
+        tensors |= around
     if spec.head is not None and spec.head.trained:
         _check_apart(base, tensors, head)
         tensors |= head

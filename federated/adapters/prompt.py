@@ -4,7 +4,8 @@
 
 The prompt is seen by every real token. What comes out is cut back to the text's own positions: a classifier's mean and
 a language model's targets are those of the text alone. The vectors start as the embeddings of words drawn from the
-vocabulary, so a fresh prompt does not answer as the base does: it is the one kind of adapter that starts as something.
+vocabulary, so a fresh prompt does not answer as the base does: it starts as something, as a prefix does and no other
+kind of adapter.
 
 Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021, section 2.
 """
@@ -22,11 +23,12 @@ from federated.adapters.heads import MeanPoolClassifier, backbone_path, generato
 from federated.errors import ModelError
 from federated.manifest import AdapterSpec
 
-__all__ = ["PROMPT", "check_prompt", "most_positions", "with_prompt"]
+__all__ = ["MOST_TOKENS", "check_prompt", "check_room", "most_positions", "with_prompt"]
 
 PROMPT = "prompt.embedding"
 """Canonical name of the vectors, [virtual_tokens, size of an embedding]."""
-_MOST_TOKENS = 1024
+MOST_TOKENS = 1024
+"""Virtual tokens of a prompt or a prefix, at most."""
 
 
 def check_prompt(base: BaseModel, spec: AdapterSpec) -> None:
@@ -35,7 +37,7 @@ def check_prompt(base: BaseModel, spec: AdapterSpec) -> None:
     Raises:
         ModelError: for a base without token embeddings, a stock head, or an impossible length.
     """
-    tokens, most = spec.virtual_tokens, min(_MOST_TOKENS, most_positions(base) - 1)
+    tokens, most = spec.virtual_tokens, min(MOST_TOKENS, most_positions(base) - 1)
     if base.kind == "module" or "inputs_embeds" not in inspect.signature(_backbone(base).forward).parameters:
         raise ModelError(f"an adapter of kind prompt needs a model of tokens; {base.source} takes no embeddings")
     if spec.head is not None and spec.head.kind != "mean_pool":
@@ -48,6 +50,24 @@ def most_positions(base: BaseModel) -> int:
     """How many positions the base has; a very large number where it does not say."""
     told = getattr(getattr(base.model, "config", None), "max_position_embeddings", None)
     return told if isinstance(told, int) else 2**31
+
+
+def check_room(tokens: int, length: int, positions: int) -> None:
+    """Refuse a text that does not fit behind virtual tokens.
+
+    Args:
+        tokens: virtual tokens.
+        length: tokens of the text.
+        positions: most that the model has.
+
+    Raises:
+        ModelError: with the three numbers.
+    """
+    if tokens + length > positions:
+        raise ModelError(
+            f"{tokens} virtual tokens and a text of {length} pass the model's {positions} positions; "
+            "set a smaller task.max_length or adapter.virtual_tokens"
+        )
 
 
 def _backbone(base: BaseModel) -> nn.Module:
@@ -68,11 +88,7 @@ class _Prompted(nn.Module):
     def _joined(self, embed: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         batch, length = input_ids.shape
         count = self.prompt.shape[-2]
-        if count + length > self._positions:
-            raise ModelError(
-                f"{count} virtual tokens and a text of {length} pass the model's {self._positions} positions; "
-                "set a smaller task.max_length or adapter.virtual_tokens"
-            )
+        check_room(count, length, self._positions)
         words = embed(input_ids)
         front = self.prompt.to(words.dtype).expand(batch, -1, -1)
         seen = attention_mask.new_ones(batch, count)
@@ -132,7 +148,9 @@ class _PromptedLM(_Prompted):
         return made
 
 
-def with_prompt(base: BaseModel, model: nn.Module, *, tokens: int, seed: int) -> tuple[nn.Module, nn.Parameter]:
+def with_prompt(
+    base: BaseModel, model: nn.Module, *, tokens: int, seed: int
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """Put a prompt in front of a model.
 
     Args:
@@ -142,13 +160,13 @@ def with_prompt(base: BaseModel, model: nn.Module, *, tokens: int, seed: int) ->
         seed: which words it starts as.
 
     Returns:
-        The model to use from now on, and the live vectors.
+        The model to use from now on, and the live vectors by canonical name.
     """
     prompt = nn.Parameter(_drawn(base, tokens, seed))
     if isinstance(model, MeanPoolClassifier):
         model.backbone = _PromptedBackbone(model.backbone, prompt, most_positions(base))
-        return model, prompt
-    return _PromptedLM(model, prompt, most_positions(base)), prompt
+        return model, {PROMPT: prompt}
+    return _PromptedLM(model, prompt, most_positions(base)), {PROMPT: prompt}
 
 
 def _drawn(base: BaseModel, tokens: int, seed: int) -> Tensor:

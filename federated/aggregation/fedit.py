@@ -3,7 +3,8 @@
     A = sum_k p_k A_k,    B = sum_k p_k B_k,    p_k = weight_k / sum_j weight_j
 
 Approximate by design: ``B A`` differs from ``sum_k p_k B_k A_k`` by the cross terms ``B_i A_j``. Of adapters without
-factors (IA3, norms, a head, a prompt, a whole small model) it is the plain mean of the weights: federated averaging.
+factors (IA3, norms, a head, a prompt, a prefix, a whole small model) it is the plain mean of the weights: federated
+averaging.
 
 Source: Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", 2023, section 3.
 """

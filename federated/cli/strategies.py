@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from federated.aggregation import RULES, ClientView, NextPhase, Rule, make_rule
+from federated.config.parts import WITHOUT_FACTORS
 from federated.delta import Update
 from federated.errors import AggregationError
 from federated.global_state import GlobalState
@@ -56,7 +57,7 @@ def show(console: Console) -> None:
     _say(console, "Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
     noised = ", ".join(name for name in sorted(RULES) if make_rule(name).properties.mean_decides)
     any_adapter = ", ".join(name for name in sorted(RULES) if not make_rule(name).properties.needs_lora)
-    _say(console, f"Adapters without factors (adapter=ia3, layernorm, head, full, prompt) go with: {any_adapter}.")
+    _say(console, f"Adapters without factors (adapter={', '.join(WITHOUT_FACTORS)}) go with: {any_adapter}.")
     for name in sorted(RULES):
         properties = make_rule(name).properties
         needs = f"; {properties.min_updates_why}" if properties.min_updates_why else ""

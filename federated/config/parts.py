@@ -35,7 +35,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
-WITHOUT_FACTORS = ("ia3", "layernorm", "head", "full", "prompt")
+WITHOUT_FACTORS = ("ia3", "layernorm", "head", "full", "prompt", "prefix")
 """Kinds of adapter whose tensors average as they are; the others are forms of LoRA."""
 
 MAX_PARAMS = 10_000_000
@@ -68,8 +68,8 @@ class AdapterConfig:
     Args:
         kind: ``lora``; ``lora_xs``, which trains a small core between frozen factors; or without factors, and so
             without rank and alpha: ``ia3`` (scaled keys, values and feed-forwards), ``layernorm`` (norms' weights and
-            biases), ``head`` (the task head alone), ``full`` (every parameter of a small model) or ``prompt`` (a soft
-            prompt).
+            biases), ``head`` (the task head alone), ``full`` (every parameter of a small model), ``prompt`` (a soft
+            prompt) or ``prefix`` (keys and values in front of each attention layer's own).
         rank: LoRA's r.
         alpha: ``lora_alpha``; the effective update is ``alpha / rank * B @ A``.
         use_rslora: scale by ``alpha / sqrt(rank)``.
@@ -82,11 +82,11 @@ class AdapterConfig:
             (``svd``), or ``random`` ones; ``lora`` has no core.
         client_ranks: ranks that simulated clients declare, given out in turn in the order of their names; each trains
             at the smaller of its own and ``rank``. Empty: all train at ``rank``. Real clients say it in their own file.
-        virtual_tokens: length of a soft prompt.
+        virtual_tokens: length of a soft prompt or a prefix.
         max_params: refuse to train a model of more parameters as ``full``; more than 130 million do not fit a packet.
     """
 
-    kind: Literal["lora", "lora_xs", "ia3", "layernorm", "head", "full", "prompt"] = "lora"
+    kind: Literal["lora", "lora_xs", "ia3", "layernorm", "head", "full", "prompt", "prefix"] = "lora"
     rank: Count = 8
     alpha: Positive = 16.0
     use_rslora: bool = False

@@ -8,7 +8,9 @@ form; ``factor mean`` averages A and B on their own. Errors are distances from t
 relative to the sum's norm. Where K r reaches d there is nothing to gain, and the table says so.
 
 Memory: updates of 1 MB (10 MB without ``--quick``) are made one at a time and handed to FedIT's accumulator, and the
-same arrays to Flower's FedAvg, each in a process of its own, imports included: its peak resident memory.
+same arrays to Flower's FedAvg, each in a process of its own, imports included: its peak resident memory. No process may
+have more than ``--bound`` GB: one that wants more is stopped, and its peak is given as that bound. Without ``--quick``
+every other rule that is a sum follows, with factors of 768 x 768 layers at rank 16 that add up to the same bytes.
 
 The last line is one JSON object.
 """
@@ -37,6 +39,7 @@ from federated.lowrank import LowRank, balanced_factors, decompose, sketch, sum_
 __all__ = ["main"]
 
 HEADLINE = (2048, 16, 16)
+SIDE, RANK = 768, 16
 QUICK = ((768, 8, 8), (768, 32, 8), HEADLINE)
 FULL = tuple((side, clients, rank) for side in (768, 2048, 4096) for clients in (8, 32, 128) for rank in (8, 16))
 DENSE_LIMIT = 2048
@@ -165,19 +168,72 @@ def flower(count: int, megabytes: float, seed: int) -> None:
     FedAvg().aggregate_train(1, replies())
 
 
+def one_round(name: str, count: int, megabytes: float, seed: int) -> None:
+    """A whole round of a rule, in all its exchanges, fed one update at a time."""
+    from federated.aggregation import ClientView, NextPhase, make_rule
+    from federated.delta import Update
+    from federated.global_state import GlobalState
+    from federated.manifest import AdapterSpec, ModuleSpec
+    from federated.state import AdapterState
+    from federated.uploads import layout, unpack
+
+    rule, generator = make_rule(name), torch.Generator().manual_seed(seed)
+    layers = max(1, round(megabytes * 1e6 / (2 * SIDE * RANK * 4)))
+    modules = tuple(ModuleSpec(f"layer{number}", SIDE, SIDE, RANK, 2.0 * RANK) for number in range(layers))
+    spec = AdapterSpec(rule.properties.adapter, RANK, 2.0 * RANK, use_rslora=False, modules=modules)
+    shapes = {"factor_a": (RANK, SIDE), "factor_b": (SIDE, RANK), **({"core": (RANK, RANK)} if spec.has_core else {})}
+    tensors = {
+        f"{module.name}.{group}": torch.rand(shape, generator=generator) / SIDE
+        for module in modules
+        for group, shape in shapes.items()
+    }
+    state, phase = GlobalState(AdapterState(spec, tensors), rule_state=rule.init(spec)), 1
+    for _ in range(rule.properties.phases):
+        accumulator = rule.start(state, phase)
+        for number in range(count):
+            plan, payload = rule.plan(state, ClientView(f"client-{number:04d}"), phase)
+            sent = {one.name: torch.rand(one.shape, generator=generator) / SIDE for one in layout(plan, payload)}
+            update = Update(f"client-{number:04d}", unpack(plan, payload, sent), num_examples=1, received=payload)
+            accumulator.add(update, 1.0)
+        result = accumulator.finish()
+        if isinstance(result, NextPhase):
+            state, phase = result.state, result.phase
+
+
+def sum_rules() -> list[str]:
+    """Every rule whose aggregate is a sum of messages."""
+    from federated.aggregation import RULES, make_rule
+
+    return [name for name in sorted(RULES) if make_rule(name).properties.linear]
+
+
 def child(kind: str, count: int, megabytes: float, seed: int) -> None:
     """Run one of them and print the peak of this process's resident memory, in MB."""
     torch.set_num_threads(1)
-    {"ours": ours, "flower": flower}[kind](count, megabytes, seed)
+    if kind in ("ours", "flower"):
+        {"ours": ours, "flower": flower}[kind](count, megabytes, seed)
+    else:
+        one_round(kind, count, megabytes, seed)
     print(json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}))
 
 
-def peak_of(kind: str, count: int, megabytes: float, seed: int) -> float:
-    """The same in a fresh process."""
-    command = [sys.executable, __file__, "--child", kind, str(count), str(megabytes), f"--seed={seed}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def peak_of(kind: str, count: int, megabytes: float, options: argparse.Namespace) -> float:
+    """The same in a fresh process, which is stopped when it wants more than the bound: that is its peak then."""
+    command = [sys.executable, __file__, "--child", kind, str(count), str(megabytes), f"--seed={options.seed}"]
+    size = int(options.bound * 1e9)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (size, size)),
+    )
+    if done.returncode and any(word in done.stderr for word in ("MemoryError", "alloc", "memory")):
+        print(f"{kind} with {count} clients was stopped at {options.bound:g} GB", file=sys.stderr)
+        return size / 1e6
     if done.returncode:
         raise SystemExit(f"{kind} with {count} clients failed:\n{done.stderr[-2000:]}")
+    print(f"{kind} with {count} clients: done", file=sys.stderr)
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mb"])
 
 
@@ -208,6 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute: three sizes, updates of 1 MB")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bound", type=float, default=8.0, help="GB of memory that one process may have")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -223,7 +280,8 @@ def main() -> None:
         rows.append(measure(HEADLINE, seed=options.seed, dense=True))
     megabytes = 1.0 if options.quick else 10.0
     counts = (10, 100, 1000)
-    memory = {kind: {n: peak_of(kind, n, megabytes, options.seed) for n in counts} for kind in ("ours", "flower")}
+    kinds = ["ours", "flower", *([] if options.quick else sum_rules())]
+    memory = {kind: {n: peak_of(kind, n, megabytes, options) for n in counts} for kind in kinds}
     show(rows, memory)
     head = next(row for row in rows if (row.side, row.clients, row.rank) == HEADLINE)
     result = {
@@ -234,6 +292,8 @@ def main() -> None:
         "sketch_relative_error": head.sketch_error,
         "memory_1000_over_10": round(memory["ours"][1000] / memory["ours"][10], 3),
         "flower_memory_1000_over_ours": round(memory["flower"][1000] / memory["ours"][1000], 2),
+        "rules_memory_1000_over_10": {kind: round(memory[kind][1000] / memory[kind][10], 3) for kind in kinds[2:]},
+        "bound_gb": options.bound,
         "rows": [asdict(row) for row in rows],
         "peak_mb": memory,
         "megabytes_per_update": megabytes,

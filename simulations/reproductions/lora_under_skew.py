@@ -38,7 +38,7 @@ from federated.cli.apps import enter_app, load_client_app
 from federated.cli.compose import compose
 from federated.data import open_source
 from federated.flower import simulate
-from federated.plots import Series, line_chart
+from federated.plots import Series, grouped_bars
 from federated.tracking import read_events
 
 APP = Path(__file__).resolve().parent.parent.parent
@@ -120,6 +120,8 @@ def main() -> None:
     Console(stderr=True, width=140).print(table(found))
     if options.plot:
         options.plot.write_text(plot(found))
+    if options.table:
+        options.table.write_text(markdown(found))
     print(json.dumps({"finished": found["finished"], "wanted": found["wanted"], "results": found["rows"]}))
 
 
@@ -131,6 +133,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--budget-minutes", type=float, default=1e6, help="start no further run after that")
     parser.add_argument("--results", type=Path, help="JSON lines, beside this script by default; not with --quick")
     parser.add_argument("--plot", type=Path, help="write the comparison to this SVG file")
+    parser.add_argument("--table", type=Path, help="write it as a Markdown table to this file")
     options = parser.parse_args()
     options.results = None if options.quick else options.results or RESULTS
     options.arms = options.arms or (QUICK_ARMS if options.quick else ARMS)
@@ -268,15 +271,26 @@ def table(found: dict[str, Any]) -> Table:
 
 
 def plot(found: dict[str, Any]) -> str:
-    """One line per arm over the settings, in the order of the table's columns."""
-    order = {label: number for number, label in enumerate(found["settings"], start=1)}
+    """One group of bars per setting, one bar per arm."""
+    place = {label: number for number, label in enumerate(found["settings"])}
     arms = list(dict.fromkeys(row["arm"] for row in found["rows"]))
-    lines = [
-        Series(arm, {order[row["setting"]]: row["accuracy"] for row in found["rows"] if row["arm"] == arm}, color)
+    bars = [
+        Series(arm, {place[row["setting"]]: row["accuracy"] for row in found["rows"] if row["arm"] == arm}, color)
         for arm, color in zip(arms, COLORS, strict=False)
     ]
-    chart = line_chart(lines, ylabel="held-out accuracy", percent=True)
-    return chart if chart.startswith("<?xml") else f'<?xml version="1.0" encoding="utf-8"?>\n{chart}'
+    chart = grouped_bars(
+        bars, [label.replace("Dir(", "").replace(")", "") for label in place], ylabel="held-out accuracy", percent=True
+    )
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{chart}\n'
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The same table for a page."""
+    cells = {(row["arm"], row["setting"]): f"{row['accuracy']:.1%} ({row['std']:.1%})" for row in found["rows"]}
+    arms = list(dict.fromkeys(row["arm"] for row in found["rows"]))
+    rows = [["rule", *found["settings"]], ["---"] * (1 + len(found["settings"]))]
+    rows += [[f"`{arm}`", *(cells.get((arm, setting), "-") for setting in found["settings"])] for arm in arms]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class TestSpecs:
     """A spec may come from a registry or a release: it is checked against the base before anything is allocated."""
 
     def test_another_method(self):
-        expected = "'pickle' is unknown; expected one of full, head, ia3, layernorm, lora, lora_xs, prompt"
+        expected = "'pickle' is unknown; expected one of full, head, ia3, layernorm, lora, lora_xs, prefix, prompt"
         with pytest.raises(ModelError, match=expected):
             shell(base(), replace(adapted().spec, peft_type="pickle"))
 

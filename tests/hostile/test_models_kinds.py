@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from federated.adapters import attach, ia3, load_base, shell
+from federated.adapters import attach, ia3, load_base, prefix, shell
 from federated.config import AdapterConfig, ModelConfig, TaskConfig
 from federated.errors import ModelError
 from federated.manifest import AdapterSpec, ModuleSpec
 from federated.state import AdapterState
 
 CLASSIFY = TaskConfig(labels=("no", "yes"))
-KINDS = ("ia3", "layernorm", "head", "full", "prompt")
+KINDS = ("ia3", "layernorm", "head", "full", "prompt", "prefix")
 LAYER = ModuleSpec("encoder.layer.0.attention.self.query", 32, 32, 2, 4.0)
 
 
@@ -36,7 +36,7 @@ def test_factors_where_there_are_none(kind, change):
     refused(replace(spec_of(kind), **change), rf"kind {kind} has no {next(iter(change))}")
 
 
-@pytest.mark.parametrize("kind", ["head", "full", "prompt", "lora"])
+@pytest.mark.parametrize("kind", ["head", "full", "prompt", "prefix", "lora"])
 def test_names_where_none_are_chosen(kind):
     refused(replace(spec_of(kind), trained=("encoder.layer.0.output.LayerNorm.weight",)), f"kind {kind} has no trained")
 
@@ -47,9 +47,25 @@ def test_virtual_tokens_where_there_is_no_prompt(kind, tokens):
     refused(replace(spec_of(kind), virtual_tokens=tokens), f"kind {kind} has no virtual_tokens")
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
 @pytest.mark.parametrize("tokens", [0, -1, 512, 1025, 10**12, 2.0, True, "8", None, float("nan")])
-def test_an_impossible_prompt(tokens):
-    refused(replace(spec_of("prompt"), virtual_tokens=tokens), r"virtual_tokens is .*; expected 1 to 511 for tiny:bert")
+def test_an_impossible_prompt_or_prefix(kind, tokens):
+    refused(replace(spec_of(kind), virtual_tokens=tokens), r"virtual_tokens is .*; expected 1 to 511 for tiny:bert")
+
+
+def test_a_prefix_of_more_numbers_than_fit_a_packet(monkeypatch):
+    monkeypatch.setattr("federated.adapters.prefix._MOST_VALUES", 40 * 2 * 2 * 32 + 1)
+    refused(replace(spec_of("prefix"), virtual_tokens=41), r"virtual_tokens is 41; expected 1 to 40 for tiny:bert")
+    assert shell(base(), replace(spec_of("prefix"), virtual_tokens=40)).spec.virtual_tokens == 40
+
+
+@pytest.mark.parametrize("tokens", [1025, 10**12])
+def test_an_impossible_prefix_costs_one_token(monkeypatch, tokens):
+    read, kept = [], prefix._kept
+    monkeypatch.setattr(prefix, "_kept", lambda base, ids: read.append(tuple(ids.shape)) or kept(base, ids))
+    spec = replace(spec_of("prompt"), peft_type="prefix", virtual_tokens=tokens)
+    refused(spec, "expected 1 to 511")
+    assert read == [(1, 1)]
 
 
 def test_a_prompt_on_a_stock_head():
@@ -59,6 +75,17 @@ def test_a_prompt_on_a_stock_head():
 
 def test_a_prompt_on_a_sensor_model():
     refused(spec_of("prompt"), "takes no embeddings", name="sensor")
+
+
+def test_a_prefix_on_a_sensor_model():
+    refused(spec_of("prefix"), r"\(TinySensor\) takes no past_key_values; use adapter=lora", name="sensor")
+
+
+def test_a_prefix_of_another_base():
+    model = attach(base("gpt2"), AdapterConfig(kind="prefix"), CLASSIFY, seed=1)
+    state = attach(base("llama"), AdapterConfig(kind="prefix"), CLASSIFY, seed=1).read()
+    with pytest.raises(ModelError, match=r"prefix\.0\.key: found .*\(1, 16, 16\), expected .*\(2, 16, 16\)"):
+        model.write(state)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +164,8 @@ def test_a_state_of_another_kind_is_not_written(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "field"), [("ia3", "trained"), ("layernorm", "trained"), ("prompt", "virtual_tokens")]
+    ("kind", "field"),
+    [("ia3", "trained"), ("layernorm", "trained"), ("prompt", "virtual_tokens"), ("prefix", "virtual_tokens")],
 )
 def test_a_state_of_another_size_is_not_written(kind, field):
     model = attach(base(), AdapterConfig(kind=kind), CLASSIFY, seed=1)

@@ -27,6 +27,7 @@ OVERRIDES = (
     "data.partition.num_clients=3",
     "train.steps=2",
     "tracking.progress=false",
+    "selection.wait=200",  # Ray takes its time on a busy machine
 )
 
 

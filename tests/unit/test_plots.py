@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from federated.plots import Series, line_chart
+from federated.plots import Series, grouped_bars, line_chart
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,11 @@ def test_percent_has_as_many_decimals_as_tell_the_labels_apart(values: tuple[flo
     assert labels
     assert len(set(labels)) == len(labels)
     assert {len(label.partition(".")[2]) for label in labels} == {decimals}
+
+
+def test_groups_of_bars_have_names_and_a_missing_bar_leaves_its_place_empty() -> None:
+    bars = [Series("one", {0: 0.25, 1: 0.5}, "#123456"), Series("two", {1: 0.75}, "#654321")]
+    svg = grouped_bars(bars, ["r=1", "r=8"], ylabel="accuracy", percent=True)
+    assert all(f">{text}</text>" in svg for text in ("r=1", "r=8", "one", "two", "accuracy"))
+    assert svg.count('class="rect reactive tooltip-trigger"') == 3
+    assert "round" not in svg.lower().replace("background", "")

@@ -13,7 +13,7 @@ from federated.training import LocalData, LocalTrainer
 
 torch.set_num_threads(1)
 
-RATES = {"ia3": 0.05, "layernorm": 0.02, "head": 0.02, "full": 0.005, "prompt": 0.1}
+RATES = {"ia3": 0.05, "layernorm": 0.02, "head": 0.02, "full": 0.005, "prompt": 0.1, "prefix": 0.1}
 TEXTS = [("fine and good", 1), ("good fine day", 1), ("bad awful mess", 0), ("awful and bad", 0)] * 2
 SERIES = [([[float(sign)] * 3] * 4, int(sign > 0)) for sign in (1, -1)] * 4
 CASES = {
@@ -27,7 +27,10 @@ CASES = {
         [{"values": v, "label": y} for v, y in SERIES],
     ),
 }
-MISSING = {("layernorm", "sensor"), ("prompt", "sensor"), ("head", "causal_lm"), ("head", "gpt2"), ("prompt", "stock")}
+MISSING = {
+    ("layernorm", "sensor"), ("prompt", "sensor"), ("prefix", "sensor"), ("head", "causal_lm"), ("head", "gpt2"),
+    ("prompt", "stock"),
+}  # fmt: skip
 
 
 def trainer_for(kind, case, **train):

@@ -27,13 +27,13 @@ TASKS = [
     ("bert", CLASSIFY), ("bert", STOCK), ("gpt2", CLASSIFY), ("gpt2", STOCK), ("gpt2", LANGUAGE),
     ("llama", CLASSIFY), ("llama", STOCK), ("llama", LANGUAGE), ("sensor", SENSOR),
 ]  # fmt: skip
-KINDS = ("ia3", "layernorm", "head", "full", "prompt")
+KINDS = ("ia3", "layernorm", "head", "full", "prompt", "prefix")
 
 
 def fits(kind, name, task):
-    """Sensors have no norms and no tokens, language models no head, and a stock head no prompt."""
+    """Sensors have no norms and no tokens, language models no head, and a stock head no prompt (but a prefix)."""
     return not (
-        (name == "sensor" and kind in ("layernorm", "prompt"))
+        (name == "sensor" and kind in ("layernorm", "prompt", "prefix"))
         or (task is LANGUAGE and kind == "head")
         or (task is STOCK and kind == "prompt")
     )
@@ -77,7 +77,7 @@ def random_state(model, *, seed=5):
 def test_a_fresh_adapter_answers_bit_for_bit_like_the_null_model(kind, name, task):
     null = null_model(base(name), task, seed=1)
     same = torch.equal(answers(adapted(kind, name, task).model, name), answers(null, name))
-    assert same == (kind != "prompt")  # a prompt starts as words in front of the text
+    assert same == (kind not in ("prompt", "prefix"))  # they start as words in front of the text
 
 
 @every_case
@@ -173,7 +173,7 @@ def test_a_model_moves_whole_and_leaves_the_base_where_it_is(kind):
     assert {tensor.device.type for tensor in base(name).model.parameters()} == {"cpu"}
 
 
-@pytest.mark.parametrize("kind", ["ia3", "layernorm", "full", "prompt"])
+@pytest.mark.parametrize("kind", ["ia3", "layernorm", "full", "prompt", "prefix"])
 def test_a_frozen_head_does_not_travel(kind):
     assert not any(name.startswith("classifier") for name in adapted(kind, train_head=False).read().tensors)
 
@@ -185,6 +185,7 @@ class TestSizes:
     BASE = sum(tensor.numel() for name, tensor in base().model.named_parameters() if "pooler" not in name)
     EXPECTED = {  # noqa: RUF012
         "ia3": 2 * (32 + 32 + 64), "layernorm": (1 + 2 * 2) * 2 * 32, "head": 0, "full": BASE, "prompt": 16 * 32,
+        "prefix": 16 * 2 * 2 * 32,
     }  # fmt: skip
 
     @pytest.mark.parametrize("kind", KINDS)

@@ -21,7 +21,7 @@ from federated.delta import Update
 from federated.errors import ConfigError
 from federated.global_state import GlobalState
 
-KINDS = ("ia3", "layernorm", "head", "full", "prompt")
+KINDS = ("ia3", "layernorm", "head", "full", "prompt", "prefix")
 WEIGHTS = {"a": 3.0, "b": 11.0, "c": 0.5}
 
 

@@ -22,6 +22,12 @@ CASES = {
     "head": (("experiment=tiny",), HEAD, "head, F32"),
     "full": (("experiment=tiny",), 42019, "full, F32"),
     "prompt": (("experiment=tiny",), 16 * 32 + HEAD, "prompt, 16 virtual tokens, F32"),
+    "prefix": (("experiment=tiny",), 16 * 2 * 2 * 32 + HEAD, "prefix, 16 virtual tokens, F32"),
+    "prefix-causal_lm": (
+        ("experiment=tiny", "model=tiny_llama", "task=causal_lm"),
+        16 * 2 * 2 * 16,
+        "prefix, 16 virtual",
+    ),
     "prompt-causal_lm": (("experiment=tiny", "model=tiny_llama", "task=causal_lm"), 16 * 32, "prompt, 16 virtual"),
 }
 
@@ -68,6 +74,9 @@ def test_sensors(simulate: Simulate) -> None:
         (("adapter=full", "adapter.max_params=1000"), 1, "adapter.kind = full would train and send all 41,920"),
         (("adapter=prompt", "task.head=stock"), 1, "a stock head reads positions that a soft prompt moves"),
         (("adapter=prompt", "task.max_length=512"), 1, "adapter.virtual_tokens = 16 and task.max_length = 512"),
+        (("adapter=prefix", "task.max_length=512"), 1, "adapter.virtual_tokens = 16 and task.max_length = 512"),
+        (("adapter=prefix", "strategy=fedsvd"), 2, "adapter.kind = prefix: fedsvd works on LoRA's factors"),
+        (("experiment=sensor", "adapter=prefix"), 1, "tiny:sensor (TinySensor) takes no past_key_values"),
         (("adapter=head", "model=tiny_llama", "task=causal_lm"), 1, "kind head trains the task's head alone"),
         (("experiment=sensor", "adapter=layernorm"), 1, "adapter.kind = layernorm: tiny:sensor has no LayerNorm"),
         (("adapter=ia3", "adapter.rank=4"), 2, "adapter.rank: unknown key in the file that adapter= chose"),

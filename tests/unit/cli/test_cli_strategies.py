@@ -49,7 +49,8 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
         assert f"{name}: {properties.paper}; in memory: {properties.memory}" in out
         assert row[10] == {"any": "yes", "same_basis": "fresh", "no": "no"}[properties.asynchronous]
     assert {rows[name][10] for name in ("fedit", "ffa")} == {"yes"}
-    assert "(adapter=ia3, layernorm, head, full, prompt) go with: feddyn, fedit, fednova, fedprox, scaffold." in out
+    kinds = "ia3, layernorm, head, full, prompt, prefix"
+    assert f"(adapter={kinds}) go with: feddyn, fedit, fednova, fedprox, scaffold." in out
     assert rows["flexlora"][2] == "best"
     assert (rows["fedit"][9], rows["ffa"][9], rows["krum"][9]) == ("exposed", "refused", "immune")
     assert "all clients; n >= 4 f + 3 with f = strategy.options.byzantine = 1" in out

@@ -33,7 +33,7 @@ ROWS = {
     "tiny:sensor": [{"values": [[0.1, 0.2, 0.3], [0.3, -1.0, 0.0]]}],
 }
 
-FACTORLESS = [AdapterConfig(kind=kind) for kind in ("ia3", "layernorm", "head", "full", "prompt")]
+FACTORLESS = [AdapterConfig(kind=kind) for kind in ("ia3", "layernorm", "head", "full", "prompt", "prefix")]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,6 +111,7 @@ def test_a_slot_answers_bit_for_bit_as_the_trained_adapter(any_recipe: Any, real
         *FACTORLESS,
         AdapterConfig(kind="ia3", dtype="bfloat16", train_head=False),
         AdapterConfig(kind="prompt", dtype="float16", virtual_tokens=3),
+        AdapterConfig(kind="prefix", dtype="bfloat16", virtual_tokens=3),
     ],
     ids=lambda adapter: f"{adapter.kind}-{adapter.dtype}-{adapter.train_head}-{adapter.use_rslora}",
 )

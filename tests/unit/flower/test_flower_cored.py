@@ -28,7 +28,7 @@ def experiment(config: ExperimentConfig, name: str, **adapter: Any) -> Experimen
         strategy=replace(config.strategy, rule=name, weighted=not properties.robust),
         adapter=replace(config.adapter, kind=properties.adapter, **adapter),
         data=replace(config.data, partition=partition),
-        train=replace(config.train, learning_rate=0.05, steps=2),
+        train=replace(config.train, optimizer="sgd" if properties.plain_sgd else "adamw", learning_rate=0.05, steps=2),
     )
 
 

@@ -26,10 +26,10 @@ from federated.flower.session import ClientSite
 from federated.global_state import GlobalState
 from federated.tracking import MemoryTracker
 
-KINDS = ("ia3", "layernorm", "head", "full", "prompt")
+KINDS = ("ia3", "layernorm", "head", "full", "prompt", "prefix")
 LANGUAGE = ModelConfig(source="tiny:llama"), TaskConfig(name="causal_lm", max_length=24)
-RATES = {"ia3": 0.05, "layernorm": 0.05, "head": 0.05, "full": 0.01, "prompt": 0.2}
-CASES = [*((kind, False) for kind in KINDS), ("ia3", True), ("prompt", True)]
+RATES = {"ia3": 0.05, "layernorm": 0.05, "head": 0.05, "full": 0.01, "prompt": 0.2, "prefix": 0.2}
+CASES = [*((kind, False) for kind in KINDS), ("ia3", True), ("prompt", True), ("prefix", True)]
 every_case = pytest.mark.parametrize(
     ("kind", "language"), CASES, ids=[f"{kind}{'-causal_lm' * language}" for kind, language in CASES]
 )

@@ -108,7 +108,7 @@ def _known(module: Any, owned: Mapping[str, str], names: Mapping[int, str]) -> L
 
 
 def _scaled_layer(module: Any, names: Mapping[int, str]) -> Layer | None:
-    """Peft's IA3 layer around a linear one, with one factor at work."""
+    """peft's IA3 layer around a linear one, with one factor at work."""
     active = [name for name in module.active_adapters if name in module.ia3_l]
     if len(active) != 1 or module.disable_adapters or module.merged or id(module.ia3_l[active[0]]) not in names:
         return None
@@ -270,7 +270,7 @@ class _Copied:
 
 
 def _root_mean_square(module: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-    """Torch's own takes no weight of another shape."""
+    """torch's own takes no weight of another shape."""
     made: Tensor = nn.functional.rms_norm(input, module.normalized_shape, None, module.eps) * module.weight
     return made
 

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
@@ -19,6 +20,7 @@ from federated.delta import apply_some
 from federated.errors import BaseMismatch, ConfigError
 from federated.flower.client_cache import cache, cached
 from federated.flower.client_memory import recalled, remember
+from federated.flower.client_privacy import ExampleBudget, check_limits
 from federated.flower.client_steering import Steering
 from federated.flower.client_store import ClientStore
 from federated.flower.records import (
@@ -63,6 +65,7 @@ def handle_train(message: Message, context: Context) -> Message:
     def answer() -> RecordDict:
         config = config_of(message)
         site = site_of(context.node_config, config)
+        check_limits(config, site)
         return _run_task(message, site.applied_to(config), site)
 
     return _guarded(message, answer)
@@ -83,7 +86,7 @@ def _run_task(message: Message, config: ExperimentConfig, site: ClientSite) -> R
         raise ConfigError(f"a task for client {task.client_id!r} reached client {site.client_id!r}")
     if task.plan.rank > site.max_rank:
         raise ConfigError(f"adapter.rank = {task.plan.rank}: this client allows at most {site.max_rank}")
-    session = open_session(config)
+    session = replace(open_session(config), config=config)  # the cached one may be of a run of other rounds
     _check_base(task, session, site)
     state = parse_adapter_packet(packet_of(message.content))
     store = ClientStore(Path(site.store), run_id=task.run_id, client_id=site.client_id)
@@ -91,7 +94,7 @@ def _run_task(message: Message, config: ExperimentConfig, site: ClientSite) -> R
         return _evaluate(task, session, recalled(store, task.plan, state, version_id=task.parent_version))
     answered = _answered(store, task)
     if answered is None:
-        answered = _train(task, session, state=state, store=store)
+        answered = _train(task, session, state=state, store=store, site=site)
     metrics, packet = answered
     return reply_content(site.client_id, task.task_token, metrics, packet)
 
@@ -102,15 +105,24 @@ def _evaluate(task: Assignment, session: Session, state: AdapterState) -> Record
 
 
 def _trained(
-    task: Assignment, session: Session, state: AdapterState, store: ClientStore
+    task: Assignment, session: Session, *, state: AdapterState, store: ClientStore, site: ClientSite
 ) -> tuple[AdapterState, LocalResult]:
-    """What the client started from, and what it learnt."""
+    """What the client started from, and what it learnt.
+
+    Privacy: with ``privacy.example`` the steps are charged to the client's ledger before the first of them.
+    """
     data = session.local_data(task.client_id)
+    private, spent = None, {}
+    if session.config.privacy.example.enabled:
+        with ExampleBudget(task, session.config, site=site, store=store, train=data.train) as budget:
+            private = budget.charge()
+            spent = {"epsilon": budget.spent}
     seed = client_seed(session.config.seed, task.round_number, task.client_id)
     start = recalled(store, task.plan, state, version_id=task.parent_version)
     steering = Steering(store, task.plan, state, round_number=task.round_number)
     steered = steering.steered(start, learning_rate=session.config.train.learning_rate)
-    result = session.trainer.run(steered, task.plan, data, seed=seed)
+    result = session.trainer.run(steered, task.plan, data, seed=seed, private=private)
+    result = replace(result, metrics={**result.metrics, **spent})
     steering.remember(result.delta, steps=int(result.metrics["steps"]))
     remember(
         store,
@@ -126,9 +138,12 @@ def _trained(
 
 
 def _train(
-    task: Assignment, session: Session, *, state: AdapterState, store: ClientStore
+    task: Assignment, session: Session, *, state: AdapterState, store: ClientStore, site: ClientSite
 ) -> tuple[dict[str, float], bytes]:
-    start, result = cached(store, task, state) if task.plan.cached else _trained(task, session, state, store)
+    if task.plan.cached:
+        start, result = cached(store, task, state)
+    else:
+        start, result = _trained(task, session, state=state, store=store, site=site)
     packet = seal_update(
         to_raw(pack(task.plan, start, result.delta)),
         run_id=task.run_id,

@@ -6,6 +6,7 @@ saved with each version and never travels to devices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
@@ -47,6 +48,7 @@ class TrainingState:
         standings: what is known of each client, for its selection.
         at_work: clients that were in training when the version was made, and whose work a resumed run does not get.
         ledger_head: of the server's privacy ledger; empty where there is none.
+        epsilons: what each client says that it has spent on its examples' privacy; infinity is no bound.
     """
 
     round_number: int
@@ -56,6 +58,7 @@ class TrainingState:
     standings: Mapping[str, Standing] = field(default_factory=dict)
     at_work: tuple[str, ...] = ()
     ledger_head: str = ""
+    epsilons: Mapping[str, float] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Pack for the registry."""
@@ -69,6 +72,7 @@ class TrainingState:
             "standings": {client_id: asdict(one) for client_id, one in self.standings.items()},
             "at_work": self.at_work,
             "ledger_head": self.ledger_head,
+            "epsilons": {one: spent if math.isfinite(spent) else None for one, spent in self.epsilons.items()},
             "rule": dict(rule.scalars),
             "spec": self.global_state.adapter.spec.plain,
             "residual": residual.spec.plain if residual else None,
@@ -104,9 +108,14 @@ class TrainingState:
             standings = {str(client_id): _standing(one) for client_id, one in header.get("standings", {}).items()}
             at_work = tuple(str(client_id) for client_id in header.get("at_work", ()))
             head = str(header.get("ledger_head", ""))
-            return cls(int(header["round_number"]), state, moments, counters, standings, at_work, head)
+            spent = {str(one): _spent(value) for one, value in header.get("epsilons", {}).items()}
+            return cls(int(header["round_number"]), state, moments, counters, standings, at_work, head, spent)
         except (WireError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise RegistryError(f"the stored training state cannot be read ({error}); start a new run") from None
+
+
+def _spent(value: Any) -> float:
+    return math.inf if value is None else float(value)
 
 
 def _standing(value: Mapping[str, Any]) -> Standing:

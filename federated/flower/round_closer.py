@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from federated.aggregation import Result
+from federated.config import PrivacyConfig
 from federated.errors import AggregationError
 from federated.flower.publisher import Publisher
 from federated.flower.round_book import Outcome
@@ -18,6 +19,7 @@ from federated.flower.round_report import round_event, train_metrics
 from federated.flower.server_privacy import ServerPrivacy
 from federated.flower.server_state import ServerState
 from federated.manifest import VersionManifest
+from federated.privacy.account import example_account, privacy_record
 from federated.tracking import Tracker
 
 __all__ = ["RoundCloser"]
@@ -33,15 +35,23 @@ class RoundCloser:
         publisher: makes versions.
         tracker: takes a ``round`` event for each round.
         privacy: client-level privacy, where there is any.
+        promised: what the run promises its clients' examples; None where nothing.
     """
 
     def __init__(
-        self, server: ServerState, publisher: Publisher, tracker: Tracker, *, privacy: ServerPrivacy | None = None
+        self,
+        server: ServerState,
+        publisher: Publisher,
+        tracker: Tracker,
+        *,
+        privacy: ServerPrivacy | None = None,
+        promised: PrivacyConfig | None = None,
     ) -> None:
         self._server = server
         self._publisher = publisher
         self._tracker = tracker
         self._privacy = privacy
+        self._promised = promised if promised and promised.example.enabled else None
 
     def publish(self, good: Sequence[Outcome], number: int, *, servable: bool) -> VersionManifest:
         """Make a version of the global adapter as it is; ``good`` are those whose updates are in it.
@@ -50,6 +60,8 @@ class RoundCloser:
             depend on single clients.
         """
         private = self._privacy
+        if self._promised is not None:
+            self._server.note_spent(good)
         state = self._server.training_state(number)
         manifest = self._publisher.publish(
             state if private is None else replace(state, ledger_head=private.budget.head),
@@ -57,7 +69,7 @@ class RoundCloser:
             participants=len(good) if private is None else round(private.planned),
             metrics=train_metrics(good) if private is None else {},
             servable=servable,
-            privacy=None if private is None else private.record(),
+            privacy=self._record(),
         )
         self._server.version_id = manifest.version_id
         return manifest
@@ -116,5 +128,13 @@ class RoundCloser:
         self._tracker.emit(event | self._spent())
         return train_metrics(good)
 
+    def _record(self) -> dict[str, Any] | None:
+        """What stands beside a version: an account for each unit that is protected."""
+        accounts = [] if self._privacy is None else [self._privacy.budget.account()]
+        if self._promised is not None:
+            accounts.append(example_account(self._promised, self._server.epsilons.values()))
+        return privacy_record(accounts)
+
     def _spent(self) -> dict[str, Any]:
-        return {} if self._privacy is None else {"privacy": self._privacy.record()}
+        record = self._record()
+        return {"privacy": record} if record else {}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from federated.aggregation import Accumulator, ClientView, Rule
 from federated.aggregation.cohorts import planned_cohort
@@ -21,7 +20,6 @@ from federated.config import ExperimentConfig
 from federated.flower.selection import Standing, select_cohort
 from federated.global_state import GlobalState
 from federated.manifest import digest_of
-from federated.privacy.account import privacy_record
 from federated.privacy.cohorts import PoissonCohorts
 from federated.privacy.ledger import Ledger
 from federated.privacy.server_budget import ServerBudget
@@ -156,10 +154,6 @@ class ServerPrivacy:
             planned=self.planned,
             test_seed=seed,
         )
-
-    def record(self) -> dict[str, Any] | None:
-        """What stands beside each version and round: epsilon so far, and what it means nothing without."""
-        return privacy_record([self.budget.account()])
 
     def close(self) -> None:
         """Let others open the ledger."""

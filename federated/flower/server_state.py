@@ -5,6 +5,7 @@ Mutable on purpose, and the only mutable thing of a strategy that a version's tr
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -44,6 +45,7 @@ class ServerState:
         counters: last message counter of each client.
         standings: what earlier rounds taught about each client, for its selection.
         at_work: clients in training while the last version was made (buffered rounds).
+        epsilons: what each client says that it has spent on its examples' privacy.
     """
 
     def __init__(self, initial: AdapterState, *, rule: Rule, optimizer: ServerOptimizerConfig) -> None:
@@ -53,6 +55,7 @@ class ServerState:
         self.counters: dict[str, int] = {}
         self.standings: dict[str, Standing] = {}
         self.at_work: tuple[str, ...] = ()
+        self.epsilons: dict[str, float] = {}
         self._optimizer = optimizer
         self._moments = server_optimizers.init(optimizer, self.adapter)
 
@@ -121,6 +124,13 @@ class ServerState:
             good = outcome.status == "ok"
             self.standings[outcome.client_id] = before.after(good=good, examples=outcome.num_examples)
 
+    def note_spent(self, good: Iterable[Outcome]) -> None:
+        """Remember what clients say that they have spent: never less than before; who says nothing has no bound."""
+        for outcome in good:
+            found = outcome.metrics.get("epsilon", math.inf)
+            before = self.epsilons.get(outcome.client_id, 0.0)
+            self.epsilons[outcome.client_id] = max(before, found) if found >= 0 else math.inf
+
     def training_state(self, round_number: int) -> TrainingState:
         """What is saved with the version of that round."""
         return TrainingState(
@@ -130,6 +140,7 @@ class ServerState:
             counters=dict(self.counters),
             standings=dict(self.standings),
             at_work=self.at_work,
+            epsilons=dict(self.epsilons),
         )
 
     def take_up(self, training: TrainingState, version_id: str) -> None:
@@ -139,5 +150,6 @@ class ServerState:
         self.counters = dict(training.counters)
         self.standings = dict(training.standings)
         self.at_work = training.at_work
+        self.epsilons = dict(training.epsilons)
         self.finished = training.round_number
         self.version_id = version_id

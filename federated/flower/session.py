@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from federated.adapters import AdapterModel, attach, load_base
 from federated.config import DataConfig, ExperimentConfig, ModelConfig, experiment_from
@@ -112,6 +112,10 @@ class ClientSite:
         max_epochs: most passes over its data in one round.
         max_steps: most optimizer steps in one round.
         allowed_base_digests: base models that it trains; empty means any that it can load.
+        max_epsilon: most that all runs together may spend on its examples; None is no limit, and any other value takes
+            part in runs with ``privacy.example`` alone.
+        target_delta: the probability beside ``max_epsilon``; a run's own counts where it is smaller.
+        least_noise: smallest ``privacy.example`` noise multiplier that it trains with.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a limit misspelt is no limit
@@ -125,6 +129,9 @@ class ClientSite:
     max_epochs: float = 100.0
     max_steps: int = 100_000
     allowed_base_digests: tuple[str, ...] = ()
+    max_epsilon: Annotated[float, Field(ge=0)] | None = None
+    target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    least_noise: Annotated[float, Field(ge=0)] = 0.0
 
     def applied_to(self, config: ExperimentConfig) -> ExperimentConfig:
         """The experiment as this site runs it.

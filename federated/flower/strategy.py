@@ -99,7 +99,9 @@ class DeltaStrategy(Strategy):
         self._tracker = tracker or MultiTracker([])
         self._privacy = privacy or ServerPrivacy.of(config, self.rule)
         self.stopped = ""
-        self._closer = RoundCloser(self.server, publisher, self._tracker, privacy=self._privacy)
+        self._closer = RoundCloser(
+            self.server, publisher, self._tracker, privacy=self._privacy, promised=config.privacy
+        )
         self._directory = Directory(config, least=clients_needed(self.rule, config.selection.fraction))
         key = secret or secrets.token_bytes(32)
         self._writer = TaskWriter(config, rule=self.rule, run_id=self.run_id, base_digest=base_digest, secret=key)

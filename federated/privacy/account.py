@@ -7,14 +7,24 @@ A version's manifest holds ``{"accounts": [account.to_dict(), ...]}`` as ``priva
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+from federated.config import PrivacyConfig
 from federated.errors import PrivacyError
 from federated.privacy.accounting import ACCOUNTANTS
 
-__all__ = ["NEIGHBOURING", "NOT_PROTECTED", "NO_AMPLIFICATION", "POISSON", "Account", "accounts_of", "privacy_record"]
+__all__ = [
+    "NEIGHBOURING",
+    "NOT_PROTECTED",
+    "NO_AMPLIFICATION",
+    "POISSON",
+    "Account",
+    "accounts_of",
+    "example_account",
+    "privacy_record",
+]
 
 NEIGHBOURING = "add or remove one"
 """Data sets are neighbours when one has one unit more; replacing a unit is both, and costs more."""
@@ -92,6 +102,23 @@ class Account:
             raise PrivacyError(f"not an account: expected the keys {', '.join(sorted(names))}")
         spent = math.inf if value["epsilon"] is None else value["epsilon"]
         return cls(**{**value, "epsilon": spent, "not_protected": tuple(value["not_protected"])})
+
+
+def example_account(privacy: PrivacyConfig, epsilons: Iterable[float]) -> Account:
+    """The account of the example unit, from what the clients say that they have spent.
+
+    Args:
+        privacy: with ``example`` enabled.
+        epsilons: of each client so far; infinity for one that did not say. The largest counts.
+    """
+    return Account(
+        unit="example",
+        epsilon=max(epsilons, default=0.0),
+        target_delta=privacy.target_delta,
+        accountant=privacy.accountant,
+        sampling=POISSON,
+        private=privacy.test_seed < 0,
+    )
 
 
 def privacy_record(accounts: Sequence[Account]) -> dict[str, Any] | None:

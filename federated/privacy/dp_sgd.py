@@ -83,7 +83,7 @@ def private_schedule(count: int, config: TrainConfig) -> PrivateSchedule:
         PrivacyError: for fewer than two examples, or an expected batch larger than the data.
     """
     batch = config.batch_size * config.gradient_accumulation
-    if count < 2:  # noqa: PLR2004 - one example is all or nothing
+    if count < 2:
         raise PrivacyError("privacy.example needs at least two training examples, and this client has fewer")
     if batch > count:
         raise PrivacyError(

@@ -72,7 +72,7 @@ def test_torch_s_own_generator_would_keep_32_bits():
 
 def test_global_states_are_neither_read_nor_moved():
     def states():
-        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
 
     before = states()
     drawn = []

@@ -29,7 +29,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from federated.errors import PrivacyError
-from federated.privacy.fused_layers import Kept, find_layers
+from federated.privacy.fused_layers import find_layers
+from federated.privacy.fused_passes import Kept
 
 __all__ = ["opened", "uncovered"]
 

@@ -9,49 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from federated.errors import PrivacyError
+from federated.privacy.fused_passes import CopyPass, Kept, LookupPass, NormPass, ProjectionPass
 
-__all__ = ["Kept", "Layer", "find_layers"]
-
-
-class Kept:
-    """The gradients of the examples of one batch, by name, as they come in during a backward pass.
-
-    Attributes:
-        expected: how many examples there are.
-    """
-
-    def __init__(self) -> None:
-        self.expected = 0
-        self._gradients: dict[str, Tensor] = {}
-
-    def start(self, expected: int) -> None:
-        """Forget everything, and expect that many examples."""
-        self.expected = expected
-        self._gradients.clear()
-
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Add [n, *shape] to what there is: a layer may run several times.
-
-        Raises:
-            PrivacyError: if n is not the number of examples.
-        """
-        if len(gradient) != self.expected:
-            raise PrivacyError(
-                f"the layer of {name} sees {len(gradient)} rows where the batch has {self.expected} examples: whose "
-                "gradient is whose cannot be told; set privacy.example.per_sample=vmap"
-            )
-        if name in self._gradients:
-            self._gradients[name] += gradient
-        else:
-            self._gradients[name] = gradient
-
-    def taken(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """What came in for one tensor; zeros where it had no effect."""
-        found = self._gradients.pop(name, None)
-        if found is None:
-            found = parameter.new_zeros((self.expected, *parameter.shape), dtype=_wide(parameter.dtype))
-        return found
+__all__ = ["Layer", "find_layers"]
 
 
 @dataclass(frozen=True)
@@ -133,35 +93,8 @@ class _Projection:
         """``x W^T + b``."""
         module: Any = self._module
         wanted = (kept, self._owned.get("weight"), self._owned.get("bias"), self._transposed)
-        made: Tensor = _ProjectionPass.apply(_autocast(input), module.weight, module.bias, wanted)  # type: ignore[no-untyped-call]
+        made: Tensor = ProjectionPass.apply(_autocast(input), module.weight, module.bias, wanted)  # type: ignore[no-untyped-call]
         return made
-
-
-class _ProjectionPass(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[Any, ...]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.wanted = wanted
-        matrix = weight.to(x.dtype)
-        return nn.functional.linear(x, matrix.T if wanted[3] else matrix, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (grad,) = outer
-        x, weight = ctx.saved_tensors
-        kept, weight_name, bias_name, transposed = ctx.wanted
-        rows, wide = len(grad), _wide(weight.dtype)
-        out = grad.reshape(rows, -1, grad.shape[-1]).to(wide)
-        if weight_name is not None:
-            inner = x.reshape(rows, -1, x.shape[-1]).to(wide)
-            left, right = (inner, out) if transposed else (out, inner)
-            kept.add(weight_name, torch.bmm(left.transpose(1, 2), right))
-        if bias_name is not None:
-            kept.add(bias_name, out.sum(1))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        matrix = weight.to(grad.dtype)
-        return (grad @ (matrix.T if transposed else matrix)).to(x.dtype), None, None, None
 
 
 class _Norm:
@@ -176,34 +109,8 @@ class _Norm:
         module: Any = self._module
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         wanted = (kept, self._owned.get("weight"), self._owned.get("bias"), module.normalized_shape, module.eps)
-        made: Tensor = _NormPass.apply(x, module.weight, module.bias, wanted)  # type: ignore[no-untyped-call]
+        made: Tensor = NormPass.apply(x, module.weight, module.bias, wanted)  # type: ignore[no-untyped-call]
         return made if torch.is_autocast_enabled(x.device.type) else made.to(input.dtype)
-
-
-class _NormPass(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[Any, ...]) -> Tensor:
-        shape, eps = wanted[3:]
-        made, mean, scale = torch.native_layer_norm(x, shape, weight.to(x.dtype), _cast(bias, x.dtype), eps)
-        ctx.save_for_backward(x, weight, mean, scale)
-        ctx.wanted = wanted
-        return made
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (grad,) = outer
-        x, weight, mean, scale = ctx.saved_tensors
-        kept, weight_name, bias_name, shape, _ = ctx.wanted
-        rows = len(grad)
-        if weight_name is not None:
-            kept.add(weight_name, (grad * ((x - mean) * scale)).reshape(rows, -1, *shape).sum(1))
-        if bias_name is not None:
-            kept.add(bias_name, grad.reshape(rows, -1, *shape).sum(1))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        back = torch.ops.aten.native_layer_norm_backward
-        asked = (True, False, False)
-        return back(grad.contiguous(), x, shape, mean, scale, weight.to(x.dtype), None, asked)[0], None, None, None
 
 
 class _Lookup:
@@ -217,30 +124,8 @@ class _Lookup:
         """``w[ids]``."""
         module: Any = self._module
         ids = input.expand(kept.expected, *input.shape[1:]) if len(input) == 1 else input
-        made: Tensor = _LookupPass.apply(module.weight, ids, (kept, self._name, module.padding_idx))  # type: ignore[no-untyped-call]
+        made: Tensor = LookupPass.apply(module.weight, ids, (kept, self._name, module.padding_idx))  # type: ignore[no-untyped-call]
         return made
-
-
-class _LookupPass(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, wanted: tuple[Any, ...]) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.shape, ctx.dtype, ctx.wanted = weight.shape, _wide(weight.dtype), wanted
-        return nn.functional.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[None, None, None]:
-        (grad,) = outer
-        (ids,) = ctx.saved_tensors
-        kept, name, padding = ctx.wanted
-        rows, (words, size) = len(grad), ctx.shape
-        places = (ids.reshape(rows, -1) + torch.arange(rows, device=ids.device)[:, None] * words).flatten()
-        made = torch.zeros(rows * words, size, dtype=ctx.dtype, device=grad.device)
-        made = made.index_add_(0, places, grad.reshape(-1, size).to(ctx.dtype)).view(rows, words, size)
-        if padding is not None:
-            made[:, padding] = 0.0
-        kept.add(name, made)
-        return None, None, None
 
 
 class _Copied:
@@ -294,39 +179,17 @@ class _Scaled:
         return (made * self._copies(kept, made)).to(made.dtype)
 
     def _copies(self, kept: Kept, like: Tensor) -> Tensor:
-        flat: Tensor = _CopyPass.apply(self._factor, (kept, self._name, len(like)))  # type: ignore[no-untyped-call]
+        flat: Tensor = CopyPass.apply(self._factor, (kept, self._name, len(like)))  # type: ignore[no-untyped-call]
         return flat.reshape(len(like), *[1] * (like.dim() - 2), -1)
 
 
 def _copies(tensor: Any, like: Tensor, kept: Kept, name: str) -> Tensor:
     """[n, 1 ..., *shape], to stand where [*shape] was beside ``like`` [n, ...]."""
-    made: Tensor = _CopyPass.apply(tensor, (kept, name, len(like)))  # type: ignore[no-untyped-call]
+    made: Tensor = CopyPass.apply(tensor, (kept, name, len(like)))  # type: ignore[no-untyped-call]
     return made.reshape(len(like), *[1] * (like.dim() - 1 - tensor.dim()), *tensor.shape)
-
-
-class _CopyPass(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, wanted: tuple[Kept, str, int]) -> Tensor:
-        ctx.wanted = wanted
-        return tensor.expand(wanted[2], *tensor.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[None, None]:
-        (grad,) = outer
-        kept, name, _ = ctx.wanted
-        kept.add(name, grad.to(_wide(grad.dtype)).clone())
-        return None, None
 
 
 def _autocast(x: Tensor) -> Tensor:
     """The input as autocast would have it."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

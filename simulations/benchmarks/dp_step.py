@@ -23,12 +23,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from federated.adapters import AdapterModel, attach, load_base
+from federated.adapters import AdapterModel, BaseModel, attach, load_base
 from federated.config import AdapterConfig, ModelConfig, TaskConfig, TrainConfig
 from federated.local_steps import Steps
 from federated.privacy.chance import noise_source
@@ -36,9 +37,10 @@ from federated.privacy.dp_sgd import PrivateGradients, PrivateSchedule
 from federated.privacy.per_sample import chosen_method, per_sample
 from federated.tasks import Batch, Task, make_task
 
-BATCH, LENGTH, RANK, CLIP, SIGMA = 32, 64, 8, 1.0, 1.0
+LENGTH, RANK, CLIP, SIGMA = 64, 8, 1.0, 1.0
+BATCH, QUICK_BATCH = 32, 12
 TARGETS: dict[str, tuple[str, ...] | Literal["all-linear"]] = {"qv": ("query", "value"), "all": "all-linear"}
-TRAIN = TrainConfig(batch_size=BATCH, precision="float32", device="cpu", max_grad_norm=0.0)
+TRAIN = TrainConfig(precision="float32", device="cpu", max_grad_norm=0.0)
 ARMS = {"qv": ("plain", "fused", "hooks", "ghost"), "all": ("plain", "fused", "hooks")}
 
 Step = Callable[[], None]
@@ -62,14 +64,20 @@ class Stage:
         return self.task.per_sample_loss(model, batch)
 
 
-def stage(targets: str, seed: int) -> Stage:
+@lru_cache(maxsize=1)
+def minilm() -> BaseModel:
+    """The bundled model, shared by all arms."""
+    return load_base(ModelConfig(source="asset:minilm"))
+
+
+def stage(targets: str, size: int, seed: int) -> Stage:
     """MiniLM with LoRA and a head, and a batch of random tokens of equal length."""
     task = TaskConfig(labels=("cold", "mild", "warm"), max_length=LENGTH)
-    base = load_base(ModelConfig(source="asset:minilm"))
+    base = minilm()
     adapter = attach(base, AdapterConfig(rank=RANK, target_modules=TARGETS[targets]), task, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1000, 20_000, (BATCH, LENGTH), generator=generator)
-    labels = torch.randint(0, 3, (BATCH,), generator=generator)
+    ids = torch.randint(1000, 20_000, (size, LENGTH), generator=generator)
+    labels = torch.randint(0, 3, (size,), generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     return Stage(adapter, make_task(task, base.tokenizer), batch)
 
@@ -90,12 +98,12 @@ def plain_step(made: Stage) -> Iterator[Step]:
 def private_step(made: Stage, method: str) -> Iterator[Step]:
     """A private step by one of our methods."""
     steps = Steps(list(made.parameters.values()), TRAIN, 0.0, total=1)
-    schedule = PrivateSchedule(0.1, 1, BATCH)
+    schedule = PrivateSchedule(0.1, 1, len(made.batch["labels"]))
     private = PrivateGradients(made.parameters, schedule, clip_norm=CLIP, noise_multiplier=SIGMA, source=noise_source())
     with per_sample(method, made.adapter.model, made.parameters) as opened:
 
         def step() -> None:
-            private.fill(1, range(BATCH), [private.clipped(opened, made.losses, made.batch)])
+            private.fill(1, range(len(made.batch["labels"])), [private.clipped(opened, made.losses, made.batch)])
             steps.step(0.0)
 
         yield step
@@ -121,7 +129,7 @@ def ghost_step(made: Stage) -> Iterator[Step]:
         hooks.disable_hooks()
         (losses * factors.detach()).sum().backward()
         for parameter in parameters:
-            parameter.grad.add_(torch.randn_like(parameter), alpha=SIGMA * CLIP).div_(BATCH)  # type: ignore[union-attr]
+            parameter.grad.add_(torch.randn_like(parameter), alpha=SIGMA * CLIP).div_(len(made.batch["labels"]))  # type: ignore[union-attr]
         steps.step(0.0)
 
     for module in model.modules():
@@ -138,11 +146,11 @@ def opened_step(arm: str, made: Stage) -> Any:
     return ghost_step(made) if arm == "ghost" else private_step(made, arm)
 
 
-def ratios(targets: str, *, turns: int, seed: int) -> dict[str, float]:
+def ratios(targets: str, *, turns: int, size: int, seed: int) -> dict[str, float]:
     """CPU time of each arm over the ordinary step's."""
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS[targets]}
     with ExitStack() as stack:
-        steps = {arm: stack.enter_context(opened_step(arm, stage(targets, seed))) for arm in ARMS[targets]}
+        steps = {arm: stack.enter_context(opened_step(arm, stage(targets, size, seed))) for arm in ARMS[targets]}
         for turn in range(turns + 1):
             order = list(steps) if turn % 2 else list(reversed(steps))
             for arm in order:
@@ -157,16 +165,16 @@ def ratios(targets: str, *, turns: int, seed: int) -> dict[str, float]:
     return found
 
 
-def peak_memory(targets: str, arm: str, seed: int) -> int:
+def peak_memory(targets: str, arm: str, *, size: int, seed: int) -> int:
     """Peak resident bytes of a process that takes a few of an arm's steps."""
-    command = [sys.executable, __file__, "--seed", str(seed), "--peak", targets, arm]
+    command = [sys.executable, __file__, "--seed", str(seed), "--peak", targets, arm, str(size)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def print_peak(targets: str, arm: str, seed: int) -> None:
+def print_peak(targets: str, arm: str, *, size: int, seed: int) -> None:
     """What `peak_memory` runs."""
-    with opened_step(arm, stage(targets, seed)) as step:
+    with opened_step(arm, stage(targets, size, seed)) as step:
         for _ in range(3):
             step()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -174,14 +182,16 @@ def print_peak(targets: str, arm: str, seed: int) -> None:
 
 def measured(*, quick: bool, seed: int) -> dict[str, float]:
     """All ratios by name."""
-    found = {targets: ratios(targets, turns=4 if quick else 25, seed=seed) for targets in ARMS}
+    size = QUICK_BATCH if quick else BATCH
+    found = {targets: ratios(targets, turns=4 if quick else 25, size=size, seed=seed) for targets in ARMS}
     memory = {
-        targets: peak_memory(targets, "auto", seed) / peak_memory(targets, "plain", seed)
+        targets: peak_memory(targets, "auto", size=size, seed=seed)
+        / peak_memory(targets, "plain", size=size, seed=seed)
         for targets in (("all",) if quick else ARMS)
     }
     named: dict[str, float] = {}
     for targets, arms in found.items():
-        made = stage(targets, seed)
+        made = stage(targets, 1, seed)
         named[f"dp_over_plain_{targets}"] = arms[chosen_method("auto", made.adapter.model, made.parameters)]
         named |= {f"{arm}_over_plain_{targets}": ratio for arm, ratio in arms.items() if arm != "plain"}
     return {**named, "memory_dp_over_plain": max(memory.values())}
@@ -193,12 +203,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute on two cores")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peak", nargs=2, metavar=("TARGETS", "ARM"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=3, metavar=("TARGETS", "ARM", "SIZE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     if arguments.peak:
-        print_peak(arguments.peak[0], arguments.peak[1], arguments.seed)
+        targets, arm, size = arguments.peak
+        print_peak(targets, arm, size=int(size), seed=arguments.seed)
         return
     results = {name: round(value, 4) for name, value in measured(quick=arguments.quick, seed=arguments.seed).items()}
     print(json.dumps({**results, "seed": arguments.seed, "quick": arguments.quick}))

@@ -13,11 +13,12 @@ from federated.config import AdapterConfig, ModelConfig, TaskConfig, TrainConfig
 from federated.corrections import SHIFT
 from federated.delta import norm, subtract
 from federated.errors import ConfigError, DataError, FederatedError, ModelError
+from federated.local_steps import Steps
 from federated.manifest import TrainPlan
 from federated.state import AdapterState, group_of
 from federated.tasks import make_task
 from federated.tasks.batching import step_count, step_groups
-from federated.training import LocalData, LocalTrainer, _autocast_dtype, _has_bfloat16, _Steps, client_seed
+from federated.training import LocalData, LocalTrainer, _autocast_dtype, _has_bfloat16, client_seed
 
 SENSOR = TaskConfig(name="sensor", labels=("up", "down"), max_length=16)
 TEXT = TaskConfig(labels=("cold", "warm"), max_length=12)
@@ -595,7 +596,7 @@ class TestScaler:
     def test_a_skipped_step_does_not_advance_the_schedule(self):
         parameter = torch.nn.Parameter(torch.ones(1))
         config = TrainConfig(optimizer="sgd", scheduler="StepLR", scheduler_args={"step_size": 1}, learning_rate=1.0)
-        steps = _Steps([parameter], config, 0.0, total=2)
+        steps = Steps([parameter], config, 0.0, total=2)
         scales = iter([4.0, 2.0])
         steps.scaler.get_scale = lambda: next(scales)
         parameter.grad = torch.zeros(1)

@@ -105,6 +105,15 @@ class TestFill:
             torch.testing.assert_close(step.noise[name], noise[name])
             torch.testing.assert_close(parameter.grad, (total + noise[name]) / 10)
 
+    def test_a_micro_batch_is_clipped(self):
+        class Made:
+            def gradients(self, loss, batch):
+                return loss("model", batch)
+
+        found = private(clip_norm=0.5).clipped(Made(), lambda model, batch: rows(3), {})
+        expected = clipped_sum(rows(3), 0.5)
+        assert all(torch.equal(found.tensors[name], one) for name, one in expected.tensors.items())
+
     def test_an_empty_batch_is_noise_alone(self):
         seen = []
         made = private(observer=seen.append)

@@ -24,7 +24,7 @@ from click.exceptions import Abort, ClickException, Exit
 from rich.console import Console
 
 from federated import __version__
-from federated.cli import assets, device, registry
+from federated.cli import assets, device, privacy, registry
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 
 __all__ = ["app", "exit_code", "main"]
@@ -38,6 +38,7 @@ app = typer.Typer(
 app.add_typer(registry.app, name="registry")
 app.add_typer(device.app, name="device")
 app.add_typer(assets.app, name="assets")
+app.add_typer(privacy.app, name="privacy")
 
 AppOption = Annotated[
     Path, typer.Option("--app", metavar="DIR", help="App folder with conf/, clients/app.py and strategies/app.py.")

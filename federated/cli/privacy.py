@@ -1,0 +1,64 @@
+"""``fedpeft privacy``: what a run would promise, and what the versions of one have spent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Differential privacy: plan a run, and see what one has spent.", no_args_is_help=True)
+
+_WIDE = 160  # columns when stdout is no terminal, so that nothing is cut in a pipe
+
+AppOption = Annotated[Path, typer.Option("--app", metavar="DIR", help="App folder with conf/.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[OVERRIDES]...", help="Hydra overrides, such as privacy=example_dp rounds=50."),
+]
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    app_dir: AppOption = Path(),
+    examples: Annotated[
+        list[int] | None,
+        typer.Option("--examples", metavar="N", help="Training examples of a client; again for more. Default: count."),
+    ] = None,
+    clients: Annotated[
+        int | None, typer.Option("--clients", metavar="N", help="Clients that may take part. Default: count.")
+    ] = None,
+    parameters: Annotated[
+        int | None, typer.Option("--parameters", metavar="N", help="Numbers in an update. Default: ask the model.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a run would promise and cost, before anything runs."""
+    from federated.cli import privacy_plan as command
+
+    given = command.Given(tuple(examples or ()), clients, parameters)
+    command.run(list(overrides or []), app_dir=app_dir, given=given, as_json=as_json, console=_console())
+
+
+@app.command()
+def spent(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or a registry's folder or URL.")],
+    blobs: Annotated[
+        Path | None, typer.Option("--blobs", metavar="FOLDER", help="Folder of the blobs, where RUN is a URL.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what each version of a run has spent, and under which assumptions."""
+    from federated.cli import privacy_spent as command
+
+    command.run(run, blobs=blobs, as_json=as_json, console=_console())
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)

@@ -11,10 +11,11 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = ["Series", "bar_chart", "line_chart"]
 
+_Place = TypeVar("_Place", int, float)
 _WIDTH, _HEIGHT = 460, 310
 _INK, _GRID = "#3e4c59", "#e4e7eb"
 _LEGEND_FONT, _LEGEND_COLUMNS = 11, 2
@@ -28,16 +29,23 @@ class Series:
 
     Args:
         label: for the legend.
-        points: x to y; missing values are left out by the caller.
+        points: x, a whole number or not, to y; missing values are left out by the caller.
         color: any CSS colour.
     """
 
     label: str
-    points: Mapping[int, float]
+    points: Mapping[Any, float]
     color: str
 
 
-def line_chart(series: Sequence[Series], *, ylabel: str, levels: Sequence[Series] = (), percent: bool = False) -> str:
+def line_chart(
+    series: Sequence[Series],
+    *,
+    ylabel: str,
+    levels: Sequence[Series] = (),
+    percent: bool = False,
+    xlabel: str = "round",
+) -> str:
     """Draw lines over rounds, with ``levels`` as dashed horizontal lines (their one point's y).
 
     Args:
@@ -45,13 +53,14 @@ def line_chart(series: Sequence[Series], *, ylabel: str, levels: Sequence[Series
         ylabel: what stands on the y axis.
         levels: reference values, such as baselines.
         percent: show y as percent of 1.
+        xlabel: what stands on the x axis.
 
     Returns:
         An ``<svg>`` element without prolog, scalable by CSS.
     """
     lines = [line for line in series if line.points]
     rounds = sorted({x for line in lines for x in line.points})
-    chart = _pygal().XY(**_look([*lines, *levels], ylabel, percent=percent))
+    chart = _pygal().XY(**{**_look([*lines, *levels], ylabel, percent=percent), "x_title": xlabel})
     chart.x_labels = _ticks(rounds)
     for line in lines:
         chart.add(line.label, sorted(line.points.items()), stroke_style={"width": 2})
@@ -144,7 +153,7 @@ def _plain(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _ticks(rounds: Sequence[int], most: int = 8) -> list[int]:
+def _ticks(rounds: Sequence[_Place], most: int = 8) -> list[_Place]:
     """At most ``most`` of them, evenly spaced and with the first."""
     step = -(-len(rounds) // most) or 1
     return list(rounds[::step])

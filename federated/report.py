@@ -19,6 +19,7 @@ import yaml
 from federated.errors import DataError
 from federated.formats import byte_size, figure, is_share, metric, moment, number, percent, setting, short_digest, words
 from federated.plots import Series, bar_chart, line_chart
+from federated.report_privacy import privacy_cards, privacy_plots
 from federated.run_history import History, history_of, mean_detail, metric_names, result_warning, rule_figures
 from federated.tracking import read_events
 
@@ -103,6 +104,7 @@ def _headline(history: History, metrics: Sequence[str]) -> list[tuple[str, str, 
         size = history.bytes_per_client(direction)
         if size is not None:
             cards.append((byte_size(size), f"{verb} per client and round", ""))
+    cards.extend(privacy_cards(history))
     when, shown = "final" if history.final else "latest", ["loss", *metrics[:1]]
     cards.extend(
         (
@@ -163,7 +165,12 @@ def _plots(history: History, metrics: Sequence[str]) -> list[tuple[str, str]]:
         Series(label, _points({n: _scaled(e.get(f"bytes_{way}")) for n, e in history.rounds.items()}), color)
         for way, label, color in (("up", "sent by clients", _COLORS["global"]), ("down", "received", _COLORS["train"]))
     ]
-    return [*plots, ("Bytes", bar_chart(bars, ylabel="MB per round, all clients")), *_kept(history)]
+    return [
+        *plots,
+        ("Bytes", bar_chart(bars, ylabel="MB per round, all clients")),
+        *_kept(history),
+        *privacy_plots(history, metrics),
+    ]
 
 
 def _kept(history: History) -> list[tuple[str, str]]:

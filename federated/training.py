@@ -6,6 +6,8 @@ a seed and the global random state is left as it was.
 * The loss is the mean of per-sample losses over an optimizer step, however many forward passes it is made of.
 * Trainable tensors are float32 while they train, whatever the adapter's dtype; ``delta = after - before`` in float32.
 * The frozen base stays in eval mode: the one dropout is the adapter's own.
+* Under ``privacy.example`` the gradient is `federated.privacy.dp_sgd`'s: Poisson batches, clipped examples, noise. What
+  the next lines add, and ``train.max_grad_norm``, comes after the noise and costs no privacy.
 * FedProx: ``mu * (w - w_received)`` is added to the gradient, and so are a plan's penalty (`federated.penalties`) and a
   constant shift that comes with the state (`federated.corrections`: SCAFFOLD, FedDyn); the reported loss is without.
 """
@@ -14,27 +16,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
 
 from federated.adapters import AdapterModel
-from federated.config import TrainConfig
+from federated.config import PrivacyConfig, TrainConfig
 from federated.corrections import SHIFT
 from federated.delta import subtract
 from federated.errors import ConfigError, DataError, FederatedError, ModelError
+from federated.local_steps import Steps, make_optimizer, make_scheduler
 from federated.manifest import TrainPlan, digest_of
-from federated.penalties import TailPenalty, tail_penalty
+from federated.penalties import tail_penalty
+from federated.privacy.chance import noise_source
+from federated.privacy.dp_sgd import (
+    Observed,
+    PrivateGradients,
+    check_private_training,
+    micro_batches,
+    private_schedule,
+)
+from federated.privacy.per_sample import per_sample
 from federated.state import AdapterState, Tensors, group_of
-from federated.tasks import Evaluation, Features, Task
+from federated.tasks import Batch, Evaluation, Features, Task
 from federated.tasks.batching import step_groups
 
-__all__ = ["LocalData", "LocalResult", "LocalTrainer", "client_seed", "step_groups"]
+__all__ = ["LocalData", "LocalResult", "LocalTrainer", "PrivateTask", "client_seed", "private_schedule", "step_groups"]
 
 
 def client_seed(seed: int, round_number: int, client_id: str) -> int:
@@ -61,12 +72,27 @@ class LocalResult:
         delta: canonical name to float32 tensor of the trained groups, ``after - before``; empty when only evaluated.
         num_examples: training examples behind it.
         metrics: ``train_loss`` (mean over the steps), ``steps``, ``seconds``, ``grad_clipped_share``, and
-            ``eval_before_*`` and ``eval_after_*`` where asked for.
+            ``eval_before_*`` and ``eval_after_*`` where asked for. Under ``privacy.example`` without ``train_loss`` and
+            ``seconds``, which tell of the data, and with ``dp_steps``, ``dp_sampling`` and ``dp_noise_multiplier``:
+            what was drawn and is to be accounted. Measurements on held-out examples are not protected.
     """
 
     delta: Mapping[str, Tensor]
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PrivateTask:
+    """What one run under ``privacy.example`` is told besides its configuration.
+
+    Args:
+        noise_multiplier: solved for by the caller, who accounts it; 0 takes the configured one.
+        observer: is shown each step from inside, for tests and audits; what it sees is private.
+    """
+
+    noise_multiplier: float = 0.0
+    observer: Callable[[Observed], None] | None = None
 
 
 class LocalTrainer:
@@ -76,32 +102,50 @@ class LocalTrainer:
         adapter: written to before each run, and moved to the training device.
         task: batches, losses, metrics.
         config: optimizer, schedule, precision, device.
+        privacy: with ``example`` enabled, all training is private; None is without.
 
     Raises:
         ConfigError: if the scheduler, the device or the precision cannot be used here.
+        PrivacyError: if they would let data past the noise.
     """
 
-    def __init__(self, adapter: AdapterModel, task: Task, config: TrainConfig) -> None:
+    def __init__(
+        self, adapter: AdapterModel, task: Task, config: TrainConfig, privacy: PrivacyConfig | None = None
+    ) -> None:
         self.task = task
         self.config = config
+        self.privacy = privacy or PrivacyConfig()
+        if self.privacy.example.enabled:
+            check_private_training(config)
         self.device = _device(config.device)
         self.autocast_dtype = _autocast_dtype(config.precision, self.device)
-        probe = _optimizer([nn.Parameter(torch.zeros(1))], config)
-        _scheduler(probe, config, total=10)  # a fault in its arguments shows now, not in the middle of a round
+        probe = make_optimizer([nn.Parameter(torch.zeros(1))], config)
+        make_scheduler(probe, config, total=10)  # a fault in its arguments shows now, not in the middle of a round
         self.adapter = adapter.to(self.device)
 
-    def run(self, state: AdapterState, plan: TrainPlan, data: LocalData, *, seed: int) -> LocalResult:
+    def run(
+        self,
+        state: AdapterState,
+        plan: TrainPlan,
+        data: LocalData,
+        *,
+        seed: int,
+        private: PrivateTask | None = None,
+    ) -> LocalResult:
         """Follow a plan: measure the received adapter, train it, measure again; the optimizer starts afresh.
 
         Args:
             state: the received adapter.
             plan: what to do.
             data: the client's examples.
-            seed: of data order and dropout, from `client_seed`; equal inputs give a bit-equal delta.
+            seed: of data order and dropout, from `client_seed`; equal inputs give a bit-equal delta. Batches and noise
+                under ``privacy.example`` come from elsewhere, and differ each time.
+            private: of a run under ``privacy.example``; what it spends is `private_schedule`'s, known before.
 
         Raises:
             ModelError: if the state does not fit the model.
             DataError: if there is nothing to train on.
+            PrivacyError: if training would not be as private as was asked for; no step is taken.
             FederatedError: if the loss is not finite (names the step).
         """
         began = time.perf_counter()
@@ -113,10 +157,11 @@ class LocalTrainer:
             if plan.mode == "evaluate":
                 return LocalResult({}, 0, {**metrics, "seconds": time.perf_counter() - began})
             shift = {name.removeprefix(SHIFT): one for name, one in state.extra.items() if name.startswith(SHIFT)}
-            metrics |= self._train(plan, data.train, seed, shift=shift)
+            metrics |= self._train(plan, data.train, seed, shift=shift, private=private or PrivateTask())
             if (plan.evaluate_after or self.config.evaluate_after) and data.test:
                 metrics |= self._measured("eval_after", data.test)
-        metrics["seconds"] = time.perf_counter() - began
+        if not self.privacy.example.enabled:
+            metrics["seconds"] = time.perf_counter() - began
         return LocalResult(self._moved(plan, state), len(data.train), metrics)
 
     def _moved(self, plan: TrainPlan, state: AdapterState) -> dict[str, Tensor]:
@@ -146,40 +191,82 @@ class LocalTrainer:
     def _measured(self, prefix: str, features: Sequence[Features]) -> dict[str, float]:
         return {f"{prefix}_{name}": float(value) for name, value in self._evaluate(features).to_dict().items()}
 
-    def _train(self, plan: TrainPlan, train: Sequence[Features], seed: int, *, shift: Tensors) -> dict[str, float]:
+    def _train(
+        self, plan: TrainPlan, train: Sequence[Features], seed: int, *, shift: Tensors, private: PrivateTask
+    ) -> dict[str, float]:
         if not train:
             raise DataError("the client has no training examples; expected at least one")
         self.adapter.set_trainable(plan.trainable)
         named = self.adapter.trainable(plan.trainable)
         parameters = list(named.values())
-        groups = step_groups([self.task.length(one) for one in train], self.config, seed)
+        hidden = self._private_gradients(named, len(train), seed, private=private)
+        groups = [] if hidden else step_groups([self.task.length(one) for one in train], self.config, seed)
         mu, penalty = plan.proximal_mu or self.config.proximal_mu, tail_penalty(plan, named)
-        steps = _Steps(parameters, self.config, mu, total=len(groups), penalty=penalty)
+        total = hidden.schedule.steps if hidden else len(groups)
+        steps = Steps(parameters, self.config, mu, total=total, penalty=penalty)
         steps.shift_by([shift[name] for name in named] if shift else [])
-        losses, clipped = [], 0
         self.adapter.set_dropout(True)
         try:
-            for number, group in enumerate(groups, start=1):
-                losses.append(self._backward(steps, [[train[index] for index in batch] for batch in group], number))
-                clipped += steps.step(losses[-1])
+            return self._follow_privately(hidden, train, steps) if hidden else self._follow(groups, train, steps)
         finally:  # the next client trains the same parameters: nothing of this one may stay, whatever happened
             self.adapter.set_dropout(False)
             for parameter in parameters:
                 parameter.grad = None
+
+    def _follow(self, groups: list[list[list[int]]], train: Sequence[Features], steps: Steps) -> dict[str, float]:
+        losses, clipped = [], 0
+        for number, group in enumerate(groups, start=1):
+            losses.append(self._backward(steps, [[train[index] for index in batch] for batch in group], number))
+            clipped += steps.step(losses[-1])
         return {
             "train_loss": math.fsum(losses) / len(losses),
             "steps": float(len(losses)),
             "grad_clipped_share": clipped / len(losses),
         }
 
-    def _backward(self, steps: _Steps, batches: list[list[Features]], number: int) -> float:
+    def _private_gradients(
+        self, named: Mapping[str, nn.Parameter], count: int, seed: int, *, private: PrivateTask
+    ) -> PrivateGradients | None:
+        """What makes the gradients of a private run; None where nothing is promised."""
+        example, test_seed = self.privacy.example, self.privacy.test_seed
+        if not example.enabled:
+            return None
+        if test_seed >= 0:  # repeatable, and still another one for each client and round
+            test_seed = client_seed(test_seed, seed, "noise")
+        return PrivateGradients(
+            named,
+            private_schedule(count, self.config),
+            clip_norm=example.clip_norm,
+            noise_multiplier=private.noise_multiplier or example.noise_multiplier,
+            source=noise_source(test_seed),
+            observer=private.observer,
+        )
+
+    def _follow_privately(
+        self, hidden: PrivateGradients, train: Sequence[Features], steps: Steps
+    ) -> dict[str, float]:
+        """Privacy: only what `PrivateGradients` fills in, and its schedule, leave this function."""
+        clipped = 0
+        lengths = [self.task.length(one) for one in train]
+        with per_sample(self.privacy.example.per_sample, self.adapter.model, hidden.parameters) as made:
+            for number, batch in enumerate(hidden.batches(lengths), start=1):
+                parts = micro_batches(batch, self.config.batch_size)
+                collated = (self.task.collate([train[index] for index in part]) for part in parts)
+                hidden.fill(number, batch, [hidden.clipped(made, self._losses, one) for one in collated])
+                clipped += steps.step(0.0)
+        count = hidden.schedule.steps
+        return {"steps": float(count), "grad_clipped_share": clipped / count, **hidden.metrics()}
+
+    def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        with self._autocast():
+            return self.task.per_sample_loss(model, batch)
+
+    def _backward(self, steps: Steps, batches: list[list[Features]], number: int) -> float:
         """Accumulate the gradient of the mean per-sample loss of all batches together, and return that loss."""
         count = sum(len(batch) for batch in batches)
         total = 0.0
         for batch in batches:
-            with self._autocast():
-                losses = self.task.per_sample_loss(self.adapter.model, self.task.collate(batch))
-            loss = losses.sum() / count
+            loss = self._losses(self.adapter.model, self.task.collate(batch)).sum() / count
             total += loss.item()
             if not math.isfinite(total):
                 raise FederatedError(
@@ -209,103 +296,6 @@ class LocalTrainer:
                 yield
             finally:
                 torch.set_num_threads(threads)
-
-
-class _Steps:
-    """Optimizer, schedule, clipping, proximal term and penalty of one run."""
-
-    def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        config: TrainConfig,
-        mu: float,
-        *,
-        total: int,
-        penalty: TailPenalty | None = None,
-    ) -> None:
-        self._parameters = parameters
-        self._penalty = penalty
-        self._bound = config.max_grad_norm
-        self._mu = mu
-        self._received = [parameter.detach().clone() for parameter in parameters] if mu else []
-        self._shift: list[Tensor] = []
-        self._optimizer = _optimizer(parameters, config)
-        self._scheduler = _scheduler(self._optimizer, config, total=total)
-        device = parameters[0].device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=device == "cuda" and config.precision == "float16")
-
-    def shift_by(self, shift: Sequence[Tensor]) -> None:
-        """Add these to every gradient, one to each parameter; none adds nothing."""
-        self._shift = [one.to(p.device, p.dtype) for p, one in zip(self._parameters, shift, strict=False)]
-
-    def step(self, loss: float) -> bool:
-        """Move once and forget the gradients; returns whether they were clipped."""
-        self.scaler.unscale_(self._optimizer)
-        self._pull_back()
-        clipped = self._clip()
-        scale = self.scaler.get_scale()
-        self.scaler.step(self._optimizer)
-        self.scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        if self._scheduler is not None and self.scaler.get_scale() >= scale:  # else the scaler skipped the step
-            _advance(self._scheduler, loss)
-        return clipped
-
-    def _pull_back(self) -> None:
-        for parameter, received in zip(self._parameters, self._received, strict=False):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - received, alpha=self._mu)
-        for parameter, shift in zip(self._parameters, self._shift, strict=False):
-            parameter.grad = shift.clone() if parameter.grad is None else parameter.grad.add_(shift)
-        if self._penalty is not None:
-            self._penalty.add_gradient()
-
-    def _clip(self) -> bool:
-        if not self._bound:
-            return False
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._bound)
-        return bool(norm > self._bound)
-
-
-def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-
-
-def _schedulers() -> dict[str, type[lr_scheduler.LRScheduler]]:
-    """Every public schedule of torch by name."""
-    base = lr_scheduler.LRScheduler
-    return {
-        name: value
-        for name, value in vars(lr_scheduler).items()
-        if isinstance(value, type) and issubclass(value, base) and value is not base and not name.startswith("_")
-    }
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, *, total: int) -> lr_scheduler.LRScheduler | None:
-    if config.scheduler == "none":
-        return None
-    known = _schedulers()
-    if config.scheduler not in known:
-        raise ConfigError(
-            f"train.scheduler = {config.scheduler!r} is not in torch.optim.lr_scheduler; "
-            f"expected none or one of {', '.join(sorted(known))}"
-        )
-    arguments = {name: total if value == "total" else value for name, value in config.scheduler_args.items()}
-    try:
-        return known[config.scheduler](optimizer, **arguments)
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        raise ConfigError(f"train.scheduler_args = {arguments} do not fit {config.scheduler}: {error}") from None
-
-
-def _advance(scheduler: lr_scheduler.LRScheduler, loss: float) -> None:
-    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-        scheduler.step(loss)
-    else:
-        scheduler.step()
 
 
 def _device(name: str) -> torch.device:

@@ -57,6 +57,9 @@ def _backbone(base: BaseModel) -> nn.Module:
 class _Prompted(nn.Module):
     """What both kinds share: the prompt, and the inputs with it in front."""
 
+    per_sample_parameters = ("prompt",)
+    """May be [batch, tokens, size] while a forward runs, one prompt for each example: `federated.privacy.fused`."""
+
     def __init__(self, prompt: nn.Parameter, positions: int) -> None:
         super().__init__()
         self.prompt = prompt
@@ -64,7 +67,7 @@ class _Prompted(nn.Module):
 
     def _joined(self, embed: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         batch, length = input_ids.shape
-        count = len(self.prompt)
+        count = self.prompt.shape[-2]
         if count + length > self._positions:
             raise ModelError(
                 f"{count} virtual tokens and a text of {length} pass the model's {self._positions} positions; "
@@ -96,7 +99,7 @@ class _PromptedBackbone(_Prompted):
         """Features of the text's own positions, [batch, time, hidden]."""
         model: Any = self.model
         output = model(**self._joined(model.get_input_embeddings(), input_ids, attention_mask))
-        features: Tensor = output.last_hidden_state[:, len(self.prompt) :]
+        features: Tensor = output.last_hidden_state[:, self.prompt.shape[-2] :]
         return features
 
 
@@ -117,7 +120,7 @@ class _PromptedLM(_Prompted):
         """The model's output; ``logits`` are those of the text's own positions, [batch, time, vocabulary]."""
         model: Any = self.model
         output = model(**self._joined(model.get_input_embeddings(), input_ids, attention_mask), **options)
-        output.logits = output.logits[:, len(self.prompt) :]
+        output.logits = output.logits[:, self.prompt.shape[-2] :]
         return output
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:

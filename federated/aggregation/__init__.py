@@ -41,9 +41,9 @@ from federated.aggregation.norm_bound import NormBound
 from federated.aggregation.protocol import Accumulator, ClientView, NextPhase, Result, Rule, RuleProperties
 from federated.aggregation.rolora import RoLoRA
 from federated.aggregation.scaffold import Scaffold
-from federated.aggregation.sums import WeightedSum
 from federated.aggregation.trimmed_mean import TrimmedMean
 from federated.errors import ConfigError
+from federated.sums import WeightedSum
 
 __all__ = [
     "RULES",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from federated.aggregation.cohorts import cohort_size
+from federated.aggregation.combine_privacy import check_client_privacy
 from federated.aggregation.protocol import Rule
 from federated.config import (
     AdapterConfig,
@@ -39,15 +41,8 @@ def check_combination(rule: Rule, config: ExperimentConfig, *, clients: int | No
     _check_mode(rule, config.round)
     _check_weights(rule, config.strategy)
     _check_cohort(rule, config.selection, clients)
-
-
-def cohort_size(clients: int, fraction: float) -> int:
-    """Clients in a round when so many are there: ``ceil(fraction * clients)``, at least one.
-
-    >>> cohort_size(10, 0.25), cohort_size(10, 0.01)
-    (3, 1)
-    """
-    return min(clients, max(1, math.ceil(fraction * clients - 1e-9)))
+    if config.privacy.client.enabled:
+        check_client_privacy(rule, config, clients=clients)
 
 
 def clients_needed(rule: Rule, fraction: float) -> int:

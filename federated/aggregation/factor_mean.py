@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from federated.aggregation.protocol import ClientView, Result
-from federated.aggregation.sums import WeightedSum
 from federated.delta import Update
 from federated.errors import AggregationError
 from federated.global_state import GlobalState
 from federated.manifest import TrainPlan
 from federated.state import AdapterState, RuleState, group_of
+from federated.sums import WeightedSum
 
 __all__ = ["FactorMean", "plan_groups", "require_first_phase"]
 

@@ -37,7 +37,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from federated.aggregation.protocol import ClientView, NextPhase, Result, RuleProperties
-from federated.aggregation.sums import WeightedSum
 from federated.config.parts import STRICT
 from federated.delta import Update
 from federated.errors import AggregationError, NotEnoughUpdates
@@ -47,6 +46,7 @@ from federated.manifest import AdapterSpec, TensorLayout, TrainPlan, digest_of
 from federated.residual import factors_from
 from federated.sketches import rebuilt
 from federated.state import AdapterState, RuleState, group_of
+from federated.sums import WeightedSum
 from federated.uploads import layout
 
 __all__ = ["FedASK"]

@@ -29,6 +29,7 @@ class FedIT:
         exactness="approximate",
         space="factor",
         linear=True,
+        mean_decides=True,
         needs_lora=False,
         asynchronous="any",
         paper="Zhang et al. 2023, arXiv:2305.05644",

@@ -41,6 +41,7 @@ class FedProx:
         exactness="approximate",
         space="factor",
         linear=True,
+        mean_decides=True,
         needs_lora=False,
         asynchronous="any",
         paper="Li et al. 2020, arXiv:1812.06127",

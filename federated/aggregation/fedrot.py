@@ -62,6 +62,7 @@ class FedRotLoRA:
         exactness="approximate",
         space="factor",
         linear=True,
+        mean_decides=True,
         asynchronous="same_basis",
         paper="Zhang et al. 2026, arXiv:2602.23638",
     )

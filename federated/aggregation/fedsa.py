@@ -37,6 +37,7 @@ class FedSALoRA:
         exactness="exact",
         space="factor",
         linear=True,
+        mean_decides=True,
         personal=True,
         asynchronous="any",
         paper="Guo et al. 2025, arXiv:2410.01463",

@@ -37,6 +37,7 @@ class FedSB:
         exactness="exact",
         space="factor",
         linear=True,
+        mean_decides=True,
         adapter="lora_xs",
         gauge="refused",
         paper="Singhal et al. 2025, arXiv:2502.15436",

@@ -37,6 +37,7 @@ class FedSVD:
         exactness="exact",
         space="factor",
         linear=True,
+        mean_decides=True,
         fixed_space=False,
         asynchronous="same_basis",
         paper="Lee et al. 2025, arXiv:2505.12805",

@@ -29,6 +29,7 @@ class FFALoRA:
         exactness="exact",
         space="factor",
         linear=True,
+        mean_decides=True,
         asynchronous="any",
         paper="Sun et al. 2024, arXiv:2403.12313",
         gauge="refused",

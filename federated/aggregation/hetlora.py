@@ -36,7 +36,6 @@ from torch import Tensor
 
 from federated.aggregation.factor_mean import require_first_phase
 from federated.aggregation.protocol import ClientView, Result, RuleProperties
-from federated.aggregation.sums import WeightedSum
 from federated.config.parts import STRICT
 from federated.delta import Update, apply, is_finite
 from federated.errors import AggregationError, ConfigError, NotEnoughUpdates
@@ -44,6 +43,7 @@ from federated.global_state import GlobalState
 from federated.lowrank import effective, norm_of
 from federated.manifest import AdapterSpec, TrainPlan
 from federated.state import AdapterState, LoraPair, RuleState, Tensors
+from federated.sums import WeightedSum
 
 __all__ = ["HetLoRA", "first_rows"]
 

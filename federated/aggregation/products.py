@@ -15,13 +15,13 @@ from torch import Tensor
 
 from federated.aggregation.protocol import Result
 from federated.aggregation.spool import Spool
-from federated.aggregation.sums import WeightedSum
 from federated.delta import Update, apply
 from federated.errors import AggregationError, NotEnoughUpdates
 from federated.global_state import GlobalState
 from federated.lowrank import LowRank, effective, sum_streaming
 from federated.manifest import AdapterSpec
 from federated.state import AdapterState, LoraPair, Tensors, group_of
+from federated.sums import WeightedSum
 
 __all__ = ["ProductMean"]
 

@@ -51,6 +51,8 @@ class RuleProperties:
         min_updates: fewest updates of one round that it can combine.
         min_updates_why: the same as a formula, for messages.
         memory: what it holds while a round runs, in words.
+        mean_decides: what it makes of a round depends on the updates through their mean alone, not on who sent them,
+            how many there were or what they weigh: noise on the sum then covers all of it (client-level privacy).
     """
 
     exactness: Literal["exact", "truncation", "approximate"]
@@ -74,6 +76,7 @@ class RuleProperties:
     min_updates: int = 1
     min_updates_why: str = ""
     memory: str = "one update"
+    mean_decides: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class RoLoRA:
         exactness="exact",
         space="factor",
         linear=True,
+        mean_decides=True,
         asynchronous="same_basis",
         paper="Chen et al. 2025, arXiv:2502.01755",
         gauge="refused",

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from federated.aggregation.factor_mean import FactorMean, plan_groups, require_first_phase
 from federated.aggregation.protocol import ClientView, Result, RuleProperties
-from federated.aggregation.sums import WeightedSum
 from federated.aggregation.taken_part import TakenPart
 from federated.corrections import VARIATE
 from federated.delta import Update
@@ -36,6 +35,7 @@ from federated.errors import AggregationError
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, TrainPlan
 from federated.state import AdapterState, RuleState
+from federated.sums import WeightedSum
 
 __all__ = ["Scaffold"]
 

@@ -1,4 +1,4 @@
-"""``fedpeft privacy``: what a run would promise, and what the versions of one have spent."""
+"""``fedpeft privacy``: what a run would spend, has spent, and can be shown to leak."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Differential privacy: plan a run, and see what one has spent.", no_args_is_help=True)
+app = typer.Typer(help="Differential privacy: plan a run, see what one has spent, audit its mechanism.", no_args_is_help=True)
 
 _WIDE = 160  # columns when stdout is no terminal, so that nothing is cut in a pipe
 
@@ -57,6 +57,22 @@ def spent(
     from federated.cli import privacy_spent as command
 
     command.run(run, blobs=blobs, as_json=as_json, console=_console())
+
+
+@app.command()
+def audit(
+    overrides: Overrides = None,
+    app_dir: AppOption = Path(),
+    canaries: Annotated[int, typer.Option(min=2, max=5000, help="Canaries; more raise the ceiling.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, max=50, help="Most releases that are looked at.")] = 4,
+    quick: Annotated[bool, typer.Option("--quick", help="200 canaries, at most 2 steps.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the coins that put canaries in.")] = 0,
+) -> None:
+    """Push canaries through a run's clipping, sampling and noise, and bound from below what they leak."""
+    from federated.cli import privacy_audit as command
+
+    count, most = (200, min(2, steps)) if quick else (canaries, steps)
+    command.run(list(overrides or []), app_dir=app_dir, canaries=count, steps=most, seed=seed, console=_console())
 
 
 def _console() -> Console:

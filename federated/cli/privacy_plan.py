@@ -126,7 +126,7 @@ def _parameters(config: ExperimentConfig, folder: Path) -> int | None:
     return sum(math.prod(entry.shape) for entry in layout(plan, payload))
 
 
-# ---- printed ----------------------------------------------------------------------------------------------------------
+# ---- printed ---------------------------------------------------------------------------------------------------------
 
 
 def _show(found: _Found, console: Console) -> None:

@@ -54,6 +54,7 @@ def show(console: Console) -> None:
         "that its rank can hold, or approximately; or, where each keeps its own B, exactly for each.",
     )
     _say(console, "Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
+    noised = ", ".join(name for name in sorted(RULES) if make_rule(name).properties.mean_decides)
     any_adapter = ", ".join(name for name in sorted(RULES) if not make_rule(name).properties.needs_lora)
     _say(console, f"Adapters without factors (adapter=ia3, layernorm, head, full, prompt) go with: {any_adapter}.")
     for name in sorted(RULES):
@@ -71,8 +72,9 @@ def show(console: Console) -> None:
     )
     _say(
         console,
-        "* the server needs only the sum of the updates: the condition of secure aggregation, and of privacy by noise "
-        "on the sum (client-level). Noise in a client's own steps (example-level) is no matter of the rule.",
+        "* the server needs only the sum of the updates: the condition of secure aggregation. Noise on the sum "
+        f"(client-level privacy) needs the mean to decide all, and goes with: {noised}. Noise in a client's own steps "
+        "(example-level) is no matter of the rule.",
     )
     _say(
         console,

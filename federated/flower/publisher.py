@@ -46,6 +46,7 @@ class TrainingState:
         counters: last message counter seen from each client.
         standings: what is known of each client, for its selection.
         at_work: clients that were in training when the version was made, and whose work a resumed run does not get.
+        ledger_head: of the server's privacy ledger; empty where there is none.
     """
 
     round_number: int
@@ -54,6 +55,7 @@ class TrainingState:
     counters: Mapping[str, int] = field(default_factory=dict)
     standings: Mapping[str, Standing] = field(default_factory=dict)
     at_work: tuple[str, ...] = ()
+    ledger_head: str = ""
 
     def to_bytes(self) -> bytes:
         """Pack for the registry."""
@@ -66,6 +68,7 @@ class TrainingState:
             "counters": dict(self.counters),
             "standings": {client_id: asdict(one) for client_id, one in self.standings.items()},
             "at_work": self.at_work,
+            "ledger_head": self.ledger_head,
             "rule": dict(rule.scalars),
             "spec": self.global_state.adapter.spec.plain,
             "residual": residual.spec.plain if residual else None,
@@ -100,7 +103,8 @@ class TrainingState:
             counters = {str(client_id): int(last) for client_id, last in header["counters"].items()}
             standings = {str(client_id): _standing(one) for client_id, one in header.get("standings", {}).items()}
             at_work = tuple(str(client_id) for client_id in header.get("at_work", ()))
-            return cls(int(header["round_number"]), state, moments, counters, standings, at_work)
+            head = str(header.get("ledger_head", ""))
+            return cls(int(header["round_number"]), state, moments, counters, standings, at_work, head)
         except (WireError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise RegistryError(f"the stored training state cannot be read ({error}); start a new run") from None
 
@@ -124,6 +128,7 @@ class Publisher(Protocol):
         participants: int,
         metrics: Mapping[str, float],
         servable: bool = True,
+        privacy: Mapping[str, Any] | None = None,
     ) -> VersionManifest:
         """Make a version; the manifest's ``version_id`` names it."""
         ...
@@ -166,6 +171,7 @@ class RegistryPublisher:
         participants: int,
         metrics: Mapping[str, float],
         servable: bool = True,
+        privacy: Mapping[str, Any] | None = None,
     ) -> VersionManifest:
         """Make a version of the training state's adapter.
 
@@ -183,6 +189,7 @@ class RegistryPublisher:
             round_number=training.round_number,
             parent=parent,
             participants=participants,
+            privacy=privacy,
             metrics=dict(metrics),
             code_version=__version__,
             servable=servable,

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from federated.aggregation import Result
 from federated.errors import AggregationError
 from federated.flower.publisher import Publisher
 from federated.flower.round_book import Outcome
 from federated.flower.round_report import round_event, train_metrics
+from federated.flower.server_privacy import ServerPrivacy
 from federated.flower.server_state import ServerState
 from federated.manifest import VersionManifest
 from federated.tracking import Tracker
@@ -29,21 +32,32 @@ class RoundCloser:
         server: moves; its id of the last version follows.
         publisher: makes versions.
         tracker: takes a ``round`` event for each round.
+        privacy: client-level privacy, where there is any.
     """
 
-    def __init__(self, server: ServerState, publisher: Publisher, tracker: Tracker) -> None:
+    def __init__(
+        self, server: ServerState, publisher: Publisher, tracker: Tracker, *, privacy: ServerPrivacy | None = None
+    ) -> None:
         self._server = server
         self._publisher = publisher
         self._tracker = tracker
+        self._privacy = privacy
 
     def publish(self, good: Sequence[Outcome], number: int, *, servable: bool) -> VersionManifest:
-        """Make a version of the global adapter as it is; ``good`` are those whose updates are in it."""
+        """Make a version of the global adapter as it is; ``good`` are those whose updates are in it.
+
+        Privacy: with client-level privacy a manifest counts those that were planned, and tells no metric: both would
+            depend on single clients.
+        """
+        private = self._privacy
+        state = self._server.training_state(number)
         manifest = self._publisher.publish(
-            self._server.training_state(number),
+            state if private is None else replace(state, ledger_head=private.budget.head),
             parent=self._server.version_id,
-            participants=len(good),
-            metrics=train_metrics(good),
+            participants=len(good) if private is None else round(private.planned),
+            metrics=train_metrics(good) if private is None else {},
             servable=servable,
+            privacy=None if private is None else private.record(),
         )
         self._server.version_id = manifest.version_id
         return manifest
@@ -84,7 +98,7 @@ class RoundCloser:
             event = round_event(
                 outcomes, round_number=number, seconds=seconds, version_id=version, missed=str(error), measured=measured
             )
-            self._tracker.emit(event)
+            self._tracker.emit(event | self._spent())
             return None
         good = [outcome for outcome in outcomes if outcome.status == "ok"]
         manifest = self.publish(good, number, servable=found.servable)
@@ -99,5 +113,8 @@ class RoundCloser:
             metrics=found.metrics,
             measured=measured,
         )
-        self._tracker.emit(event)
+        self._tracker.emit(event | self._spent())
         return train_metrics(good)
+
+    def _spent(self) -> dict[str, Any]:
+        return {} if self._privacy is None else {"privacy": self._privacy.record()}

@@ -25,6 +25,7 @@ from federated.config import ExperimentConfig
 from federated.display import LiveDisplay
 from federated.errors import ConfigError, FederatedError, NotEnoughUpdates, RunInterrupted, StorageFull, VersionNotFound
 from federated.flower.publisher import RegistryPublisher, TrainingState
+from federated.flower.server_privacy import ServerPrivacy
 from federated.flower.session import Session, app_folder, open_session
 from federated.flower.strategy import DeltaStrategy
 from federated.registry import Registry, VersionRecord
@@ -129,6 +130,7 @@ class Run:
             registry.require_base(self.session.adapter.base.base_digest)
             with run_trackers(self.folder, self.config) as tracker:
                 status, message = "failed", ""
+                strategy: DeltaStrategy | None = None
                 try:
                     strategy = self._strategy(registry, tracker)
                     personal = strategy.rule.properties.personal
@@ -137,7 +139,7 @@ class Run:
                     )
                     self._all_rounds(strategy, grid)
                     self.warn(tracker)
-                    status = "completed"
+                    status, message = "completed", strategy.stopped
                 except RunInterrupted as error:
                     status, message = "interrupted", self.how_to_go_on(str(error))
                     raise
@@ -145,13 +147,15 @@ class Run:
                     message = str(error)
                     raise
                 finally:
+                    if strategy is not None:
+                        strategy.close()
                     self._close(registry, tracker, status, message=message)
             return self.summary(registry, strategy.version_id or "")
 
     def _all_rounds(self, strategy: DeltaStrategy, grid: Grid) -> None:
         finished = strategy.server.finished
         result = strategy.start(grid)
-        if self.config.rounds > finished and not result.train_metrics_clientapp:
+        if self.config.rounds > finished and not (result.train_metrics_clientapp or strategy.stopped):
             raise NotEnoughUpdates(
                 f"no round from {finished + 1} to {self.config.rounds} moved the global adapter, for want of good "
                 f"updates; {self.folder / 'report.html'} gives the reason of each client"
@@ -188,8 +192,8 @@ class Run:
         return f"{stopped}; to go on: {shlex.join(command)}"
 
     def _strategy(self, registry: Registry, tracker: Tracker) -> DeltaStrategy:
-        base = self.session.adapter.base.base_digest
-        rule_and_optimizer = f"{self.config.strategy.rule} + {self.config.strategy.server_optimizer.name}"
+        base, strategy, saved = self.session.adapter.base.base_digest, self.config.strategy, self._saved(registry)
+        rule_and_optimizer = f"{strategy.rule} + {strategy.server_optimizer.name}"
         publisher = RegistryPublisher(
             registry, self.config, run_id=self.run_id, base_digest=base, method=rule_and_optimizer
         )
@@ -200,8 +204,14 @@ class Run:
             publisher=publisher,
             tracker=tracker,
             run_id=self.run_id,
-            resume=self._saved(registry),
+            resume=saved,
+            privacy=self._private(saved),
         )
+
+    def _private(self, saved: tuple[TrainingState, str] | None) -> ServerPrivacy | None:
+        rule = make_rule(self.config.strategy.rule, self.config.strategy.options)
+        head = saved[0].ledger_head if saved else None
+        return ServerPrivacy.of_run(self.config, rule, folder=self.folder, run_id=self.run_id, saved_head=head)
 
     def _saved(self, registry: Registry) -> tuple[TrainingState, str] | None:
         """The newest version of this run with its training state, when the run is resumed."""

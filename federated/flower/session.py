@@ -87,7 +87,8 @@ def _open(config_json: str, folder: Path | None) -> Session:
     adapter = attach(base, config.adapter, config.task, seed=config.seed)
     task = make_task(config.task, base.tokenizer)
     source = open_source(config.data, config.task, app_dir=folder)
-    return Session(config, adapter, task, LocalTrainer(adapter, task, config.train), source, adapter.read())
+    trainer = LocalTrainer(adapter, task, config.train, config.privacy)
+    return Session(config, adapter, task, trainer, source, adapter.read())
 
 
 def open_session(config: ExperimentConfig) -> Session:

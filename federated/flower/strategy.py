@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import Strategy
 from federated.aggregation import Accumulator, NextPhase, Result, Rule, check_combination, clients_needed, make_rule
 from federated.config import ExperimentConfig
 from federated.delta import Update
-from federated.errors import AggregationError, NotEnoughUpdates, RunInterrupted
+from federated.errors import AggregationError, BudgetExhausted, NotEnoughUpdates, RunInterrupted
 from federated.flower.buffered import BufferedRounds, name_lost
 from federated.flower.directory import Directory
 from federated.flower.exchange import exchange
@@ -35,7 +35,7 @@ from federated.flower.publisher import Publisher, RegistryPublisher, TrainingSta
 from federated.flower.records import metric_record
 from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation, whole_round
 from federated.flower.round_closer import RoundCloser
-from federated.flower.selection import select_cohort
+from federated.flower.server_privacy import ServerPrivacy, choose_cohort
 from federated.flower.server_state import ServerState
 from federated.flower.session import open_session
 from federated.global_state import GlobalState
@@ -65,6 +65,10 @@ class DeltaStrategy(Strategy):
         run_id: names the run; default: random.
         resume: state to go on from, as saved with a version, and that version's id.
         secret: key of the task tokens; default: random.
+        privacy: client-level privacy; default: what the config asks for, with its ledger in memory.
+
+    Attributes:
+        stopped: why it ended before its last round, although nothing failed; empty otherwise.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class DeltaStrategy(Strategy):
         run_id: str | None = None,
         resume: tuple[TrainingState, str] | None = None,
         secret: bytes | None = None,
+        privacy: ServerPrivacy | None = None,
     ) -> None:
         self.config = config
         self.rule = rule or make_rule(config.strategy.rule, config.strategy.options)
@@ -92,7 +97,9 @@ class DeltaStrategy(Strategy):
             registry, config, run_id=self.run_id, base_digest=base_digest, method=self.method
         )
         self._tracker = tracker or MultiTracker([])
-        self._closer = RoundCloser(self.server, publisher, self._tracker)
+        self._privacy = privacy or ServerPrivacy.of(config, self.rule)
+        self.stopped = ""
+        self._closer = RoundCloser(self.server, publisher, self._tracker, privacy=self._privacy)
         self._directory = Directory(config, least=clients_needed(self.rule, config.selection.fraction))
         key = secret or secrets.token_bytes(32)
         self._writer = TaskWriter(config, rule=self.rule, run_id=self.run_id, base_digest=base_digest, secret=key)
@@ -127,6 +134,11 @@ class DeltaStrategy(Strategy):
     def initial_arrays(self) -> ArrayRecord:
         """The global adapter as named float32 arrays, for `start`."""
         return self.server.arrays()
+
+    def close(self) -> None:
+        """Let others open the privacy ledger, where there is one."""
+        if self._privacy is not None:
+            self._privacy.close()
 
     def summary(self) -> None:
         """Log what this strategy is made of."""
@@ -184,7 +196,11 @@ class DeltaStrategy(Strategy):
         self._evaluate_here(result, self.server.finished, evaluate_fn)
         with self._filling(grid) as fill:
             for number in range(self.server.finished + 1, rounds + 1):
-                metrics = fill(number)
+                try:
+                    metrics = fill(number)
+                except BudgetExhausted as error:
+                    self._stop(number, rounds, error)
+                    break
                 if metrics is not None:
                     result.train_metrics_clientapp[number] = metrics
                 self._evaluate_here(result, number, evaluate_fn)
@@ -192,6 +208,10 @@ class DeltaStrategy(Strategy):
         evaluation = self.aggregate_evaluate(rounds, self._exchange(grid, messages))
         if evaluation is not None:
             result.evaluate_metrics_clientapp[rounds] = evaluation
+
+    def _stop(self, number: int, rounds: int, error: BudgetExhausted) -> None:
+        self.stopped = f"budget spent before round {number} of {rounds}: {error}"
+        self._tracker.emit({"event": "warning", "message": self.stopped})
 
     @contextmanager
     def _filling(self, grid: Grid) -> Iterator[Callable[[int], MetricRecord | None]]:
@@ -238,19 +258,17 @@ class DeltaStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Sample the cohort and write one message per client."""
+        """Sample the cohort and write one message per client.
+
+        Raises:
+            BudgetExhausted: if the round does not fit the privacy budget.
+        """
         del config
         self.server.adopt(arrays)
         self._gather(grid)
         self._grid = grid
-        cohort = select_cohort(
-            list(self._directory.nodes),
-            fraction=self.config.selection.fraction,
-            seed=self.config.seed,
-            round_number=server_round,
-            policy=self.config.selection.policy,
-            standings=self.server.standings,
-        )
+        present, privacy = self._directory.nodes, self._privacy
+        cohort = choose_cohort(self.config, server_round, present, standings=self.server.standings, privacy=privacy)
         event = {"event": "round_start", "round_number": server_round, "cohort": list(cohort)}
         self._tracker.emit({**event, "version_id": self.version_id})
         return self._write(server_round, cohort, mode="train")
@@ -292,7 +310,8 @@ class DeltaStrategy(Strategy):
             AggregationError: if the round was not configured.
         """
         phases = [self._taken(server_round)]
-        quorum = max(1, math.ceil(self.config.round.quorum * len(phases[0].cohort) - 1e-9))
+        quorum = math.ceil(self.config.round.quorum * len(phases[0].cohort) - 1e-9)
+        quorum = max(1 if self._privacy is None else 0, quorum)  # an empty cohort's round is noise, and charged
         found: Result | AggregationError
         try:
             found = self._combine(phases, replies, quorum)
@@ -311,7 +330,10 @@ class DeltaStrategy(Strategy):
         state, phase = self.server.global_state, 1
         while True:
             book = phases[-1]
-            found = self._one_phase(book, replies, self.rule.start(state, phase), quorum)
+            accumulator: Accumulator = self.rule.start(state, phase)
+            if self._privacy is not None:
+                accumulator = self._privacy.accumulator(accumulator, state, book.round_number)
+            found = self._one_phase(book, replies, accumulator, quorum)
             if isinstance(found, Result):
                 return found
             if not phase < found.phase <= _MOST_PHASES or self._grid is None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 GROUPS = {
-    (): {"simulate", "train", "strategies", "report", "registry", "device", "assets"},
+    (): {"simulate", "train", "strategies", "report", "registry", "device", "assets", "privacy"},
     ("registry",): {"list", "show", "lineage", "channels"},
     ("device",): {"try"},
     ("assets",): {"fetch", "list"},
+    ("privacy",): {"plan", "spent", "audit"},
 }
 COMMANDS = [(*group, name) for group, names in GROUPS.items() for name in sorted(names)]
 LIGHT = """

@@ -319,7 +319,7 @@ def test_a_prv_without_an_answer_is_one_clear_error(answer, said, monkeypatch):
         epsilon([QUICK], DELTA, accountant="prv")
 
 
-# ---- accounts ---------------------------------------------------------------------------------------------------------
+# ---- accounts --------------------------------------------------------------------------------------------------------
 
 ACCOUNT = Account("example", 7.9, DELTA, "rdp", "none claimed")
 

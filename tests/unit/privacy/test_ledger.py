@@ -90,7 +90,7 @@ def test_would_exceed_is_asked_before(path):
         assert ledger.would_exceed(GaussianSteps(0.0, 0.5, 1), target_epsilon=1e6, **within)
 
 
-# ---- clocks, nonces, keys ---------------------------------------------------------------------------------------------
+# ---- clocks, nonces, keys --------------------------------------------------------------------------------------------
 
 
 def test_a_clock_that_goes_back_changes_nothing(path):
@@ -111,7 +111,7 @@ def test_key_out_of_range(wrong):
         key(**wrong)
 
 
-# ---- refused by name --------------------------------------------------------------------------------------------------
+# ---- refused by name -------------------------------------------------------------------------------------------------
 
 
 def refused(path, said, **more):
@@ -211,7 +211,7 @@ def test_what_json_takes_and_a_record_does_not(three):
     refused(three, "line 1: it holds what no record can")
 
 
-# ---- crashes ----------------------------------------------------------------------------------------------------------
+# ---- crashes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept", [1, 5, 11, 60, -2])
@@ -347,7 +347,7 @@ def test_a_ledger_that_is_a_folder(path):
     opened(path).close()
 
 
-# ---- two at once ------------------------------------------------------------------------------------------------------
+# ---- two at once -----------------------------------------------------------------------------------------------------
 
 
 def test_two_processes_never_charge_at_once(three):
@@ -392,7 +392,7 @@ def test_closing_in_a_fork_leaves_the_lock_to_its_parent(three):
     opened(three).close()
 
 
-# ---- restored copies --------------------------------------------------------------------------------------------------
+# ---- restored copies -------------------------------------------------------------------------------------------------
 
 
 def test_a_restored_copy_does_not_descend_from_what_was_acknowledged(three):

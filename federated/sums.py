@@ -64,7 +64,11 @@ class WeightedSum:
         """
         if not self.count:
             raise NotEnoughUpdates("no update to average: expected at least one good update")
-        return {name: _rounded(parts) / self.total_weight for name, parts in self._parts.items()}
+        return {name: tensor / self.total_weight for name, tensor in self.total().items()}
+
+    def total(self) -> dict[str, Tensor]:
+        """``sum_k weight_k * delta_k``, float64, new tensors; empty when nothing was added."""
+        return {name: _rounded(parts) for name, parts in self._parts.items()}
 
     def _check(self, terms: Tensors) -> None:
         if not terms:

@@ -1,0 +1,150 @@
+"""``fedpeft privacy audit``: canaries through the mechanism that a run would use, and what they prove."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from federated.aggregation.cohorts import planned_cohort
+from federated.cli.apps import enter_app
+from federated.cli.compose import compose
+from federated.config import ExperimentConfig
+from federated.errors import ConfigError, PrivacyError
+from federated.privacy.accounting import GaussianSteps, epsilon
+from federated.privacy.canaries import Audit, Canaries, ClientLevelPath, Mechanism, audit_mechanism
+from federated.privacy.canaries_example import ExampleLevelPath
+from federated.privacy.chance import noise_source
+from federated.privacy.cohorts import PoissonCohorts
+from federated.privacy.server_budget import ServerBudget
+
+__all__ = ["audit", "run", "show"]
+
+_LAYERS = 8
+
+
+def run(overrides: list[str], *, app_dir: Path, canaries: int, steps: int, seed: int, console: Console) -> None:
+    """Audit what the overrides configure, and print it.
+
+    Args:
+        overrides: Hydra overrides.
+        app_dir: app folder.
+        canaries: how many.
+        steps: most releases that are looked at.
+        seed: of the coins that put canaries in.
+        console: to print on.
+
+    Raises:
+        ConfigError: if no mechanism is configured.
+        PrivacyError: if the bound is above the accounted epsilon.
+    """
+    found = audit(compose(enter_app(app_dir), overrides), canaries=canaries, steps=steps, seed=seed)
+    show(found, console)
+    broken = [one for _, one in found if not one.passed]
+    if broken:
+        raise PrivacyError(
+            f"the audit found epsilon >= {broken[0].bound.epsilon:.3g} where {broken[0].accounted:.3g} is accounted: "
+            "clipping, sampling or noise do not do what the account assumes; do not publish from this installation"
+        )
+
+
+def audit(config: ExperimentConfig, *, canaries: int, steps: int, seed: int = 0) -> list[tuple[str, Audit]]:
+    """Audit each enabled unit, for an adversary who sees the sum and for one who sees each step.
+
+    Args:
+        config: with ``privacy.client`` or ``privacy.example`` enabled.
+        canaries: how many.
+        steps: at most so many releases; a run's own number of rounds if it has fewer.
+        seed: of the coins.
+
+    Returns:
+        Unit and finding.
+
+    Raises:
+        ConfigError: if no mechanism is configured, or the noise of example level is not given.
+        PrivacyError: if the noise cannot be solved for.
+    """
+    privacy = config.privacy
+    if not privacy.enabled:
+        raise ConfigError("privacy.client.enabled = false: an audit needs a mechanism; add privacy=client_dp")
+    rounds, found = min(steps, config.rounds), []
+    for unit, path, event, clip_norm in _mechanisms(config, canaries):
+        accounted = epsilon([replace(event, steps=rounds)], privacy.target_delta, accountant=privacy.accountant)
+        for each_step in (False, True):
+            one = audit_mechanism(
+                path,
+                canaries=canaries,
+                steps=rounds,
+                clip_norm=clip_norm,
+                accounted=accounted,
+                target_delta=privacy.target_delta,
+                layers=_LAYERS,
+                each_step=each_step,
+                seed=seed,
+            )
+            found.append((unit, one))
+    return found
+
+
+def _mechanisms(config: ExperimentConfig, canaries: int) -> Iterator[tuple[str, Mechanism, GaussianSteps, float]]:
+    client, example = config.privacy.client, config.privacy.example
+    if client.enabled:
+        noise = ServerBudget(config).noise_multiplier
+        sampling = config.selection.fraction if client.sampling == "poisson" else 1.0
+        path = _client_path(config, canaries, noise_multiplier=noise)
+        yield "client", path, GaussianSteps(noise, sampling, 1), client.clip_norm
+    if example.enabled:
+        if not example.noise_multiplier:
+            raise ConfigError(
+                "privacy.example.noise_multiplier = 0: each client solves for its own; give the one to be audited"
+            )
+        shapes, half = Canaries.shapes(canaries, _LAYERS), max(1, canaries // 2)
+        parts = {"clip_norm": example.clip_norm, "noise_multiplier": example.noise_multiplier, "sampling": 0.5}
+        made = ExampleLevelPath(shapes, **parts, expected_batch=half, source=noise_source())
+        yield "example", made, GaussianSteps(example.noise_multiplier, 0.5, 1), example.clip_norm
+
+
+def _client_path(config: ExperimentConfig, canaries: int, *, noise_multiplier: float) -> ClientLevelPath:
+    """Without sampling that is claimed everybody is in each round: the most that the account has to cover."""
+    client = config.privacy.client
+    names = Canaries.names(canaries)
+    poisson = client.sampling == "poisson"
+    fraction = config.selection.fraction if poisson else 1.0
+    return ClientLevelPath(
+        Canaries.shapes(canaries, _LAYERS),
+        clip_norm=client.clip_norm,
+        noise_multiplier=noise_multiplier,
+        planned=planned_cohort(canaries, fraction, sampling=client.sampling),
+        source=noise_source(),
+        fraction=fraction,
+        cohorts=PoissonCohorts(names) if poisson else None,
+    )
+
+
+def show(found: list[tuple[str, Audit]], console: Console) -> None:
+    """Print what was found, for whom, and what it could have found."""
+    table = Table("unit", "adversary sees", "lower bound at 95 %", "accounted", "ceiling", "verdict")
+    for unit, one in found:
+        table.add_row(
+            unit,
+            "each release" if one.each_step else "the sum of releases",
+            f"{one.bound.epsilon:.3g}",
+            f"{one.accounted:.3g}",
+            f"{one.ceiling:.3g}",
+            "nothing found" if one.passed else "BROKEN",
+        )
+    console.print(table)
+    first = found[0][1]
+    say = f"{first.canaries} canaries over {first.steps} steps, target_delta {first.target_delta:g}."
+    console.print(say, soft_wrap=True, highlight=False)
+    for words in dict.fromkeys(one.threat_model for _, one in found):
+        console.print(f"Threat model: {words}.", soft_wrap=True, highlight=False)
+    if any(one.ceiling < one.accounted for _, one in found):
+        console.print(
+            "Where the ceiling is below the accounted epsilon, so few canaries cannot speak against it; use more, or "
+            "fewer steps.",
+            soft_wrap=True,
+        )

@@ -1,0 +1,202 @@
+"""Client-level privacy of one run, on the server: who is drawn, what is charged, which noise, and what is said of it.
+
+Each round is charged before anybody is asked, and again when it is run again: a crash between the charge and the
+release costs budget and no privacy. Ledger and cohort key live in the run's folder; without a folder they are as long-
+lived as the strategy.
+
+What it does not cover is listed beside every epsilon (`federated.privacy.account.NOT_PROTECTED`): it belongs to the
+server's own records, and a version's manifest has none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from federated.aggregation import Accumulator, ClientView, Rule
+from federated.aggregation.cohorts import planned_cohort
+from federated.aggregation.private_mean import PrivateMean, noise_of_updates
+from federated.config import ExperimentConfig
+from federated.flower.selection import Standing, select_cohort
+from federated.global_state import GlobalState
+from federated.manifest import digest_of
+from federated.privacy.account import privacy_record
+from federated.privacy.cohorts import PoissonCohorts
+from federated.privacy.ledger import Ledger
+from federated.privacy.server_budget import ServerBudget
+from federated.uploads import layout
+
+__all__ = ["ServerPrivacy", "choose_cohort"]
+
+_KEY, _LEDGER = "cohorts.key", "privacy_ledger.jsonl"
+
+
+class ServerPrivacy:
+    """What a strategy asks about client-level privacy.
+
+    Args:
+        config: the experiment, with ``privacy.client.enabled``.
+        rule: aggregates.
+        budget: what was spent and may be; default: with a ledger in memory.
+        folder: of the run, for the cohort key; None keeps it in memory.
+
+    Attributes:
+        planned: the planned cohort of the current round.
+
+    Raises:
+        PrivacyError: if the noise cannot be solved for, or not even one round fits the budget.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        rule: Rule,
+        *,
+        budget: ServerBudget | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._config = config
+        self._rule = rule
+        self._folder = folder
+        self._client = config.privacy.client
+        self._test_seed = config.privacy.test_seed
+        self.budget = budget or ServerBudget(config)
+        self.planned = 0.0
+        self._cohorts: PoissonCohorts | None = None
+
+    @classmethod
+    def of(cls, config: ExperimentConfig, rule: Rule) -> ServerPrivacy | None:
+        """What the config asks for, kept in memory; None where client-level privacy is not enabled."""
+        return cls(config, rule) if config.privacy.client.enabled else None
+
+    @classmethod
+    def of_run(
+        cls, config: ExperimentConfig, rule: Rule, *, folder: Path, run_id: str, saved_head: str | None = None
+    ) -> ServerPrivacy | None:
+        """The same with ledger and cohort key in the run's folder; `close` lets others open them.
+
+        Args:
+            config: the experiment.
+            rule: aggregates.
+            folder: of the run.
+            run_id: the run.
+            saved_head: the ledger's head as the version says that is gone on from; None for a fresh run.
+
+        Raises:
+            PrivacyError: if the ledger is missing, damaged, in use or an older copy, or nothing fits the budget.
+        """
+        if not config.privacy.client.enabled:
+            return None
+        ledger = Ledger.open(
+            folder / _LEDGER,
+            subject=f"server of {run_id}",
+            data_digest=digest_of(["clients of", run_id]),
+            create=saved_head is None,
+        )
+        try:
+            ledger.require_descends_from(saved_head)
+            return cls(config, rule, budget=ServerBudget(config, run_id=run_id, ledger=ledger), folder=folder)
+        except BaseException:
+            ledger.close()
+            raise
+
+    def plan(self, present: Collection[str]) -> None:
+        """Fix the round's planned cohort; the first call fixes the population of sampled cohorts.
+
+        Args:
+            present: the clients that are there.
+
+        Raises:
+            PrivacyError: if so small a cohort leaves no budget for the updates, or the cohort key cannot be kept.
+        """
+        if self._client.sampling == "poisson" and self._cohorts is None:
+            self._cohorts = self._made_cohorts(present)
+        population = len(self._cohorts.population) if self._cohorts else len(present)
+        self.planned = planned_cohort(population, self._config.selection.fraction, sampling=self._client.sampling)
+        noise_of_updates(self._client, self.budget.noise_multiplier, self.planned)
+
+    def _made_cohorts(self, present: Collection[str]) -> PoissonCohorts:
+        if self._test_seed >= 0:
+            return PoissonCohorts(present, key=digest_of(["cohorts", self._test_seed]).encode())
+        return PoissonCohorts.of_run(self._folder / _KEY, present) if self._folder else PoissonCohorts(present)
+
+    def charge(self, round_number: int) -> None:
+        """Charge a round ahead of it.
+
+        Raises:
+            BudgetExhausted: if it would take epsilon above the target; nothing is charged then.
+        """
+        self.budget.charge(round_number)
+
+    def draw(self, present: Collection[str]) -> tuple[str, ...] | None:
+        """The round's cohort among those that are there; None where the config's own policy draws it.
+
+        Privacy: it may be empty, and is secret from all who see versions.
+        """
+        if self._cohorts is None:
+            return None
+        drawn = self._cohorts.draw(self._config.selection.fraction)
+        return tuple(name for name in drawn if name in present)
+
+    def accumulator(self, inner: Accumulator, state: GlobalState, round_number: int) -> PrivateMean:
+        """The rule's accumulator behind clipping and noise, for the planned cohort.
+
+        Raises:
+            PrivacyError: if the round was not planned.
+        """
+        plan, payload = self._rule.plan(state, ClientView("anybody"), 1)
+        seed = int(digest_of(["noise", self._test_seed, round_number])[:12], 16) if self._test_seed >= 0 else -1
+        return PrivateMean(
+            inner,
+            state.rule_state,
+            layout(plan, payload),
+            config=self._client,
+            noise_multiplier=self.budget.noise_multiplier,
+            planned=self.planned,
+            test_seed=seed,
+        )
+
+    def record(self) -> dict[str, Any] | None:
+        """What stands beside each version and round: epsilon so far, and what it means nothing without."""
+        return privacy_record([self.budget.account()])
+
+    def close(self) -> None:
+        """Let others open the ledger."""
+        self.budget.close()
+
+
+def choose_cohort(
+    config: ExperimentConfig,
+    round_number: int,
+    present: Collection[str],
+    *,
+    standings: Mapping[str, Standing],
+    privacy: ServerPrivacy | None = None,
+) -> tuple[str, ...]:
+    """Who takes part in a round; with client-level privacy it is planned and charged first.
+
+    Args:
+        config: the experiment.
+        round_number: 1-based.
+        present: the clients that are there.
+        standings: what is known of each.
+        privacy: of the run, where there is any.
+
+    Raises:
+        BudgetExhausted: if the round does not fit what is left; nobody is asked then.
+    """
+    if privacy is not None:
+        privacy.plan(present)
+        privacy.charge(round_number)
+        drawn = privacy.draw(present)
+        if drawn is not None:
+            return drawn
+    return select_cohort(
+        list(present),
+        fraction=config.selection.fraction,
+        seed=config.seed,
+        round_number=round_number,
+        policy=config.selection.policy,
+        standings=standings,
+    )

@@ -242,9 +242,7 @@ class LocalTrainer:
             observer=private.observer,
         )
 
-    def _follow_privately(
-        self, hidden: PrivateGradients, train: Sequence[Features], steps: Steps
-    ) -> dict[str, float]:
+    def _follow_privately(self, hidden: PrivateGradients, train: Sequence[Features], steps: Steps) -> dict[str, float]:
         """Privacy: only what `PrivateGradients` fills in, and its schedule, leave this function."""
         clipped = 0
         lengths = [self.task.length(one) for one in train]

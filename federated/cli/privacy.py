@@ -10,7 +10,9 @@ from rich.console import Console
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Differential privacy: plan a run, see what one has spent, audit its mechanism.", no_args_is_help=True)
+app = typer.Typer(
+    help="Differential privacy: plan a run, see what one has spent, audit its mechanism.", no_args_is_help=True
+)
 
 _WIDE = 160  # columns when stdout is no terminal, so that nothing is cut in a pipe
 

@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from federated.aggregation import Rule, make_rule
+from federated.aggregation.cohorts import planned_cohort
+from federated.aggregation.combine_privacy import check_client_privacy
 from federated.cli.apps import enter_app
 from federated.cli.compose import compose
 from federated.config import ExperimentConfig
@@ -95,8 +98,11 @@ def _plan(config: ExperimentConfig, folder: Path, given: Given) -> _Found:
     examples = plan_examples(config, sizes) if privacy.example.enabled else ()
     if not privacy.client.enabled:
         return _Found(config, examples)
-    parameters = given.parameters or _parameters(config, folder)
-    clients = plan_clients(config, population, parameters=parameters)
+    rule = make_rule(config.strategy.rule, config.strategy.options)
+    check_client_privacy(rule, config, clients=population)
+    cohort = planned_cohort(population, config.selection.fraction, sampling=privacy.client.sampling)
+    parameters = given.parameters or _parameters(config, folder, rule)
+    clients = plan_clients(config, population, cohort=cohort, parameters=parameters)
     return _Found(config, examples, clients, landmarks(config, parameters=parameters))
 
 
@@ -108,15 +114,14 @@ def _sizes(config: ExperimentConfig, folder: Path, *, rows: bool) -> tuple[int, 
     return tuple(len(source.load(name).train) if rows else 1 for name in source.client_ids)
 
 
-def _parameters(config: ExperimentConfig, folder: Path) -> int | None:
+def _parameters(config: ExperimentConfig, folder: Path, rule: Rule) -> int | None:
     """Numbers in an update, as the rule has them in its first round; None where the model is not on this machine."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a plan downloads nothing
     from federated.adapters import attach, load_base
-    from federated.aggregation import ClientView, make_rule
+    from federated.aggregation import ClientView
     from federated.global_state import GlobalState
     from federated.uploads import layout
 
-    rule = make_rule(config.strategy.rule, config.strategy.options)
     try:
         adapter = attach(load_base(config.model, app_dir=folder), config.adapter, config.task, seed=config.seed)
     except (ModelError, DataError):
@@ -150,8 +155,7 @@ def _show(found: _Found, console: Console) -> None:
 
 
 def _show_examples(plans: Sequence[ExamplePlan], console: Console) -> None:
-    marks = _longest(plans)
-    heads = [f"epsilon, {rounds} round{'s' if rounds > 1 else ''}" for rounds in marks]
+    heads = _heads(next(plan.epsilons for plan in plans if plan.steps))
     table = Table("examples", "clients", "q", "steps", "noise", "std", *heads, "verdict", title="Example-level privacy")
     for plan in plans:
         cells: list[object] = [f"{plan.examples}", f"{plan.clients}"]
@@ -165,13 +169,12 @@ def _show_examples(plans: Sequence[ExamplePlan], console: Console) -> None:
     _say(console, ABOUT_EXAMPLES)
 
 
-def _longest(plans: Sequence[ExamplePlan]) -> list[int]:
-    return [rounds for rounds, _ in max((plan.epsilons for plan in plans), key=len)]
+def _heads(epsilons: Sequence[tuple[int, float]]) -> list[str]:
+    return [f"epsilon, {rounds} round{'s' if rounds > 1 else ''}" for rounds, _ in epsilons]
 
 
 def _show_clients(plan: ClientPlan, console: Console) -> None:
-    heads = [f"epsilon, {rounds} round{'s' if rounds > 1 else ''}" for rounds, _ in plan.epsilons]
-    columns = ("clients", "cohort", "q claimed", "noise", "parameters", "length", *heads, "verdict")
+    columns = ("clients", "cohort", "q claimed", "noise", "parameters", "length", *_heads(plan.epsilons), "verdict")
     table = Table(*columns, title="Client-level privacy")
     table.add_row(
         str(plan.population),
@@ -190,7 +193,7 @@ def _show_clients(plan: ClientPlan, console: Console) -> None:
 
 
 def _show_landmarks(marks: Sequence[Landmark], console: Console) -> None:
-    table = Table("clients", "cohort", "noise", "length", title="For orientation: other populations, same rounds")
+    table = Table("clients", "cohort", "noise", "length", title="For orientation: same rounds and epsilon")
     for mark in marks:
         table.add_row(
             f"{mark.population:,}", f"{mark.cohort:,}", _number(mark.noise_multiplier), _number(mark.noise_length)
@@ -208,7 +211,9 @@ def _sampling(config: ExperimentConfig) -> dict[str, str]:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.3g}"
+    if value is None:
+        return "unknown"
+    return f"{value:.3g}" if math.isfinite(value) else "no bound"
 
 
 def _say(console: Console, text: str) -> None:

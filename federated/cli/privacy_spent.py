@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from federated.cli.registry import open_registry
-from federated.errors import PrivacyError, RegistryError
+from federated.errors import PrivacyError
 from federated.privacy.account import Account, accounts_of
 
 if TYPE_CHECKING:

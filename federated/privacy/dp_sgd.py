@@ -26,7 +26,14 @@ from federated.privacy.chance import NoiseSource, poisson_batches
 from federated.privacy.example_clipping import ClippedSum, clipped_sum
 from federated.privacy.per_sample import BatchLoss, Gradients
 
-__all__ = ["Observed", "PrivateGradients", "PrivateSchedule", "check_private_training", "micro_batches", "private_schedule"]
+__all__ = [
+    "Observed",
+    "PrivateGradients",
+    "PrivateSchedule",
+    "check_private_training",
+    "micro_batches",
+    "private_schedule",
+]
 
 
 @dataclass(frozen=True)
@@ -144,9 +151,7 @@ class PrivateGradients:
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """The batches of all steps, each sorted by length for little padding; what is in them is as it was drawn."""
-        drawn = poisson_batches(
-            len(lengths), self.schedule.sampling, steps=self.schedule.steps, source=self._source
-        )
+        drawn = poisson_batches(len(lengths), self.schedule.sampling, steps=self.schedule.steps, source=self._source)
         return [sorted(batch, key=lengths.__getitem__) for batch in drawn]
 
     def fill(self, step: int, indices: Sequence[int], parts: Sequence[ClippedSum]) -> None:

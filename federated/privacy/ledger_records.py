@@ -156,7 +156,7 @@ def _opening(line: bytes, *, subject: str, data_digest: str) -> str:
     if record["data_digest"] != data_digest:
         found, wanted = str(record["data_digest"])[:12], data_digest[:12]
         raise PrivacyError(
-            f"this privacy ledger is of another data set (digest {found}, expected {wanted}): what was spent on the one "
+            f"this privacy ledger is of another data set (digest {found}, expected {wanted}): what was spent on one "
             "is not known of the other; give each data set a ledger of its own"
         )
     return str(record["digest"])

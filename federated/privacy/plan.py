@@ -1,8 +1,9 @@
 """What a run would promise and what that would cost in noise, from numbers alone: nothing is read, drawn or trained.
 
-For the example unit, of a client with n examples: sampling q = B / n, the noise multiplier, epsilon over the rounds, and
-the noise on the mean gradient, noise_multiplier / B clipping norms in each coordinate. For the client unit, of a cohort
-of m: epsilon likewise, and the length of the noise on the mean update,
+For the example unit, of a client with n examples: sampling q = B / n and steps as `private_schedule` has them, the noise
+multiplier, epsilon over the rounds, and the noise on the mean gradient, noise_multiplier / B clipping norms in each
+coordinate. For the client unit, of a cohort of m: the server's budget likewise, and the length of the noise on the mean
+update,
 
     sqrt(parameters) * noise_multiplier / m      clipping norms,
 
@@ -18,7 +19,10 @@ from dataclasses import dataclass
 
 from federated.config import ExperimentConfig
 from federated.errors import ConfigError, PrivacyError
-from federated.privacy.accounting import GaussianSteps, epsilon, noise_for
+from federated.privacy.accounting import GaussianSteps, epsilon, noise_for, steps_within
+from federated.privacy.adaptive import count_noise, multiplier_of_updates
+from federated.privacy.dp_sgd import PrivateSchedule, check_private_training, private_schedule
+from federated.privacy.server_budget import ServerBudget
 
 __all__ = ["ClientPlan", "ExamplePlan", "Landmark", "epsilon_marks", "landmarks", "plan_clients", "plan_examples"]
 
@@ -103,6 +107,10 @@ def plan_examples(config: ExperimentConfig, sizes: Sequence[int]) -> tuple[Examp
     Raises:
         ConfigError: if no client can train like that, or the target cannot be kept.
     """
+    try:
+        check_private_training(config.train)
+    except PrivacyError as error:
+        raise ConfigError(str(error)) from None
     if not sizes or min(sizes) < 1:
         raise ConfigError("a privacy plan needs the number of training examples of each client, each at least 1")
     refusals = {size: _refusal(config, size) for size in sizes}
@@ -120,14 +128,10 @@ def plan_examples(config: ExperimentConfig, sizes: Sequence[int]) -> tuple[Examp
 
 def _refusal(config: ExperimentConfig, examples: int) -> str:
     """Why a client of that size cannot train privately; empty where it can."""
-    batch = _batch(config)
-    if examples == 1:
-        return "one example cannot hide among others; expected at least two training examples"
-    if batch > examples:
-        return (
-            f"train.batch_size * train.gradient_accumulation = {batch} is more than the {examples} training examples; "
-            "set a smaller train.batch_size"
-        )
+    try:
+        private_schedule(examples, config.train)
+    except PrivacyError as error:
+        return f"{examples} training example{'s' if examples > 1 else ''}: {error}"
     if config.privacy.target_delta * examples >= 1:
         return (
             f"privacy.target_delta = {config.privacy.target_delta:g} is not below 1 / {examples} examples: handing out "
@@ -148,72 +152,81 @@ def _classes(sizes: Sequence[int], refusals: dict[int, str]) -> list[tuple[int, 
     return [(members[0], len(members)) for members in groups.values()]
 
 
-def _batch(config: ExperimentConfig) -> int:
-    return config.train.batch_size * config.train.gradient_accumulation
-
-
 def _example_plan(config: ExperimentConfig, examples: int, clients: int) -> ExamplePlan:
-    batch = _batch(config)
-    sampling = batch / examples
-    # As the client's own schedule has it: a pass is 1 / q steps, and part of a step counts as one.
-    steps = config.train.steps or max(1, math.ceil(round(config.train.epochs * examples / batch, 9)))
-    noise = _noise(config, config.privacy.example.noise_multiplier, sampling=sampling, steps=steps * config.rounds)
-    marks = epsilon_marks(config, noise, sampling=sampling, steps_per_round=steps)
-    std = noise / batch
+    schedule = private_schedule(examples, config.train)
+    noise = config.privacy.example.noise_multiplier or _solved(config, schedule)
+    marks = epsilon_marks(config, noise, sampling=schedule.sampling, steps_per_round=schedule.steps)
+    std = noise / schedule.expected_batch
     grade = 0 if std <= _USEFUL_STD else 1 if std <= _DOUBTFUL_STD else 2
+    stops = _stops(config, marks[-1][1], GaussianSteps(noise, schedule.sampling, schedule.steps))
+    steps = schedule.steps * config.rounds
     return ExamplePlan(
-        examples, clients, sampling, steps * config.rounds, noise, std, marks, _verdict(marks[-1][1], grade)
+        examples, clients, schedule.sampling, steps, noise, std, marks, stops or _verdict(marks[-1][1], grade)
     )
 
 
-def plan_clients(config: ExperimentConfig, population: int, *, parameters: int | None = None) -> ClientPlan:
+def _solved(config: ExperimentConfig, schedule: PrivateSchedule) -> float:
+    privacy = config.privacy
+    try:
+        return noise_for(
+            privacy.target_epsilon,
+            privacy.target_delta,
+            sampling=schedule.sampling,
+            steps=schedule.steps * config.rounds,
+            accountant=privacy.accountant,
+        )
+    except PrivacyError as error:
+        raise ConfigError(str(error)) from None
+
+
+def plan_clients(
+    config: ExperimentConfig, population: int, *, cohort: float, parameters: int | None = None
+) -> ClientPlan:
     """Client-level privacy for so many clients.
 
     Args:
         config: the experiment.
         population: clients that may take part.
+        cohort: what a round divides by, the planned cohort.
         parameters: numbers in an update, where known.
 
     Raises:
         ConfigError: if the population is too small, or the target cannot be kept.
     """
-    part, privacy = config.privacy.client, config.privacy
-    if part.mechanism != "gaussian":
-        raise ConfigError(f"privacy.client.mechanism = {part.mechanism!r}: plans are made for gaussian alone")
-    if population < 2:
-        raise ConfigError(f"{population} client cannot hide among others; expected at least two clients")
-    if privacy.target_delta * population >= 1:
-        raise ConfigError(
-            f"privacy.target_delta = {privacy.target_delta:g} is not below 1 / {population} clients: handing out one "
-            "of them whole would keep it; set a smaller one"
-        )
-    fraction = config.selection.fraction
-    drawn = part.sampling == "poisson"
-    cohort = fraction * population if drawn else float(max(1, math.ceil(fraction * population - 1e-9)))
-    sampling = fraction if drawn else 1.0
-    noise = _noise(config, part.noise_multiplier, sampling=sampling, steps=config.rounds)
+    _check_population(config, population)
+    part = config.privacy.client
+    sampling = config.selection.fraction if part.sampling == "poisson" else 1.0
+    noise, on_updates = _client_noise(config, cohort=cohort)
     marks = epsilon_marks(config, noise, sampling=sampling, steps_per_round=1)
-    on_updates = noise if part.clipping == "fixed" else _beside_the_count(config, noise, cohort=cohort)
     length = _length(on_updates, cohort=cohort, parameters=parameters)
     # Over T rounds noise grows with sqrt(T), and updates that agree with T.
     share = length / math.sqrt(config.rounds) if length is not None else None
     grade = None if share is None else 0 if share <= _USEFUL_SHARE else 1 if share <= _DOUBTFUL_SHARE else 2
-    return ClientPlan(
-        population, cohort, sampling, config.rounds, noise, parameters, length, marks, _verdict(marks[-1][1], grade)
-    )
+    verdict = _stops(config, marks[-1][1], GaussianSteps(noise, sampling, 1)) or _verdict(marks[-1][1], grade)
+    return ClientPlan(population, cohort, sampling, config.rounds, noise, parameters, length, marks, verdict)
 
 
-def _beside_the_count(config: ExperimentConfig, noise: float, *, cohort: float) -> float:
-    """Noise multiplier of the updates when the count of unclipped ones is noised too (Andrew et al. 2021, theorem 1)."""
-    on_count = config.privacy.client.quantile_noise or cohort / 20
-    left = noise**-2 - (2 * on_count) ** -2 if noise else math.inf
-    if left <= 0:
+def _check_population(config: ExperimentConfig, population: int) -> None:
+    target_delta = config.privacy.target_delta
+    if population < 2:
+        raise ConfigError(f"{population} client cannot hide among others; expected at least two clients")
+    if target_delta * population >= 1:
         raise ConfigError(
-            f"privacy.client.quantile_noise: {on_count:g} on the count of unclipped clients spends all of the noise "
-            f"multiplier {noise:.4g}; more than {noise / 2:.4g} is needed: raise it, use larger cohorts, or "
-            "privacy.client.clipping=fixed"
+            f"privacy.target_delta = {target_delta:g} is not below 1 / {population} clients: handing out one of them "
+            "whole would keep it; set a smaller one"
         )
-    return float(left**-0.5)
+
+
+def _client_noise(config: ExperimentConfig, *, cohort: float) -> tuple[float, float]:
+    """What the server's budget accounts, and what of it is on the updates: a count of unclipped ones has its share."""
+    part = config.privacy.client
+    try:
+        noise = ServerBudget(config).noise_multiplier
+        if part.clipping == "fixed":
+            return noise, noise
+        return noise, multiplier_of_updates(noise, count_noise(part.quantile_noise, cohort))
+    except PrivacyError as error:
+        raise ConfigError(str(error)) from None
 
 
 def landmarks(config: ExperimentConfig, *, parameters: int | None = None) -> tuple[Landmark, ...]:
@@ -250,24 +263,23 @@ def epsilon_marks(
     return tuple((rounds, spent(rounds)) for rounds in sorted({1, min(10, config.rounds), config.rounds}))
 
 
-def _noise(config: ExperimentConfig, given: float, *, sampling: float, steps: int) -> float:
-    if given:
-        return given
-    privacy = config.privacy
-    try:
-        return noise_for(
-            privacy.target_epsilon,
-            privacy.target_delta,
-            sampling=sampling,
-            steps=steps,
-            accountant=privacy.accountant,
-        )
-    except PrivacyError as error:
-        raise ConfigError(f"privacy.target_epsilon: {error}") from None
-
-
 def _length(noise: float, *, cohort: float, parameters: int | None) -> float | None:
     return None if parameters is None else math.sqrt(parameters) * noise / cohort
+
+
+def _stops(config: ExperimentConfig, spent: float, one_round: GaussianSteps) -> str:
+    """That noise which was given ends the run early; empty where all rounds fit, or nothing bounds them."""
+    privacy = config.privacy
+    if not privacy.target_epsilon or spent <= privacy.target_epsilon:
+        return ""
+    steps = steps_within(
+        privacy.target_epsilon,
+        privacy.target_delta,
+        noise_multiplier=one_round.noise_multiplier,
+        sampling=one_round.sampling,
+        accountant=privacy.accountant,
+    )
+    return f"stops after {steps // one_round.steps} of {config.rounds} rounds: the noise given is too little for more"
 
 
 def _verdict(spent: float, grade: int | None) -> str:

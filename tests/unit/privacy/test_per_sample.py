@@ -271,9 +271,7 @@ def plain_case(way, count=5):
 
     truth = {name: [] for name in parameters}
     for x in batch["x"]:
-        grads = torch.autograd.grad(
-            loss(model, {"x": x[None]}).sum(), list(parameters.values()), allow_unused=True
-        )
+        grads = torch.autograd.grad(loss(model, {"x": x[None]}).sum(), list(parameters.values()), allow_unused=True)
         for (name, one), grad in zip(parameters.items(), grads, strict=True):
             truth[name].append(torch.zeros_like(one) if grad is None else grad)
     return model, parameters, loss, batch, {name: torch.stack(one) for name, one in truth.items()}

@@ -1,9 +1,9 @@
 """What a run would promise and what that would cost in noise, from numbers alone: nothing is read, drawn or trained.
 
-For the example unit, of a client with n examples: sampling q = B / n and steps as `private_schedule` has them, the noise
-multiplier, epsilon over the rounds, and the noise on the mean gradient, noise_multiplier / B clipping norms in each
-coordinate. For the client unit, of a cohort of m: the server's budget likewise, and the length of the noise on the mean
-update,
+For the example unit, of a client with n examples: sampling q = B / n and steps as `private_schedule` has them, the
+noise multiplier, epsilon over the rounds, and the noise on the mean gradient, noise_multiplier / B clipping norms in
+each coordinate. For the client unit, of a cohort of m: the server's budget likewise, and the length of the noise on the
+mean update,
 
     sqrt(parameters) * noise_multiplier / m      clipping norms,
 

@@ -37,7 +37,7 @@ def test_examples_of_given_sizes(fedpeft: Command) -> None:
     assert "epsilon, 1 round " in out
     assert "epsilon, 10 rounds" in out
     assert "epsilon, 12 rounds" in out
-    assert "can be useful" in out
+    assert "doubtful: much noise" in out
     assert "refused: 1 training" in out
     assert "adding or removing one example is hidden (add or remove one); sampling: Poisson" in out
     assert "need not be trusted" in out

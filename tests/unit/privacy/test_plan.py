@@ -56,14 +56,22 @@ def of_clients(
 
 
 @pytest.mark.parametrize(
-    ("examples", "spent", "noise", "std"),
-    [(20, 168, 8.10, 0.51), (50, 49.8, 3.36, 0.21), (100, 20.8, 1.82, 0.11), (500, 3.77, 0.73, 0.046)],
+    ("examples", "tightest", "loosest", "noise", "std"),
+    [
+        (20, 140, 168, 8.10, 0.51),
+        (50, 43.1, 49.8, 3.36, 0.21),
+        (100, 19.0, 20.8, 1.82, 0.11),
+        (500, 3.31, 3.77, 0.73, 0.046),
+    ],
 )
-def test_known_costs_of_fifty_rounds_of_five_steps(examples: int, spent: float, noise: float, std: float) -> None:
-    """Epsilon at a noise multiplier of 1, and the noise for epsilon 8, as measured by themselves."""
+def test_known_costs_of_fifty_rounds_of_five_steps(
+    examples: int, tightest: float, loosest: float, noise: float, std: float
+) -> None:
+    """Epsilon at a noise multiplier of 1 by PLD and by RDP with few orders, and the noise for epsilon 8."""
     (given,) = plan_examples(of_examples(1.0, target=0), [examples])
     (solved,) = plan_examples(of_examples(), [examples])
-    assert given.epsilons[-1] == (50, pytest.approx(spent, rel=0.01))
+    assert given.epsilons[-1][0] == 50
+    assert tightest <= given.epsilons[-1][1] <= 1.005 * loosest
     assert solved.noise_multiplier == pytest.approx(noise, rel=0.01)
     assert solved.noise_std == pytest.approx(std, rel=0.05)
     assert 7.9 < solved.epsilons[-1][1] <= 8
@@ -227,5 +235,5 @@ def test_landmarks_without_a_bound_are_for_epsilon_eight_and_without_parameters_
 
 
 def test_landmarks_that_cannot_be_kept_are_left_out() -> None:
-    found = landmarks(of_clients(target=1e-3, rounds=1000))
-    assert 0 < len(found) < 5
+    found = landmarks(of_clients(target=0.1, rounds=100_000))
+    assert [mark.population for mark in found] == [1_000, 10_000, 1_000_000]

@@ -43,6 +43,10 @@ ABOUT_CLIENTS = (
     "Length is of the noise on the mean update, in clipping norms, beside updates of at most 1: over T rounds it grows "
     "with sqrt(T), and what the clients agree on with T. Fewer than about 1,000 clients: use privacy=example_dp."
 )
+ORIENTATION = (
+    "For orientation, other populations with the same rounds and epsilon (8 where none is set), by rdp; cohorts that "
+    "are smaller than their population are drawn by chance, and that is claimed:"
+)
 RULE_OF_THUMB = "Verdicts are rules of thumb; what a run really learns is only known from running it."
 
 
@@ -193,11 +197,12 @@ def _show_clients(plan: ClientPlan, console: Console) -> None:
 
 
 def _show_landmarks(marks: Sequence[Landmark], console: Console) -> None:
-    table = Table("clients", "cohort", "noise", "length", title="For orientation: same rounds and epsilon")
+    table = Table("clients", "cohort", "noise", "length")
     for mark in marks:
         table.add_row(
             f"{mark.population:,}", f"{mark.cohort:,}", _number(mark.noise_multiplier), _number(mark.noise_length)
         )
+    _say(console, ORIENTATION)
     console.print(table)
 
 

@@ -57,6 +57,9 @@ class Account:
         neighbouring: which data sets are neighbours.
         private: False under a test seed, whose noise can be made again.
         not_protected: what is not covered, in words.
+        target_epsilon: what may be spent, where that is bounded.
+        noise_multiplier: of each step, where it is one.
+        steps: that were charged, where they are alike.
 
     Raises:
         PrivacyError: if a value is out of range.
@@ -70,6 +73,9 @@ class Account:
     neighbouring: str = NEIGHBOURING
     private: bool = True
     not_protected: tuple[str, ...] = NOT_PROTECTED
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in _UNITS:
@@ -84,6 +90,10 @@ class Account:
             isinstance(word, str) for word in (self.sampling, self.neighbouring, *self.not_protected)
         ):
             raise PrivacyError("an account whose words are not text, or whose 'private' is not true or false")
+        for name in ("target_epsilon", "noise_multiplier", "steps"):
+            found = getattr(self, name)
+            if found is not None and not (_is_number(found) and math.isfinite(found) and found >= 0):
+                raise PrivacyError(f"an account of {name} {found!r}: expected None, or 0 or more")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as a manifest holds it: JSON has no infinity, so an unbounded epsilon is None."""

@@ -214,7 +214,7 @@ def _crossing(low: float, high: float, *, known: Mapping[float, float], target: 
     share = 0.5
     if math.isfinite(above) and below > 0 and above > below:
         share = min(0.95, max(0.05, math.log(above / target) / math.log(above / below)))
-    return low * (high / low) ** share
+    return float(low * (high / low) ** share)
 
 
 def _of_it_spent(before: tuple[GaussianSteps, ...], target_delta: float, *, accountant: str) -> str:

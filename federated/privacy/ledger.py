@@ -17,9 +17,11 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from federated.errors import PrivacyError
 from federated.privacy.accounting import GaussianSteps, epsilon
@@ -36,15 +38,14 @@ class Ledger:
         notice: what was found and mended when it was opened, in words; empty where there was nothing.
     """
 
-    def __init__(self, path: Path, chain: Chain, *, lock: int, notice: str = "") -> None:
+    def __init__(self, path: Path, chain: Chain, *, lock: int, notice: str, chance: _Chance) -> None:
         self.path = path
         self.notice = notice
         self._opening = chain.opening
         self._charges = list(chain.charges)
         self._lock: int | None = lock
         self._owner = os.getpid()
-        self._clock: Callable[[], float] = time.time
-        self._nonce: Callable[[], str] = _new_nonce
+        self._chance = chance
 
     @classmethod
     def open(
@@ -70,24 +71,18 @@ class Ledger:
         Raises:
             PrivacyError: if it is missing where expected, damaged, another's, in use, or the disk refuses.
         """
-        nonce = nonce or _new_nonce
+        chance = _Chance(clock, nonce or _new_nonce)
         try:
-            lock = _locked(path, create=create)
+            with ExitStack() as undo:
+                lock = _locked(path, create=create)
+                undo.callback(os.close, lock)
+                if not path.exists():
+                    _create(path, opening_body(subject, data_digest, **chance.marks()), create=create)
+                chain, notice = _read(path, subject=subject, data_digest=data_digest)
+                undo.pop_all()
         except OSError as error:
             raise _refused(path, error) from None
-        try:
-            if not path.exists():
-                _create(path, opening_body(subject, data_digest, nonce=nonce(), noted_at=clock()), create=create)
-            chain, notice = _read(path, subject=subject, data_digest=data_digest)
-        except OSError as error:
-            os.close(lock)
-            raise _refused(path, error) from None
-        except BaseException:
-            os.close(lock)
-            raise
-        found = cls(path, chain, lock=lock, notice=notice)
-        found._clock, found._nonce = clock, nonce
-        return found
+        return cls(path, chain, lock=lock, notice=notice, chance=chance)
 
     @property
     def head(self) -> str:
@@ -133,8 +128,7 @@ class Ledger:
                 f"the privacy ledger {self.path.name} is not open in this process; open it where it is charged"
             )
         chained = {"number": len(self._charges) + 1, "previous": self.head}
-        body = charge_body(event, key, **chained, nonce=self._nonce(), noted_at=self._clock())
-        digest, line = sealed(body)
+        digest, line = sealed(charge_body(event, key, **chained, **self._chance.marks()))
         try:
             _append(self.path, line)
         except OSError as error:
@@ -172,6 +166,17 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Chance:
+    """Where the marks of a record come from."""
+
+    clock: Callable[[], float]
+    nonce: Callable[[], str]
+
+    def marks(self) -> dict[str, Any]:
+        return {"nonce": self.nonce(), "noted_at": self.clock()}
 
 
 def _new_nonce() -> str:

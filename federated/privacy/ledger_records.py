@@ -132,14 +132,19 @@ def read_chain(data: bytes, *, subject: str, data_digest: str) -> Chain:
 
 def _torn(tail: bytes, line: int) -> bool:
     """Whether a last line without its end is only the beginning of a record (zeros: bytes that never reached it)."""
+    if _parsed(tail) is not None:
+        return False
+    written = tail.rstrip(b"\0")
+    if written.startswith(_BEGINNING) or _BEGINNING.startswith(written):
+        return True
+    raise _damaged(line, "not a record, nor the beginning of one")
+
+
+def _parsed(line: bytes) -> Any:
     try:
-        json.loads(tail)
-    except ValueError:
-        written = tail.rstrip(b"\0")
-        if written.startswith(_BEGINNING) or _BEGINNING.startswith(written):
-            return True
-        raise _damaged(line, "not a record, nor the beginning of one") from None
-    return False
+        return json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
 
 
 def _opening(line: bytes, *, subject: str, data_digest: str) -> str:
@@ -147,13 +152,12 @@ def _opening(line: bytes, *, subject: str, data_digest: str) -> str:
     if record["format"] != FORMAT:
         raise _damaged(1, f"expected the format {FORMAT!r}")
     if record["subject"] != subject:
-        raise PrivacyError(
-            "this ledger is another subject's: expected the ledger of the client or server that opens it"
-        )
+        raise PrivacyError("this privacy ledger is another subject's: open the one of this client or server")
     if record["data_digest"] != data_digest:
+        found, wanted = str(record["data_digest"])[:12], data_digest[:12]
         raise PrivacyError(
-            f"this ledger is of another data set (digest {str(record['data_digest'])[:12]}, found {data_digest[:12]}): "
-            "what was spent on the one is not known of the other; give each data set a ledger of its own"
+            f"this privacy ledger is of another data set (digest {found}, expected {wanted}): what was spent on one "
+            "is not known of the other; give each data set a ledger of its own"
         )
     return str(record["digest"])
 
@@ -170,15 +174,12 @@ def _charge(line: bytes, number: int, *, previous: str) -> Charge:
 
 
 def _record(line: bytes, number: int, *, expected: set[str]) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError:  # UnicodeDecodeError is one
-        raise _damaged(number, "not JSON") from None
+    record = _parsed(line)
     if not isinstance(record, dict) or set(record) != expected:
         raise _damaged(number, f"expected a record of {', '.join(sorted(expected))}")
     try:
         digest, written = sealed({key: value for key, value in record.items() if key != "digest"})
-    except (ValueError, RecursionError):
+    except ValueError:  # NaN, infinity, half of a surrogate pair
         raise _damaged(number, "it holds what no record can") from None
     if digest != record["digest"] or written != line + b"\n":
         raise _damaged(number, "its digest is not that of what it says: it was edited or damaged")

@@ -13,7 +13,7 @@ GROUPS = {
     ("registry",): {"list", "show", "lineage", "channels"},
     ("device",): {"try"},
     ("assets",): {"fetch", "list"},
-    ("privacy",): {"audit"},
+    ("privacy",): {"plan", "spent", "audit"},
 }
 COMMANDS = [(*group, name) for group, names in GROUPS.items() for name in sorted(names)]
 LIGHT = """

@@ -174,13 +174,11 @@ def _plots(history: History, metrics: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _kept(history: History) -> list[tuple[str, str]]:
-    """Which share of a round's sum the rule's rank, threshold or residual let pass, if it says so."""
-    lines = [
-        Series(words(name), _points({n: (e.get("rule") or {}).get(name) for n, e in history.rounds.items()}), color)
-        for name, color in (("energy_kept", _COLORS["global"]), ("residual_kept", _COLORS["central"]))
-    ]
-    if not any(line.points for line in lines):
+    """Which share of a round's sum the rule's rank or threshold let pass, if it says so."""
+    points = _points({number: (event.get("rule") or {}).get("energy_kept") for number, event in history.rounds.items()})
+    if not points:
         return []
+    lines = [Series("energy kept", points, _COLORS["global"])]
     return [("Energy kept", line_chart(lines, ylabel="share of the round's energy", percent=True))]
 
 

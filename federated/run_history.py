@@ -186,7 +186,8 @@ def result_warning(history: History) -> str:
     """What to tell of a run that made its adapter worse; empty for any other run.
 
     The held-out loss before round 1 is compared with that after the last round, each pooled over the clients that were
-    asked. Clients send no loss that is not finite.
+    asked. Where those were others, as with sampled cohorts and in buffered rounds, the two losses are of different
+    examples, and only one that is twice the other says something. Clients send no loss that is not finite.
     """
     start, final = history.held_out.get(0, {}), history.final or {}
     before, after = start.get("loss"), (final.get("evaluation") or {}).get("loss")
@@ -194,14 +195,15 @@ def result_warning(history: History) -> str:
         return ""
     if after is None:
         return f"the held-out loss of the last adapter is not finite, at the start it was {before:.6g}{_ADVICE}"
-    if after <= before:
-        return ""
     asked, now = start.get("num_examples"), final["evaluation"].get("num_examples")
+    if after <= (before if asked == now else _CLEARLY * before):
+        return ""
     others = f" (on {asked:.0f} examples, {now:.0f} at the end)" if asked and now and asked != now else ""
     found = f"held-out loss {after:.6g}, at the start {before:.6g}{others}"
     return f"the last adapter is worse than the initial one: {found}{_ADVICE}"
 
 
+_CLEARLY = 2.0
 _ADVICE = "; lower train.learning_rate, take fewer steps per round, or serve an earlier version"
 
 

@@ -5,7 +5,7 @@
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020 (arXiv:1910.06378).
 It needs SGD without momentum:
 
-    fedpeft simulate strategy=scaffold train=sgd train.momentum=0
+    fedpeft simulate strategy=scaffold
 """
 
 from typing import Any

@@ -107,12 +107,12 @@ def _check_ranks(rule: Rule, adapter: AdapterConfig) -> None:
 
 def _check_training(rule: Rule, train: TrainConfig) -> None:
     """Control variates are differences of points: they say something about gradients under plain SGD alone."""
-    plain = train.optimizer == "sgd" and train.momentum == 0 and train.scheduler == "none"
+    plain = train.optimizer == "sgd" and train.scheduler == "none" and not (train.momentum or train.weight_decay)
     if rule.properties.plain_sgd and not plain:
         found = f"train.optimizer = {train.optimizer} with momentum {train.momentum:g}, schedule {train.scheduler}"
         raise ConfigError(
-            f"{found}: {rule.name} needs SGD without momentum, in steps of one size; add "
-            "train=sgd train.momentum=0 train.scheduler=none"
+            f"{found}, weight decay {train.weight_decay:g}: {rule.name} needs SGD without momentum or decay, in steps "
+            "of one size; use train=plain_sgd"
         )
 
 

@@ -11,7 +11,7 @@ per step, ``v = -eta c``, so that it needs no step size either (`federated.corre
     v <- v + sum_k weight_k (d_k / K_k - v) / W
 
 Clients train by SGD without momentum and with a constant step size, or the difference of two points says nothing about
-the gradients between them: anything else is refused before the run starts (``train=sgd train.momentum=0``).
+the gradients between them: ``strategy=scaffold`` chooses ``train=plain_sgd``, and all else is refused before it runs.
 
 Source: Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020, algorithm 1
 with option II. Where we differ: the mean is over clients that took part, weighted as the updates are, in place of all N

@@ -56,6 +56,9 @@ def show(console: Console) -> None:
     )
     _say(console, "Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
     noised = ", ".join(name for name in sorted(RULES) if make_rule(name).properties.mean_decides)
+    growing = ", ".join(name for name in sorted(RULES) if make_rule(name).properties.residual)
+    _say(console, f"Down is more from the second round on for {growing}: a frozen residual, which grows.")
+    _say(console, "strategy=fedavgm, fedadam, fedyogi and fedadagrad are fedit with that server optimizer.")
     any_adapter = ", ".join(name for name in sorted(RULES) if not make_rule(name).properties.needs_lora)
     _say(console, f"Adapters without factors (adapter={', '.join(WITHOUT_FACTORS)}) go with: {any_adapter}.")
     for name in sorted(RULES):

@@ -356,9 +356,14 @@ def _ended(before: dict | None, after: dict | None, **final: object) -> list[dic
         ({"loss": 1.25}, {"loss": 2e7}, "worse than the initial one: held-out loss 2e+07, at the start 1.25; lower"),
         (
             {"loss": 1, "num_examples": 9},
-            {"loss": 2, "num_examples": 12},
+            {"loss": 2.1, "num_examples": 12},
             "start 1 (on 9 examples, 12 at the end); lower",
         ),
+        (
+            {"loss": 1, "num_examples": 9},
+            {"loss": 1.9, "num_examples": 12},
+            None,
+        ),  # others' examples, perhaps harder ones
         ({"loss": 1, "num_examples": 9}, {"loss": 2, "num_examples": 9}, "at the start 1; lower train.learning_rate"),
         (
             {"loss": 1.25},

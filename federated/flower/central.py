@@ -14,6 +14,7 @@ import torch
 
 from federated import server_optimizers
 from federated.config import ExperimentConfig
+from federated.errors import ConfigError
 from federated.flower.baselines import evaluate_everywhere, full_session, train_on
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.flower.run import Run, RunSummary, run_trackers
@@ -34,6 +35,11 @@ def train_centrally(config: ExperimentConfig) -> RunSummary:
     Raises:
         FederatedError: for whatever cannot run; nothing is published then.
     """
+    if config.privacy.enabled:
+        raise ConfigError(
+            "privacy protects what clients send, and central training has all rows in one place: nothing would be "
+            "protected; use privacy=none"
+        )
     run = Run(config)
     session = full_session(run.config)
     with Registry.open(run.registry_location) as registry, run_trackers(run.folder, run.config) as tracker:

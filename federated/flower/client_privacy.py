@@ -97,6 +97,11 @@ class ExampleBudget:
         self._least = site.least_noise
         self._limits = _limits(config, site)
         schedule = private_schedule(len(train), config.train)
+        if config.privacy.target_delta * len(train) >= 1:
+            raise PrivacyError(
+                f"privacy.target_delta = {config.privacy.target_delta:g}: with that probability all of an example may "
+                "be given away, and this client has so many that one is; set it below one over their number"
+            )
         self._sampling, self._steps = schedule.sampling, schedule.steps
         self._rounds = config.rounds
         self._ledger = Ledger.open(_path(site, store), subject=site.client_id, data_digest=_digest(train))

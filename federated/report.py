@@ -19,7 +19,7 @@ import yaml
 from federated.errors import DataError
 from federated.formats import byte_size, figure, is_share, metric, moment, number, percent, setting, short_digest, words
 from federated.plots import Series, bar_chart, line_chart
-from federated.report_privacy import privacy_cards, privacy_plots
+from federated.report_privacy import not_protected, privacy_cards, privacy_plots
 from federated.run_history import History, history_of, mean_detail, metric_names, result_warning, rule_figures
 from federated.tracking import read_events
 
@@ -78,6 +78,7 @@ def _render(history: History, *, versions: Sequence[Mapping[str, Any]], config: 
         metrics=metrics,
         figures=rule_figures(history),
         warning=result_warning(history),
+        not_protected=not_protected(history),
         headline=_headline(history, metrics),
         comparison=_comparison(history, metrics),
         plots=[(title, Markup(svg)) for title, svg in _plots(history, metrics)],  # noqa: S704 - pygal escapes labels

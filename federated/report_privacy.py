@@ -12,7 +12,7 @@ from federated.formats import is_share, words
 from federated.plots import Series, line_chart
 from federated.run_history import History
 
-__all__ = ["privacy_cards", "privacy_plots"]
+__all__ = ["not_protected", "privacy_cards", "privacy_plots"]
 
 _COLORS = {"client": "#1d4ed8", "example": "#b45309"}
 
@@ -20,7 +20,7 @@ _COLORS = {"client": "#1d4ed8", "example": "#b45309"}
 def _accounts(event: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Unit to its account, of a ``round`` event."""
     accounts = (event.get("privacy") or {}).get("accounts") or ()
-    return {str(account.get("unit")): account for account in accounts if account.get("epsilon") is not None}
+    return {str(account.get("unit")): account for account in accounts}
 
 
 def privacy_cards(history: History) -> list[tuple[str, str, str]]:
@@ -29,12 +29,17 @@ def privacy_cards(history: History) -> list[tuple[str, str, str]]:
     cards = []
     for unit, account in _accounts(last).items():
         remark = f"target_delta {account.get('target_delta'):g}; {account.get('neighbouring')}"
-        if account.get("not_protected"):
-            remark += f"; not protected: {', '.join(account['not_protected'])}"
         if account.get("private") is False:
             remark = f"NOT PRIVATE: repeatable noise of a test; {remark}"
-        cards.append((f"{float(account['epsilon']):.3g}", f"epsilon, each {unit}", remark))
+        spent = account.get("epsilon")
+        cards.append(("no bound" if spent is None else f"{float(spent):.3g}", f"epsilon, each {unit}", remark))
     return cards
+
+
+def not_protected(history: History) -> list[str]:
+    """What no account of the last round covers, in words; each once."""
+    accounts = _accounts(history.rounds.get(history.last_round, {})).values()
+    return list(dict.fromkeys(word for account in accounts for word in account.get("not_protected") or ()))
 
 
 def privacy_plots(history: History, metrics: Sequence[str]) -> list[tuple[str, str]]:
@@ -44,7 +49,7 @@ def privacy_plots(history: History, metrics: Sequence[str]) -> list[tuple[str, s
     for number, event in sorted(history.rounds.items()):
         value = (history.held_out.get(number) or {}).get(name)
         for unit, account in _accounts(event).items():
-            if value is not None:
+            if value is not None and account.get("epsilon") is not None:
                 lines.setdefault(unit, {})[float(f"{float(account['epsilon']):.3g}")] = float(value)
     if not lines:
         return []

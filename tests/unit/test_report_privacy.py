@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from federated.report_privacy import privacy_cards, privacy_plots
+from federated.report_privacy import not_protected, privacy_cards, privacy_plots
 from federated.run_history import History
 
 
@@ -28,7 +28,8 @@ def history(*rounds: dict[str, Any]) -> History:
 def test_a_card_says_whose_epsilon_it_is_and_on_which_terms() -> None:
     ((value, label, remark),) = privacy_cards(history(event(1.0), event(2.345)))
     assert (value, label) == ("2.35", "epsilon, each client")
-    assert remark == "target_delta 1e-05; add or remove one; not protected: metrics"
+    assert remark == "target_delta 1e-05; add or remove one"
+    assert not_protected(history(event(1.0))) == ["metrics"]
 
 
 def test_a_test_run_is_stamped() -> None:
@@ -37,9 +38,16 @@ def test_a_test_run_is_stamped() -> None:
 
 
 def test_without_an_account_there_is_nothing() -> None:
-    for made in (History(), history({}), history(event(None))):
+    for made in (History(), history({})):
         assert privacy_cards(made) == []
+        assert not_protected(made) == []
         assert privacy_plots(made, ["accuracy"]) == []
+
+
+def test_an_epsilon_without_a_bound_is_said_and_not_drawn() -> None:
+    ((value, _, _),) = privacy_cards(history(event(None)))
+    assert value == "no bound"
+    assert privacy_plots(history(event(None)), ["accuracy"]) == []
 
 
 def test_accuracy_stands_over_the_epsilon_spent_by_then() -> None:

@@ -113,7 +113,8 @@ def test_the_published_figures():
 
 def test_the_central_limit_would_say_less_than_is_spent():
     """Why GDP is no certificate."""
-    accountant = GaussianAccountant()
+    with pytest.warns(UserWarning, match="can underestimate privacy expenditure"):
+        accountant = GaussianAccountant()
     accountant.history = [(0.6, 0.032, 500)]
     assert accountant.get_epsilon(DELTA) < epsilon([GaussianSteps(0.6, 0.032, 500)], DELTA, accountant="pld")
     with pytest.raises(PrivacyError, match=r"'gdp'; it is a limit, not a bound.*expected one of rdp, prv, pld"):

@@ -7,7 +7,7 @@ after it, and keys are trained as a cache holds them: where a model turns keys b
 Nothing comes out in the prefix's own places, so there is nothing to cut: a stock head finds its text where it was.
 
 A fresh prefix is what the base itself keeps after words drawn from the vocabulary: a causal model answers as it does to
-those words and the text, which is not how it answers to the text alone. Zeros would be no nothing either: a key of
+those words and the text, which is not how it answers to the text alone. Zeros would not be nothing either: a key of
 zeros still takes its share of the attention.
 
 Source: Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021, section 4 (the prefix) and

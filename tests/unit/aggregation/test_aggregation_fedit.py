@@ -193,7 +193,13 @@ def test_a_client_of_another_rank_is_not_served() -> None:
 def test_it_remembers_nothing_and_says_what_it_is() -> None:
     assert FedIT().init(SPEC) == RuleState()
     assert FedIT.properties == RuleProperties(
-        "approximate", "factor", linear=True, needs_lora=False, asynchronous="any", paper=FedIT.properties.paper
+        "approximate",
+        "factor",
+        linear=True,
+        mean_decides=True,
+        needs_lora=False,
+        asynchronous="any",
+        paper=FedIT.properties.paper,
     )
     assert not FedIT.properties.mixed_ranks
 

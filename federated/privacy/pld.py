@@ -8,6 +8,7 @@ Source: Doroshenko et al., "Connect the Dots: Tighter Discrete Approximations of
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -49,4 +50,16 @@ def _dp_accounting() -> tuple[Any, Any]:
             "privacy.accountant = pld needs dp-accounting, which is not installed; pip install federated-peft[pld], "
             "or set privacy.accountant=prv"
         ) from None
+    _let_go_of_stderr()
     return dp_accounting, pld
+
+
+def _let_go_of_stderr() -> None:
+    """Have absl, which dp-accounting logs with, write to the process's own standard error.
+
+    Its handler keeps whatever ``sys.stderr`` was at the time, and closes it when logging is set up anew (Hydra does):
+    under redirection, in notebooks and in tests that is somebody else's file.
+    """
+    from absl import logging as absl_logging
+
+    absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__

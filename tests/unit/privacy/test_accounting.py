@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -391,3 +392,11 @@ def test_account_that_is_none(change, said):
         Account.from_dict({**ACCOUNT.to_dict(), **change})
     with pytest.raises(PrivacyError, match="not an account"):
         Account.from_dict([])
+
+
+def test_the_tight_accountant_holds_nobody_s_standard_error() -> None:
+    """absl would close it when logging is set up anew: somebody's redirected file, or a test's."""
+    from absl import logging as absl_logging
+
+    epsilon([GaussianSteps(1.0, 1.0, 1)], 1e-5, accountant="pld")
+    assert absl_logging.get_absl_handler().python_handler.stream is sys.__stderr__

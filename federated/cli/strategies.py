@@ -49,6 +49,11 @@ def show(console: Console) -> None:
         claim = "own-B" if properties.personal else _CLAIMS[properties.exactness]
         table.add_row(name, claim, up, down, *cells)
     console.print(table)
+    _explain(console)
+
+
+def _explain(console: Console) -> None:
+    """What the columns mean, and what a row has no room for."""
     _say(
         console,
         "B A: the mean of the clients' products is what the next adapter holds: exactly, the best "

@@ -195,6 +195,7 @@ class BufferedRounds:
             version_id=self._server.version_id or "",
             counters=self._server.counters,
             ranks=self._directory.ranks,
+            heads=self._server.ledger_heads,
         )
         end = self._clock() + self._config.round.deadline
         task = Task(client_id, book, version=self._published, basis=buffer.basis, end=end)

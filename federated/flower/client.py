@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from flwr.app import Context, Message, RecordDict
 
@@ -43,6 +44,14 @@ from federated.wire import seal_update
 __all__ = ["handle_query", "handle_train"]
 
 _LOG = logging.getLogger(__name__)
+
+
+class _Answer(NamedTuple):
+    """What is sent, and stored to be sent again as it was."""
+
+    metrics: dict[str, float]
+    packet: bytes
+    ledger_head: str = ""
 
 
 def handle_query(message: Message, context: Context) -> Message:
@@ -95,8 +104,9 @@ def _run_task(message: Message, config: ExperimentConfig, site: ClientSite) -> R
     answered = _answered(store, task)
     if answered is None:
         answered = _train(task, session, state=state, store=store, site=site)
-    metrics, packet = answered
-    return reply_content(site.client_id, task.task_token, metrics, packet)
+    return reply_content(
+        site.client_id, task.task_token, answered.metrics, answered.packet, ledger_head=answered.ledger_head
+    )
 
 
 def _evaluate(task: Assignment, session: Session, state: AdapterState) -> RecordDict:
@@ -106,17 +116,17 @@ def _evaluate(task: Assignment, session: Session, state: AdapterState) -> Record
 
 def _trained(
     task: Assignment, session: Session, *, state: AdapterState, store: ClientStore, site: ClientSite
-) -> tuple[AdapterState, LocalResult]:
-    """What the client started from, and what it learnt.
+) -> tuple[AdapterState, LocalResult, str]:
+    """What the client started from, what it learnt, and the head of its privacy ledger, where it has one.
 
     Privacy: with ``privacy.example`` the steps are charged to the client's ledger before the first of them.
     """
     data = session.local_data(task.client_id)
-    private, spent = None, {}
+    private, spent, head = None, {}, ""
     if session.config.privacy.example.enabled:
         with ExampleBudget(task, session.config, site=site, store=store, train=data.train) as budget:
             private = budget.charge()
-            spent = {"epsilon": budget.spent}
+            spent, head = {"epsilon": budget.spent}, budget.head
     seed = client_seed(session.config.seed, task.round_number, task.client_id)
     start = recalled(store, task.plan, state, version_id=task.parent_version)
     steering = Steering(store, task.plan, state, round_number=task.round_number)
@@ -134,16 +144,15 @@ def _trained(
     )
     if task.plan.upload == "sketch":
         cache(store, task, start, result)
-    return start, result
+    return start, result, head
 
 
-def _train(
-    task: Assignment, session: Session, *, state: AdapterState, store: ClientStore, site: ClientSite
-) -> tuple[dict[str, float], bytes]:
+def _train(task: Assignment, session: Session, *, state: AdapterState, store: ClientStore, site: ClientSite) -> _Answer:
+    head = ""
     if task.plan.cached:
         start, result = cached(store, task, state)
     else:
-        start, result = _trained(task, session, state=state, store=store, site=site)
+        start, result, head = _trained(task, session, state=state, store=store, site=site)
     packet = seal_update(
         to_raw(pack(task.plan, start, result.delta)),
         run_id=task.run_id,
@@ -158,10 +167,10 @@ def _train(
         plan_digest=task.plan.digest,
         num_examples=result.num_examples,
     )
-    metrics = dict(result.metrics)
-    answer = canonical_json(_finite(metrics)) + b"\n" + packet  # canonical JSON holds no line break
-    store.put(task.round_number, _answer_key(task), answer)
-    return metrics, packet
+    answer = _Answer(_finite(result.metrics), packet, head)
+    line = canonical_json({"metrics": answer.metrics, "ledger_head": head})  # canonical JSON holds no line break
+    store.put(task.round_number, _answer_key(task), line + b"\n" + packet)
+    return answer
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -172,11 +181,13 @@ def _answer_key(task: Assignment) -> str:
     return f"answer-{task.plan.phase}-{digest_of([task.task_token, task.plan.digest])[:24]}"
 
 
-def _answered(store: ClientStore, task: Assignment) -> tuple[dict[str, float], bytes] | None:
+def _answered(store: ClientStore, task: Assignment) -> _Answer | None:
     """The answer given to this very task before: sent again as it was, not computed a second time."""
-    answer = store.get(task.round_number, _answer_key(task))
-    metrics, _, packet = (answer or b"").partition(b"\n")
-    return (json.loads(metrics), packet) if packet else None
+    line, _, packet = (store.get(task.round_number, _answer_key(task)) or b"").partition(b"\n")
+    if not packet:
+        return None
+    kept = json.loads(line)
+    return _Answer(kept["metrics"], packet, kept["ledger_head"])
 
 
 def _check_base(task: Assignment, session: Session, site: ClientSite) -> None:

@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -80,7 +79,8 @@ class ExampleBudget:
         train: the examples that it will train on.
 
     Raises:
-        PrivacyError: if the ledger is damaged, another data set's or in use, or the data do not fit the batches.
+        PrivacyError: if the ledger is damaged, another data set's, in use, or not the one (or an older copy of it) that
+            the task acknowledges; or if the data do not fit the batches.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ExampleBudget:
             )
         self._sampling, self._steps = schedule.sampling, schedule.steps
         self._rounds = config.rounds
-        self._ledger = Ledger.open(_path(site, store), subject=site.client_id, data_digest=_digest(train))
+        self._ledger = _opened(task, site=site, store=store, train=train)
 
     def __enter__(self) -> Self:
         return self
@@ -148,32 +148,20 @@ class ExampleBudget:
         given = self._privacy.example.noise_multiplier
         if not given:
             others = tuple(one.event for one in self._ledger.charges if one.key.run_id != self._task.run_id)
-            given = _solved(
+            given = noise_for(
                 self._privacy.target_epsilon,
                 self._privacy.target_delta,
-                self._sampling,
-                self._steps * self._rounds,
-                others,
-                self._privacy.accountant,
+                sampling=self._sampling,
+                steps=self._steps * self._rounds,
+                spent=others,
+                accountant=self._privacy.accountant,
             )
         if given < self._least:
             raise PrivacyError(f"a noise multiplier of {given:.4g}: this client allows no less than {self._least:g}")
         return given
 
     def _epsilon(self, events: Iterable[GaussianSteps], target_delta: float) -> float:
-        return _cost(tuple(events), target_delta, self._privacy.accountant)
-
-
-@lru_cache(maxsize=256)
-def _solved(
-    target: float, target_delta: float, sampling: float, steps: int, spent: tuple[GaussianSteps, ...], accountant: str
-) -> float:
-    return noise_for(target, target_delta, sampling=sampling, steps=steps, spent=spent, accountant=accountant)
-
-
-@lru_cache(maxsize=1024)
-def _cost(events: tuple[GaussianSteps, ...], target_delta: float, accountant: str) -> float:
-    return epsilon(events, target_delta, accountant=accountant)
+        return epsilon(events, target_delta, accountant=self._privacy.accountant)
 
 
 def _limits(config: ExperimentConfig, site: ClientSite) -> list[Limit]:
@@ -184,6 +172,18 @@ def _limits(config: ExperimentConfig, site: ClientSite) -> list[Limit]:
     if site.max_epsilon is not None:
         limits.append(Limit(site.max_epsilon, min(site.target_delta, privacy.target_delta), "this client's owner"))
     return limits
+
+
+def _opened(task: Assignment, *, site: ClientSite, store: ClientStore, train: Sequence[Features]) -> Ledger:
+    """The client's ledger; once the server has acknowledged a head of it, none is made and no older copy will do."""
+    known = task.acknowledged_head
+    ledger = Ledger.open(_path(site, store), subject=site.client_id, data_digest=_digest(train), create=not known)
+    try:
+        ledger.require_descends_from(known or None)
+    except PrivacyError:
+        ledger.close()
+        raise
+    return ledger
 
 
 def _path(site: ClientSite, store: ClientStore) -> Path:

@@ -49,6 +49,7 @@ class TaskWriter:
         version_id: str = "",
         counters: Mapping[str, int] | None = None,
         ranks: Mapping[str, int] | None = None,
+        heads: Mapping[str, str] | None = None,
         phase: int = 1,
     ) -> tuple[list[Message], RoundBook]:
         """One message per client, and the book that its reply goes into.
@@ -61,6 +62,7 @@ class TaskWriter:
             version_id: of the version that the state is.
             counters: last message counter of each client.
             ranks: largest rank that each client trains, as far as it said so.
+            heads: last head of each client's privacy ledger, as far as it said so.
             phase: exchange within the round, 1-based.
         """
         plans: dict[tuple[int | None, str], tuple[TrainPlan, AdapterState, bytes]] = {}
@@ -73,6 +75,7 @@ class TaskWriter:
                 plans[key] = plan, payload, adapter_packet(payload, sparse=plan.density_down < 1)
             plan, payload, packet = plans[key]
             assignment = self._assign(plan, client_id, version_id, round_number=round_number)
+            assignment = replace(assignment, acknowledged_head=(heads or {}).get(client_id, ""))
             expected[client_id] = self._expect(assignment, payload, (counters or {}).get(client_id, 0))
             layouts[client_id] = layout(plan, payload)
             all_plans[client_id] = plan

@@ -49,6 +49,7 @@ class TrainingState:
         at_work: clients that were in training when the version was made, and whose work a resumed run does not get.
         ledger_head: of the server's privacy ledger; empty where there is none.
         epsilons: what each client says that it has spent on its examples' privacy; infinity is no bound.
+        client_heads: the last head of each client's privacy ledger.
     """
 
     round_number: int
@@ -59,6 +60,7 @@ class TrainingState:
     at_work: tuple[str, ...] = ()
     ledger_head: str = ""
     epsilons: Mapping[str, float] = field(default_factory=dict)
+    client_heads: Mapping[str, str] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Pack for the registry."""
@@ -73,6 +75,7 @@ class TrainingState:
             "at_work": self.at_work,
             "ledger_head": self.ledger_head,
             "epsilons": {one: spent if math.isfinite(spent) else None for one, spent in self.epsilons.items()},
+            "client_heads": dict(self.client_heads),
             "rule": dict(rule.scalars),
             "spec": self.global_state.adapter.spec.plain,
             "residual": residual.spec.plain if residual else None,
@@ -109,7 +112,8 @@ class TrainingState:
             at_work = tuple(str(client_id) for client_id in header.get("at_work", ()))
             head = str(header.get("ledger_head", ""))
             spent = {str(one): _spent(value) for one, value in header.get("epsilons", {}).items()}
-            return cls(int(header["round_number"]), state, moments, counters, standings, at_work, head, spent)
+            heads = {str(one): str(value) for one, value in header.get("client_heads", {}).items()}
+            return cls(int(header["round_number"]), state, moments, counters, standings, at_work, head, spent, heads)
         except (WireError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise RegistryError(f"the stored training state cannot be read ({error}); start a new run") from None
 

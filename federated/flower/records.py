@@ -65,6 +65,7 @@ class Assignment:
         parent_version: version id of the adapter in the packet.
         base_digest: the base model that the adapter belongs to.
         plan: what to train.
+        acknowledged_head: of this client's privacy ledger, as it was last told; empty before.
     """
 
     run_id: str
@@ -74,6 +75,7 @@ class Assignment:
     parent_version: str
     base_digest: str
     plan: TrainPlan
+    acknowledged_head: str = ""
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -103,7 +105,14 @@ def _check_types(task: Assignment) -> None:
         raise ValueError("an upload is a delta, a sketch or a projection, and cached is true or false")
     if plan.correction not in CORRECTIONS or not (0 < plan.density_up <= 1 and 0 < plan.density_down <= 1):
         raise ValueError("the correction is one of ours, and densities are above 0 and at most 1")
-    names = (task.run_id, task.client_id, task.task_token, task.parent_version, task.base_digest)
+    names = (
+        task.run_id,
+        task.client_id,
+        task.task_token,
+        task.parent_version,
+        task.base_digest,
+        task.acknowledged_head,
+    )
     if any(type(name) is not str for name in (*names, *plan.trainable, *plan.kept)) or plan.mode not in (
         "train",
         "evaluate",
@@ -124,6 +133,7 @@ class Reply:
     reason: str | None = None
     message: str | None = None
     rank: int | None = None
+    ledger_head: str = ""
 
     @classmethod
     def from_message(cls, message: Message) -> Self:
@@ -147,6 +157,7 @@ class Reply:
             reason=_shown(head["reason"], 64) if "reason" in head else None,
             message=_shown(head["message"], 500) if "message" in head else None,
             rank=_rank_of(head),
+            ledger_head=_digest_in(head),
         )
 
 
@@ -157,6 +168,15 @@ def _rank_of(head: ConfigRecord) -> int | None:
     """The capacity that a client declares, where it is a number."""
     rank = head.get("rank")
     return rank if type(rank) is int and rank >= 1 else None
+
+
+def _digest_in(head: ConfigRecord) -> str:
+    """The head of its privacy ledger that a client names, where it can be one."""
+    found = str(head.get("ledger_head", ""))
+    return found if _DIGEST.fullmatch(found) else ""
+
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def _shown(text: object, limit: int) -> str:
@@ -308,11 +328,14 @@ def assignment_of(message: Message) -> Assignment:
     return Assignment.from_json(str(head.get("assignment", "")))
 
 
-def reply_content(client_id: str, task: str, metrics: Mapping[str, float], packet: bytes | None = None) -> RecordDict:
-    """A client's answer; metrics that are not finite are left out."""
-    content = RecordDict(
-        {"reply": ConfigRecord({"client_id": client_id, "task_token": task}), "metrics": metric_record(metrics)}
-    )
+def reply_content(
+    client_id: str, task: str, metrics: Mapping[str, float], packet: bytes | None = None, *, ledger_head: str = ""
+) -> RecordDict:
+    """A client's answer; metrics that are not finite are left out, and a privacy ledger's head where there is none."""
+    head = ConfigRecord({"client_id": client_id, "task_token": task})
+    if ledger_head:
+        head["ledger_head"] = ledger_head
+    content = RecordDict({"reply": head, "metrics": metric_record(metrics)})
     if packet is not None:
         content["packet"] = _packet_record(packet)
     return content

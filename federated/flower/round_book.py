@@ -44,6 +44,7 @@ class Outcome:
     bytes_down: int = 0
     seconds: float = 0.0
     counter: int = 0
+    ledger_head: str = ""
 
     def as_event(self, round_number: int) -> dict[str, Any]:
         """The ``client`` event of the run's metrics."""
@@ -105,6 +106,7 @@ def _after(before: Outcome, outcome: Outcome) -> Outcome:
         num_examples=outcome.num_examples or before.num_examples,
         bytes_up=before.bytes_up + outcome.bytes_up,
         bytes_down=before.bytes_down + outcome.bytes_down,
+        ledger_head=outcome.ledger_head or before.ledger_head,
     )
 
 
@@ -149,6 +151,7 @@ class RoundBook:
         self._bytes_down = bytes_down
         self._evaluate_only = evaluate_only
         self._steps = steps
+        self._heads: dict[str, str] = {}
         self._started = time.monotonic()
 
     @property
@@ -194,6 +197,7 @@ class RoundBook:
         if reply.reason is not None:
             self._note(client_id, "failed", reason=reply.reason, message=reply.message)
             return None
+        self._heads[client_id] = reply.ledger_head  # what was charged was charged, whether the update is taken or not
         self._check_claim(client_id, reply)
         if self._evaluate_only:
             self._check_token(client_id, reply)
@@ -244,7 +248,10 @@ class RoundBook:
 
     def _note(self, client_id: str, status: str, **details: Any) -> None:
         down = self._bytes_down.get(client_id, 0)
-        self.outcomes.append(Outcome(client_id, status, bytes_down=down, seconds=self.seconds, **details))
+        head = self._heads.get(client_id, "")
+        self.outcomes.append(
+            Outcome(client_id, status, bytes_down=down, seconds=self.seconds, ledger_head=head, **details)
+        )
 
 
 def _short(text: str | None, limit: int = 300) -> str:

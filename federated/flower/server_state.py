@@ -46,6 +46,7 @@ class ServerState:
         standings: what earlier rounds taught about each client, for its selection.
         at_work: clients in training while the last version was made (buffered rounds).
         epsilons: what each client says that it has spent on its examples' privacy.
+        ledger_heads: the last head of each client's privacy ledger, as it was told: acknowledged with the next task.
     """
 
     def __init__(self, initial: AdapterState, *, rule: Rule, optimizer: ServerOptimizerConfig) -> None:
@@ -56,6 +57,7 @@ class ServerState:
         self.standings: dict[str, Standing] = {}
         self.at_work: tuple[str, ...] = ()
         self.epsilons: dict[str, float] = {}
+        self.ledger_heads: dict[str, str] = {}
         self._optimizer = optimizer
         self._moments = server_optimizers.init(optimizer, self.adapter)
 
@@ -118,8 +120,10 @@ class ServerState:
         return norm(subtract(self.adapter.tensors, before.tensors))
 
     def note(self, outcomes: Iterable[Outcome]) -> None:
-        """Remember of a finished round who answered, and with how many examples."""
+        """Remember of a finished round who answered, with how many examples, and from which privacy ledger."""
         for outcome in outcomes:
+            if outcome.ledger_head:
+                self.ledger_heads[outcome.client_id] = outcome.ledger_head
             before = self.standings.get(outcome.client_id, Standing())
             good = outcome.status == "ok"
             self.standings[outcome.client_id] = before.after(good=good, examples=outcome.num_examples)
@@ -141,6 +145,7 @@ class ServerState:
             standings=dict(self.standings),
             at_work=self.at_work,
             epsilons=dict(self.epsilons),
+            client_heads=dict(self.ledger_heads),
         )
 
     def take_up(self, training: TrainingState, version_id: str) -> None:
@@ -151,5 +156,6 @@ class ServerState:
         self.standings = dict(training.standings)
         self.at_work = training.at_work
         self.epsilons = dict(training.epsilons)
+        self.ledger_heads = dict(training.client_heads)
         self.finished = training.round_number
         self.version_id = version_id

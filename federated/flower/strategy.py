@@ -299,6 +299,7 @@ class DeltaStrategy(Strategy):
             version_id=self.version_id or "",
             counters=self.server.counters,
             ranks=self._directory.ranks,
+            heads=self.server.ledger_heads,
             phase=phase,
         )
         return messages

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 from federated.errors import PrivacyError
@@ -98,7 +99,13 @@ def epsilon(events: Iterable[GaussianSteps], target_delta: float, *, accountant:
     merged = _merged(events)
     if merged is None:
         return math.inf
-    return compute(merged, target_delta) if merged else 0.0
+    return _computed(compute, tuple(merged), target_delta) if merged else 0.0
+
+
+@lru_cache(maxsize=4096)
+def _computed(compute: Callable[[Gaussians, float], float], merged: Gaussians, target_delta: float) -> float:
+    """A run asks for the same sum before a round, beside its version and in its record; clients of a size likewise."""
+    return compute(merged, target_delta)
 
 
 def noise_for(

@@ -11,7 +11,7 @@ from federated.privacy.client_level import Clipped, NoisySum
 from federated.tracking import read_events
 
 APP = f"--app={Path(__file__).resolve().parents[3]}"
-CLIENT = ("privacy=client_dp", "strategy.weighted=false", "privacy.target_epsilon=0", "rounds=1")
+CLIENT = ("privacy=client_dp", "privacy.target_epsilon=0", "rounds=1")
 TINY = ("experiment=tiny", "data.partition.num_clients=2", "train.steps=1", "engine.workers=1", "run_dir=out")
 
 
@@ -65,7 +65,7 @@ def test_without_a_mechanism_there_is_nothing_to_audit(fedpeft: Callable[..., An
 
 def test_a_run_ends_with_what_it_has_and_is_not_granted_more(fedpeft: Callable[..., Any], here: Path) -> None:
     """One round costs epsilon 4.73, two 7.14: a bound of 5 lets one pass, whoever asks again."""
-    bound = ("privacy=client_dp", "strategy.weighted=false", "privacy.target_epsilon=5")
+    bound = ("privacy=client_dp", "privacy.target_epsilon=5")
     options = (*bound, "privacy.client.noise_multiplier=1", "rounds=3", "tracking.progress=false")
     fedpeft("simulate", APP, *TINY, *options)
     run = here / "out"
@@ -83,7 +83,7 @@ def test_a_run_ends_with_what_it_has_and_is_not_granted_more(fedpeft: Callable[.
 
 
 def test_a_resumed_run_needs_its_ledger(fedpeft: Callable[..., Any], here: Path) -> None:
-    options = ("privacy=client_dp", "strategy.weighted=false", "privacy.client.noise_multiplier=1", "rounds=1")
+    options = ("privacy=client_dp", "privacy.client.noise_multiplier=1", "rounds=1")
     fedpeft("simulate", APP, *TINY, *options, "privacy.target_epsilon=0", "tracking.progress=false")
     (here / "out" / "privacy_ledger.jsonl").unlink()
     done = fedpeft("simulate", APP, f"--resume={here / 'out'}", "rounds=2", code=1)

@@ -13,7 +13,7 @@ from federated.errors import ModelError
 Command = Callable[..., Any]
 APP = f"--app={Path(__file__).resolve().parents[3]}"
 EXAMPLE = ("privacy=example_dp", "train.batch_size=8", "train.steps=2")
-CLIENT = ("privacy=client_dp", "strategy.weighted=false")
+CLIENT = ("privacy=client_dp",)
 TINY = ("experiment=tiny", "data.partition.num_clients=2", "train.steps=1", "engine.workers=1", "run_dir=out")
 
 
@@ -73,7 +73,7 @@ def test_the_tables_of_a_large_federation(fedpeft: Command) -> None:
 
 
 def test_both_units_in_one_plan(fedpeft: Command) -> None:
-    both = ("privacy=both", "strategy.weighted=false", "train.batch_size=8", "--parameters=100")
+    both = ("privacy=both", "train.batch_size=8", "--parameters=100")
     plain = json.loads(plan(fedpeft, *both, "--examples=500", "--clients=50", "--json").out)
     assert set(plain["sampling"]) == {"example", "client"}
     assert plain["client"]["population"] == 50
@@ -81,7 +81,7 @@ def test_both_units_in_one_plan(fedpeft: Command) -> None:
 
 
 def test_given_examples_do_not_stand_for_the_population(fedpeft: Command) -> None:
-    both = ("privacy=both", "strategy.weighted=false", "train.batch_size=8", "--parameters=100")
+    both = ("privacy=both", "train.batch_size=8", "--parameters=100")
     plain = json.loads(plan(fedpeft, *both, "--examples=500", "data.partition.num_clients=3", "--json").out)
     assert plain["client"]["population"] == 3
 
@@ -115,7 +115,7 @@ def test_a_test_seed_is_said_to_make_nothing_private(fedpeft: Command) -> None:
         (("--examples=500", *EXAMPLE, "privacy.target_delta=0.01"), "is not below 1 / 500 examples"),
         (("--examples=20", *EXAMPLE, "privacy.target_epsilon=1e-5", "rounds=1000"), "cannot be kept"),
         (("--clients=1", *CLIENT), "expected at least two clients"),
-        (("--clients=9", "privacy=client_dp"), "set strategy.weighted=false"),
+        (("--clients=9", "privacy=client_dp", "strategy.weighted=true"), "set strategy.weighted=false"),
         (("--clients=9", *CLIENT, "strategy=flora"), "a rule whose result depends on the mean alone"),
     ],
 )

@@ -33,8 +33,8 @@ def experiment(config: ExperimentConfig, **privacy: Any) -> ExperimentConfig:
     return replace(config, rounds=2, train=train, privacy=PrivacyConfig(example=example, **privacy))
 
 
-def task_of(run_id: str = "run", number: int = 1) -> Assignment:
-    return Assignment(run_id, "client-000", number, "token", "", "b" * 64, TrainPlan())
+def task_of(run_id: str = "run", number: int = 1, acknowledged: str = "") -> Assignment:
+    return Assignment(run_id, "client-000", number, "token", "", "b" * 64, TrainPlan(), acknowledged)
 
 
 @pytest.fixture
@@ -45,12 +45,13 @@ def budget(real_config: ExperimentConfig, tmp_path: Path) -> Make:
         *,
         run_id: str = "run",
         number: int = 1,
+        acknowledged: str = "",
         site: dict[str, Any] | None = None,
         train: list[dict[str, Any]] | None = None,
         **privacy: Any,
     ) -> ExampleBudget:
         return ExampleBudget(
-            task_of(run_id, number),
+            task_of(run_id, number, acknowledged),
             experiment(real_config, **privacy),
             site=ClientSite("client-000", store=str(tmp_path), data=DataConfig(), **(site or {})),
             store=ClientStore(tmp_path, run_id=run_id, client_id="client-000"),
@@ -127,6 +128,77 @@ def test_a_ledger_of_other_examples_is_refused_and_order_is_no_difference(budget
         budget(train=tensors)
 
 
+def test_a_ledger_that_lacks_the_acknowledged_head_is_refused_and_may_be_put_right(budget: Make, tmp_path: Path):
+    with budget() as made:
+        made.charge()
+        first = made.head
+    path = next((tmp_path / "privacy").glob("*.jsonl"))
+    older = path.read_bytes()
+    with budget(number=2, acknowledged=first) as made:
+        made.charge()
+        second = made.head
+    newer = path.read_bytes()
+    path.write_bytes(older)
+    with pytest.raises(PrivacyError, match=f"does not go on from the head {second[:12]} that was last acknowledged"):
+        budget(number=3, acknowledged=second)
+    path.unlink()
+    with pytest.raises(PrivacyError, match="is missing, and one is expected"):
+        budget(number=3, acknowledged=second)
+    assert not path.exists(), "no ledger is made where one was acknowledged"
+    path.write_bytes(newer)
+    with budget(number=3, acknowledged=first) as made:  # the reply to the second charge was lost: still its history
+        assert made.head == second
+
+
+class PutsBack(MemoryTracker):
+    """After round 2, one client's ledger is as it was after round 1, and another's is gone."""
+
+    def __init__(self, store: Path) -> None:
+        super().__init__(clock=lambda: 0.0)
+        self._store = store
+        self._older: dict[Path, bytes] = {}
+
+    def emit(self, event: Any) -> None:
+        super().emit(event)
+        ledgers = sorted(self._store.rglob("privacy_ledger.jsonl"))
+        if (event["event"], event.get("round_number")) == ("round", 1):
+            self._older = {path: path.read_bytes() for path in ledgers}
+        if (event["event"], event.get("round_number")) == ("round", 2):
+            ledgers[0].write_bytes(self._older[ledgers[0]])
+            ledgers[1].unlink()
+
+
+def test_a_restored_ledger_is_noticed_by_what_the_server_acknowledged_and_the_others_go_on(
+    real_config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDPEFT_CLIENT_STORE", str(tmp_path))
+    config = replace(experiment(real_config), rounds=3)
+    strategy, tracker = run(replace(config, round=replace(config.round, quorum=0.1)), PutsBack(tmp_path))
+    said = [event for event in tracker.events if event["event"] == "client" and event["round_number"] == 3]
+    failed = {event["client_id"]: event for event in said if event["status"] == "failed"}
+    assert len(failed) == 2 < len(said)
+    assert {event["reason"] for event in failed.values()} == {"PrivacyError"}
+    texts = sorted(event["message"] for event in failed.values())
+    assert "is missing, and one is expected" in texts[1] or "is missing, and one is expected" in texts[0]
+    assert any("an older copy of it was put back" in text for text in texts)
+    saved = strategy.server.training_state(3)
+    heads = type(saved).from_bytes(saved.to_bytes()).client_heads
+    assert heads.keys() == {event["client_id"] for event in said}
+    held = [json.loads(path.read_text().splitlines()[-1])["digest"] for path in tmp_path.rglob("privacy_ledger.jsonl")]
+    good = [heads[event["client_id"]] for event in said if event["status"] == "ok"]
+    assert set(good) <= set(held), "what is acknowledged is what the client's own disk holds"
+
+
+def test_a_head_that_is_none_is_not_acknowledged(real_config: ExperimentConfig) -> None:
+    from flwr.app import ConfigRecord, Message, RecordDict
+
+    from federated.flower.records import Reply
+
+    for told, kept in (("f" * 64, "f" * 64), ("F" * 64, ""), ("f" * 65, ""), (3, "")):
+        head = ConfigRecord({"client_id": "a", "task_token": "t", "ledger_head": told})
+        assert Reply.from_message(Message(RecordDict({"reply": head}), 1, "train")).ledger_head == kept
+
+
 def test_a_probability_that_gives_one_example_away_is_refused(budget: Make):
     with pytest.raises(PrivacyError, match=r"privacy\.target_delta = 0\.05"):
         budget(target_delta=0.05)
@@ -157,8 +229,8 @@ def test_limits_of_the_device(
         check_limits(config, made)
 
 
-def run(config: ExperimentConfig) -> tuple[DeltaStrategy, MemoryTracker]:
-    session, app, tracker = open_session(config), ClientApp(), MemoryTracker(clock=lambda: 0.0)
+def run(config: ExperimentConfig, tracker: MemoryTracker | None = None) -> tuple[DeltaStrategy, MemoryTracker]:
+    session, app, tracker = open_session(config), ClientApp(), tracker or MemoryTracker(clock=lambda: 0.0)
     app.query()(handle_query)
     app.train()(handle_train)
     base = session.adapter.base.base_digest

@@ -293,7 +293,7 @@ def test_no_warning_filter_or_log_is_left_behind(caplog):
     ],
 )
 def test_without_the_library_it_says_what_to_install(accountant, missing, said, monkeypatch):
-    for cached in (opacus_accountants._opacus, pld._dp_accounting, opacus_accountants._renyi):
+    for cached in (opacus_accountants._opacus, pld._dp_accounting, opacus_accountants._renyi, accounting._computed):
         cached.cache_clear()
     imported = builtins.__import__
 
@@ -321,9 +321,11 @@ def test_an_order_whose_series_cancels_out_proves_nothing(monkeypatch):
     real = opacus_accountants._opacus()
     whole = epsilon([GaussianSteps(0.77, 0.5, 40)], DELTA)
     opacus_accountants._renyi.cache_clear()
+    accounting._computed.cache_clear()
     monkeypatch.setattr(opacus_accountants, "_opacus", lambda: opacus_accountants._Opacus(fails, real.prv))
     assert whole < epsilon([GaussianSteps(0.77, 0.5, 40)], DELTA) < math.inf
     opacus_accountants._renyi.cache_clear()
+    accounting._computed.cache_clear()
 
 
 @pytest.mark.parametrize(("answer", "said"), [(math.nan, "it found nan"), (RuntimeError("no mesh"), "no mesh")])

@@ -106,10 +106,11 @@ def main() -> None:
     options = _options()
     sweep = Sweep(options.results, workers=options.workers, minutes=options.budget_minutes)
     arms, seeds = (ARMS[:2], SEEDS[:1]) if options.quick else (ARMS, SEEDS)
+    now = [one for one in arms if not options.arms or ":".join(one) in options.arms]
     execute = run_quick if options.quick else run
-    for unit, arm in arms:
+    for unit, arm in now:
         if sweep.run(execute, {job.key: job for job in searches(unit, arm)}):
-            jobs = [job for epsilon in EPSILONS for job in results(unit, arm, epsilon, seeds, sweep.done)]
+            jobs = [job for epsilon in options.epsilons for job in results(unit, arm, epsilon, seeds, sweep.done)]
             sweep.run(execute, {job.key: job for job in jobs})
     rows = summary(arms, seeds, sweep.done)
     Console(stderr=True, width=120).print(table(rows))
@@ -123,6 +124,8 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of six clients per arm: does it run?")
+    parser.add_argument("--arms", nargs="+", choices=[":".join(one) for one in ARMS], help="run these alone, for now")
+    parser.add_argument("--epsilons", nargs="+", type=float, choices=EPSILONS, help="likewise")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--budget-minutes", type=float, default=1e6, help="start no further run after that")
     parser.add_argument("--results", type=Path, help="JSON lines, beside this script by default; not with --quick")
@@ -130,6 +133,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--table", type=Path, help="write it as a Markdown table to this file")
     options = parser.parse_args()
     options.results = None if options.quick else options.results or RESULTS
+    options.epsilons = options.epsilons or EPSILONS
     return options
 
 

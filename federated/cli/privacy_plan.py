@@ -44,6 +44,10 @@ ABOUT_CLIENTS = (
     "Length is of the noise on the mean update, in clipping norms, beside updates of at most 1: over T rounds it grows "
     "with sqrt(T), and what the clients agree on with T. Fewer than about 1,000 clients: use privacy=example_dp."
 )
+ABOUT_TURNS = (
+    "Length is of the noise on one round's mean update, in clipping norms, beside updates of at most 1; what is left "
+    "of it in the sum of all rounds is below, and the verdict is on that."
+)
 ABOUT_BANDED = (
     "Noise of a round takes back part of that of the rounds before: each client is in one of the groups, which take "
     "turns. Noise is its standard deviation on each value of a sum of updates, in clipping norms: of a round, of the "
@@ -200,7 +204,7 @@ def _show_clients(plan: ClientPlan, console: Console) -> None:
     console.print(table)
     if plan.parameters is None:
         _say(console, "The model is not on this machine, so its parameters are not known; say --parameters N.")
-    _say(console, ABOUT_CLIENTS)
+    _say(console, ABOUT_TURNS if plan.banded else ABOUT_CLIENTS)
     if plan.banded:
         _show_banded(plan.banded, console)
 

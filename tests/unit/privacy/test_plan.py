@@ -272,7 +272,7 @@ def test_the_verdict_on_correlated_noise_is_by_what_is_left_of_it() -> None:
 
 
 def test_turns_that_do_not_fit_are_said_in_rounds() -> None:
-    """Two times at a noise multiplier of 1 cost 7.14, three 9.12: eight rounds of four groups."""
+    """Two times at a noise multiplier of 1 cost 7.08, three 9.01: eight rounds of four groups."""
     plan = plan_clients(of_clients(1.0, fraction=0.25, mechanism="banded"), 1000, cohort=250.0)
     assert plan.verdict == "stops after 8 of 100 rounds: the noise given is too little for more"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from federated.aggregation import make_rule
@@ -111,6 +111,9 @@ class Server:
         return found
 
 
+@example(groups=3, course=["published", "published", "back", "published"])
+@example(groups=3, course=["published", "published", "lost", "published", "silent", "published"])
+@example(groups=4, course=["published", "published", "unkept", "back", "published", "silent", "lost"])
 @settings(max_examples=30, deadline=None)
 @given(groups=st.integers(2, 4), course=st.lists(st.sampled_from(EVENTS), min_size=1, max_size=14))
 def test_no_course_of_events_shows_more_of_a_client_than_its_group_was_charged(

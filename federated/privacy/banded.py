@@ -49,6 +49,8 @@ import math
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+
 from federated.errors import PrivacyError
 
 __all__ = ["PrefixNoise", "coefficients", "column_norm", "inverse_column", "prefix_noise"]
@@ -84,11 +86,13 @@ def inverse_column(band: int, rounds: int) -> tuple[float, ...]:
         band: p, at least 1.
         rounds: rows, at least 1.
     """
-    kept = coefficients(band)
-    column = [1.0]
+    kept = np.asarray(coefficients(min(band, rounds))[1:])
+    column = np.zeros(rounds)
+    column[0] = 1.0
     for row in range(1, rounds):
-        column.append(-math.fsum(one * column[row - i] for i, one in enumerate(kept[: row + 1]) if i))
-    return tuple(column)
+        reach = min(row, len(kept))
+        column[row] = -kept[:reach] @ column[row - reach : row][::-1]
+    return tuple(map(float, column))
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class ClientPrivacyConfig:
         quantile: of the norms that ``adaptive`` follows.
         quantile_rate: its geometric learning rate.
         quantile_noise: standard deviation of the noise on the count of unclipped clients; 0: a twentieth of the cohort.
-        mechanism: ``gaussian`` noise, new in each round, or ``tree``: correlated noise that needs no sampling
-            (DP-FTRL, Kairouz et al. 2021).
+        mechanism: ``gaussian`` noise, new in each round, or ``banded``: noise that takes itself back in part from round
+            to round, and clients in fixed groups that take turns (DP-FTRL; Kalinin and Lampert 2024).
         sampling: ``none`` claims no amplification; ``poisson`` draws each cohort from a key that nobody else knows, and
             claims it.
     """
@@ -58,7 +58,7 @@ class ClientPrivacyConfig:
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
     quantile_rate: Positive = 0.2
     quantile_noise: NonNegative = 0.0
-    mechanism: Literal["gaussian", "tree"] = "gaussian"
+    mechanism: Literal["gaussian", "banded"] = "gaussian"
     sampling: Literal["none", "poisson"] = "none"
 
 

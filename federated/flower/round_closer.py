@@ -72,6 +72,8 @@ class RoundCloser:
             privacy=self._record(),
         )
         self._server.version_id = manifest.version_id
+        if private is not None:
+            private.published(number)
         return manifest
 
     def close(

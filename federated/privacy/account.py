@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from federated.config import PrivacyConfig
+from federated.config import ExperimentConfig, PrivacyConfig
 from federated.errors import PrivacyError
 from federated.privacy.accounting import ACCOUNTANTS
+from federated.privacy.fixed_groups import groups_of
 
 __all__ = [
     "NEIGHBOURING",
@@ -22,6 +23,7 @@ __all__ = [
     "POISSON",
     "Account",
     "accounts_of",
+    "client_sampling",
     "example_account",
     "privacy_record",
 ]
@@ -112,6 +114,18 @@ class Account:
             raise PrivacyError(f"not an account: expected the keys {', '.join(sorted(names))}")
         spent = math.inf if value["epsilon"] is None else value["epsilon"]
         return cls(**{**value, "epsilon": spent, "not_protected": tuple(value["not_protected"])})
+
+
+def client_sampling(config: ExperimentConfig) -> str:
+    """What is assumed about the sampling of clients, in words.
+
+    Args:
+        config: with ``privacy.client`` enabled.
+    """
+    groups = groups_of(config.privacy.client, config.selection.fraction)
+    if groups > 1:
+        return f"none: each client at most once in {groups} rounds, by a fixed division"
+    return POISSON if config.privacy.client.sampling == "poisson" else NO_AMPLIFICATION
 
 
 def example_account(privacy: PrivacyConfig, epsilons: Iterable[float]) -> Account:

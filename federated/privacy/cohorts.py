@@ -14,13 +14,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
 from federated.errors import PrivacyError
+from federated.privacy.private_file import read_private, write_private
 
 __all__ = ["PoissonCohorts"]
 
@@ -64,13 +64,11 @@ class PoissonCohorts:
             PrivacyError: if the file cannot be read, others can read it, or it is damaged.
         """
         try:
-            if not path.exists():
-                return cls(population, path=path)
-            mode, text = path.stat().st_mode, path.read_text(encoding="utf-8")
+            text = read_private(path, "the key of the run's cohorts")
         except OSError as error:
             raise PrivacyError(f"{path}: {error.strerror}; the run's cohorts cannot be drawn without it") from None
-        if mode & 0o077:
-            raise PrivacyError(f"{path}: others can read the key of the run's cohorts; start a new run (wanted: 0600)")
+        if text is None:
+            return cls(population, path=path)
         try:
             kept: dict[str, Any] = json.loads(text)
             names, drawn = [str(name) for name in kept["population"]], int(kept["drawn"])
@@ -100,15 +98,8 @@ class PoissonCohorts:
         if self._path is None:
             return
         kept = {"key": self._key.hex(), "drawn": self._drawn, "population": self.population}
-        half = self._path.with_name(f"{self._path.name}.part")
         try:
-            half.unlink(missing_ok=True)
-            descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(kept, file)
-                file.flush()
-                os.fsync(file.fileno())
-            half.replace(self._path)
+            write_private(self._path, json.dumps(kept).encode())
         except OSError as error:
             raise PrivacyError(
                 f"{self._path}: {error.strerror}; a cohort that is not written down may come twice"

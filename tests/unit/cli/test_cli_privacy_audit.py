@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from federated.privacy.accounting import GaussianSteps, epsilon
 from federated.privacy.client_level import Clipped, NoisySum
 from federated.tracking import read_events
 
@@ -28,6 +29,20 @@ def test_sampled_cohorts_are_audited_as_they_are_drawn(fedpeft: Callable[..., An
     sampled = ("privacy.client.sampling=poisson", "selection.fraction=0.5", "privacy.client.noise_multiplier=2")
     done = fedpeft("privacy", "audit", APP, "--quick", "--canaries=50", *CLIENT, *sampled)
     assert done.out.count("nothing found") == 2
+
+
+def test_correlated_noise_is_audited_with_its_correlation_undone(
+    fedpeft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = ("privacy.client.mechanism=banded", "selection.fraction=0.5", "privacy.client.noise_multiplier=4")
+    options = (*CLIENT, *turns, "rounds=5", "--canaries=200", "--steps=3")
+    done = fedpeft("privacy", "audit", APP, *options)
+    assert done.out.count("nothing found") == 2
+    assert "200 canaries over 3 steps" in done.out
+    accounted = epsilon([GaussianSteps(4.0, 1.0, 2)], 1e-5)  # two participations in three rounds
+    assert done.out.count(f" {accounted:.3g} ") == 2
+    monkeypatch.setattr("federated.privacy.client_level.column_norm", lambda band: 1e-3)
+    assert "BROKEN" in fedpeft("privacy", "audit", APP, *options, code=1).out
 
 
 def test_both_units_are_audited_where_both_are_enabled(fedpeft: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ from federated.cli.apps import enter_app
 from federated.cli.compose import compose
 from federated.config import ExperimentConfig
 from federated.errors import ConfigError, PrivacyError
-from federated.privacy.accounting import GaussianSteps, epsilon
+from federated.privacy.accounting import GaussianSteps, epsilon, noise_for
 from federated.privacy.canaries import Audit, Canaries, ClientLevelPath, Mechanism, audit_mechanism
 from federated.privacy.canaries_banded import BandedPath
 from federated.privacy.canaries_example import ExampleLevelPath
@@ -26,6 +26,8 @@ from federated.privacy.server_budget import ServerBudget
 __all__ = ["audit", "run", "show"]
 
 _LAYERS = 8
+_SAMPLING = 0.5
+"""Of the canaries that are examples: with which probability each is in a batch."""
 
 
 def run(overrides: list[str], *, app_dir: Path, canaries: int, steps: int, seed: int, console: Console) -> None:
@@ -66,14 +68,14 @@ def audit(config: ExperimentConfig, *, canaries: int, steps: int, seed: int = 0)
         Unit and finding.
 
     Raises:
-        ConfigError: if no mechanism is configured, or the noise of example level is not given.
+        ConfigError: if no mechanism is configured.
         PrivacyError: if the noise cannot be solved for.
     """
     privacy = config.privacy
     if not privacy.enabled:
         raise ConfigError("privacy.client.enabled = false: an audit needs a mechanism; add privacy=client_dp")
     rounds, found = min(steps, config.rounds), []
-    for part in _parts(config, canaries):
+    for part in _parts(config, canaries, rounds):
         events = [GaussianSteps(part.noise_multiplier, part.sampling, math.ceil(rounds / part.groups))]
         for each_step in (False, True):
             path = part.make()
@@ -105,7 +107,7 @@ class _Part:
     groups: int = 1
 
 
-def _parts(config: ExperimentConfig, canaries: int) -> Iterator[_Part]:
+def _parts(config: ExperimentConfig, canaries: int, rounds: int) -> Iterator[_Part]:
     client, example = config.privacy.client, config.privacy.example
     if client.enabled:
         budget = ServerBudget(config)
@@ -113,17 +115,19 @@ def _parts(config: ExperimentConfig, canaries: int) -> Iterator[_Part]:
         noise, groups = budget.noise_multiplier, budget.groups
         yield _Part("client", lambda: _client_path(config, canaries, budget), client.clip_norm, noise, sampling, groups)
     if example.enabled:
-        if not example.noise_multiplier:
-            raise ConfigError(
-                "privacy.example.noise_multiplier = 0: each client solves for its own; give the one to be audited"
-            )
-        noise = example.noise_multiplier
-        yield _Part("example", lambda: _example_path(config, canaries), example.clip_norm, noise, 0.5)
+        noise = example.noise_multiplier or _solved(config, rounds)
+        yield _Part("example", lambda: _example_path(config, canaries, noise), example.clip_norm, noise, _SAMPLING)
 
 
-def _example_path(config: ExperimentConfig, canaries: int) -> ExampleLevelPath:
+def _solved(config: ExperimentConfig, steps: int) -> float:
+    """What a client with so many examples, half of them in each batch, would solve for over the audited steps."""
+    target, accountant = (config.privacy.target_epsilon, config.privacy.target_delta), config.privacy.accountant
+    return noise_for(*target, sampling=_SAMPLING, steps=steps, accountant=accountant)
+
+
+def _example_path(config: ExperimentConfig, canaries: int, noise: float) -> ExampleLevelPath:
     example, shapes = config.privacy.example, Canaries.shapes(canaries, _LAYERS)
-    parts = {"clip_norm": example.clip_norm, "noise_multiplier": example.noise_multiplier, "sampling": 0.5}
+    parts = {"clip_norm": example.clip_norm, "noise_multiplier": noise, "sampling": _SAMPLING}
     return ExampleLevelPath(shapes, **parts, expected_batch=max(1, canaries // 2), source=noise_source())
 
 

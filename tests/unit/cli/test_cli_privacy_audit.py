@@ -52,9 +52,11 @@ def test_both_units_are_audited_where_both_are_enabled(fedpeft: Callable[..., An
     assert "example" in done.out
 
 
-def test_noise_that_each_client_solves_for_must_be_given(fedpeft: Callable[..., Any]) -> None:
-    done = fedpeft("privacy", "audit", APP, "--quick", "privacy=example_dp", code=2)
-    assert "give the one to be audited" in done.err
+def test_noise_that_is_not_given_is_solved_for_as_a_client_does(fedpeft: Callable[..., Any]) -> None:
+    done = fedpeft("privacy", "audit", APP, "--quick", "privacy=example_dp", "privacy.target_epsilon=3", "rounds=2")
+    rows = [[cell.strip() for cell in line.split("│")] for line in done.out.splitlines() if "│ example" in line]
+    assert len(rows) == 2
+    assert all(2.99 < float(row[4]) <= 3.0 for row in rows), "what is accounted is the target"
 
 
 def test_it_says_when_it_could_not_have_found_anything(fedpeft: Callable[..., Any]) -> None:

@@ -10,18 +10,20 @@ from simulations.attacks.settings import Setting
 
 __all__ = ["picture"]
 
-_WIDTH, _CHART_HEIGHT, _LINE, _INDENT = 920, 310, 21, 190
+_WIDTH, _CHART_HEIGHT, _LINE, _INDENT = 920, 310, 21, 285
 _RED, _INK, _PALE = "#c53030", "#3e4c59", "#9aa5b1"
 _FONT = "system-ui, Helvetica, Arial, sans-serif"
 
 
-def picture(truth: Sequence[str], found: Mapping[str, Sequence[str]], shares: Mapping[Setting, float]) -> str:
+def picture(
+    truth: Sequence[str], found: Mapping[str, Sequence[str]], shares: Mapping[Setting, tuple[float, float]]
+) -> str:
     """Draw it.
 
     Args:
         truth: the client's messages, tokens with a space between them.
         found: what is read of them, by what was done; none where nothing can be.
-        shares: of the words read, by setting; those without a bar's name are left out.
+        shares: of the words read, and read by chance, by setting; those without a bar's name are left out.
 
     Returns:
         An SVG document without scripts.
@@ -52,7 +54,9 @@ def _row(label: str, messages: Sequence[str], truth: Sequence[str], color: str) 
     return lines
 
 
-def _bars(shares: Mapping[Setting, float]) -> str:
-    drawn = {setting.bar: share for setting, share in shares.items() if setting.bar}
-    bars = Series("share of the client's words that are read", dict(enumerate(drawn.values())), _RED)
-    return grouped_bars([bars], [f"{bar}: {share:.0%}" for bar, share in drawn.items()], ylabel="", percent=True)
+def _bars(shares: Mapping[Setting, tuple[float, float]]) -> str:
+    drawn = {setting.bar: pair for setting, pair in shares.items() if setting.bar}
+    words, chance = (dict(enumerate(pair[number] for pair in drawn.values())) for number in (0, 1))
+    bars = [Series("words read", words, _RED), Series("by chance", chance, _PALE)]
+    names = [f"{bar}: {share:.0%}" for bar, (share, _) in drawn.items()]
+    return grouped_bars(bars, names, ylabel="share of the words", percent=True)

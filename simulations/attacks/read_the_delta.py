@@ -50,7 +50,12 @@ from simulations.attacks.suspects import Client, Laboratory, Reading, score
 
 CLIENTS, DRAWS = 8, 3
 QUICK_CLIENTS, QUICK_DRAWS = 3, 2
-SHOWN = {"read from the delta": UNDEFENDED, "client_dp, epsilon 8": CLIENT_DP, "example_dp, epsilon 8": EXAMPLE_DP}
+SHOWN = {
+    "read from the delta": UNDEFENDED,
+    "from client_dp's release, ε = 8": CLIENT_DP,
+    "under example_dp, ε = 8": EXAMPLE_DP,
+}
+"""What of the made-up client is shown."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ def main() -> None:
     console.print(settings_table(lines))
     options.out.mkdir(parents=True, exist_ok=True)
     target = options.out / "read_the_delta.svg"
-    target.write_text(picture(truth, found, {line.setting: line.words for line in lines}), encoding="utf-8")
+    shares = {line.setting: (line.words, line.chance) for line in lines}
+    target.write_text(picture(truth, found, shares), encoding="utf-8")
     console.print(f"Picture: {target}", soft_wrap=True, highlight=False)
     result = {**summary(lines), "messages": truth, "read": found, "seed": options.seed, "quick": options.quick}
     print(json.dumps(result))
@@ -144,7 +150,7 @@ def messages_table(truth: Sequence[str], found: Mapping[str, Sequence[str]]) -> 
     for label, messages in found.items():
         cells = [_compared(text, wanted) for text, wanted in zip(messages, truth, strict=True)]
         made.add_row(label, *(cells or [Text("nothing to test by")] * len(truth)))
-    made.caption = "red: read right. client_dp: the release is shown, the server itself sees the delta"
+    made.caption = "red: read right. Under client_dp the server itself sees the delta"
     return made
 
 

@@ -41,9 +41,9 @@ class Setting:
     @property
     def config(self) -> list[str]:
         """All overrides."""
+        fixed = ["model=minilm", "task=classification", "train=sgd", "train.precision=float32", "rounds=1"]
         own = [f"adapter.rank={self.rank}", f"adapter.alpha={2 * self.rank}", f"train.steps={self.steps}"]
-        batch = f"train.batch_size={self.messages}"
-        return ["model=minilm", "task=classification", "train=sgd", "rounds=1", *own, batch, *self.overrides]
+        return [*fixed, *own, f"train.batch_size={self.messages}", *self.overrides]
 
     @property
     def private(self) -> bool:
@@ -57,7 +57,7 @@ def _two(label: str, *overrides: str, **more: object) -> Setting:
 
 
 ADAMW = ("train=adamw",)
-UNDEFENDED = _two("2 messages, four steps: nothing done", bar="nothing done")
+UNDEFENDED = _two("2 messages, four steps: nothing done", bar="undefended")
 NOISE = (
     _two("the same, noise of 1% of its length", noise=0.01, bar="noise 1%"),
     _two("the same, noise of 3% of its length", noise=0.03),
@@ -65,30 +65,30 @@ NOISE = (
     _two("the same, noise of 30% of its length", noise=0.3),
 )
 LOUD = _two("the same, noise of its own length", noise=1.0, bar="noise 100%")
-CLIENT_DP = _two("the same, released by client_dp, epsilon 8", "privacy=client_dp", release=True, bar="client_dp")
+CLIENT_DP = _two("the same, released by client_dp, epsilon 8", "privacy=client_dp", release=True, bar="release")
 EXAMPLE_DP = _two("the same, privacy=example_dp, epsilon 8", "privacy=example_dp", bar="example_dp")
 WEAK_DP = _two("the same, privacy=example_dp, epsilon 1000", "privacy=example_dp", "privacy.target_epsilon=1000")
 
 QUICK = (UNDEFENDED, LOUD, CLIENT_DP, EXAMPLE_DP)
 ALL = (
-    Setting("1 message, one step", bar="1 message"),
-    Setting("1 message, one step, T above the rank", rank=8),
-    Setting("1 message, five steps, T above the rank", rank=8, steps=5, bar="T > rank"),
-    Setting("1 message, five steps, bfloat16", ("train.precision=bfloat16",), steps=5),
-    Setting("1 message, five steps, FFA-LoRA", ("strategy=ffa",), steps=5, bar="FFA-LoRA"),
-    Setting("1 message, five steps, AdamW", ADAMW, steps=5, bar="AdamW, r = 16"),
-    Setting("1 message, five steps, AdamW", ADAMW, steps=5, rank=64, bar="AdamW, r = 64"),
-    Setting("1 longer message, one step", tokens=(22, 26)),
-    Setting("1 longer message, five steps", steps=5, tokens=(22, 26)),
-    Setting("1 long message, five steps", steps=5, tokens=(38, 44)),
-    Setting("2 messages, one step, round 2", messages=2, later=True),
-    Setting("4 messages, five steps", steps=5, messages=4),
-    Setting("16 messages, five steps", steps=5, messages=16, bar="16 messages"),
-    Setting("16 messages, five steps, AdamW", ADAMW, steps=5, messages=16, rank=8),
     UNDEFENDED,
     *NOISE,
     LOUD,
     CLIENT_DP,
     EXAMPLE_DP,
     WEAK_DP,
+    Setting("1 message, one step"),
+    Setting("1 message, one step, T above the rank", rank=8),
+    Setting("1 message, five steps, T above the rank", rank=8, steps=5),
+    Setting("1 message, five steps, bfloat16", ("train.precision=bfloat16",), steps=5),
+    Setting("1 message, five steps, FFA-LoRA", ("strategy=ffa",), steps=5),
+    Setting("1 message, five steps, AdamW", ADAMW, steps=5),
+    Setting("1 message, five steps, AdamW, larger rank", ADAMW, steps=5, rank=64, bar="1, AdamW"),
+    Setting("1 longer message, one step", tokens=(22, 26)),
+    Setting("1 longer message, five steps", steps=5, tokens=(22, 26)),
+    Setting("1 long message, five steps", steps=5, tokens=(38, 44)),
+    Setting("2 messages, one step, round 2", messages=2, later=True),
+    Setting("4 messages, five steps", steps=5, messages=4),
+    Setting("16 messages, five steps", steps=5, messages=16, bar="16, SGD"),
+    Setting("16 messages, five steps, AdamW", ADAMW, steps=5, messages=16, rank=8),
 )

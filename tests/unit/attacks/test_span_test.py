@@ -15,6 +15,7 @@ from federated.cli.compose import compose
 from federated.config import AdapterConfig, ModelConfig, PrivacyConfig, TaskConfig
 from federated.delta import norm
 from federated.errors import ModelError
+from federated.privacy.accounting import noise_for
 from federated.state import AdapterState
 from simulations.attacks.local_round import client_release, client_round, encoded, noised, opened
 from simulations.attacks.picture import picture
@@ -188,8 +189,18 @@ class TestRealTraining:
             return len({(place, word) for place, words in reading.items() for word in words} & wanted) / len(wanted)
 
         assert share(client_round(config, base, examples)) > 0.7
+        silent = config_of("privacy=example_dp", "privacy.target_epsilon=0", "privacy.example.noise_multiplier=1e-12")
+        assert share(client_round(replace(config, privacy=silent.privacy), base, examples)) > 0.7
         defended = replace(config, privacy=config_of("privacy=example_dp").privacy)
         assert sum(share(client_round(defended, base, examples)) for _ in range(3)) / 3 < 0.2
+
+    def test_the_noise_is_what_epsilon_was_charged_for(self, base):
+        config = config_of("privacy=example_dp", "train.batch_size=2", "train.max_grad_norm=0")
+        sent = client_round(config, base, encoded(config, base, ["hush now", "not here"]))
+        noise = torch.cat([one.flatten() for name, one in opened(sent).items() if name.endswith("factor_a")]).double()
+        multiplier = noise_for(8.0, config.privacy.target_delta, sampling=1.0, steps=1)
+        wanted = config.train.learning_rate * multiplier * config.privacy.example.clip_norm / 2
+        assert float(noise.std()) == pytest.approx(wanted, rel=0.1)
 
     def test_messages_are_put_together_from_words(self, base):
         wrapped = replace(base, tokenizer=SimpleNamespace(cls_token_id=1, sep_token_id=2))
@@ -258,16 +269,19 @@ class TestStory:
             assert (config.adapter.rank, config.train.steps) == (setting.rank, setting.steps)
             assert config.train.batch_size == setting.messages
             assert setting.private == config.privacy.enabled
+            assert (config.train.optimizer == "adamw") == ("AdamW" in setting.label)
+            assert (config.train.precision == "bfloat16") == ("bfloat16" in setting.label)
+            assert (config.strategy.rule == "ffa") == ("FFA-LoRA" in setting.label)
 
     def test_the_picture_marks_right_words_and_escapes_them(self):
-        svg = picture(["a & b", "c"], {"read": ["a & x", "y"], "lost": []}, {UNDEFENDED: 0.5})
+        svg = picture(["a & b", "c"], {"read": ["a & x", "y"], "lost": []}, {UNDEFENDED: (0.5, 0.25)})
         tree = ET.fromstring(svg)  # noqa: S314 - our own
         spans = [
             (one.text, one.get("fill")) for one in tree.iter("{http://www.w3.org/2000/svg}tspan") if one.get("fill")
         ]
         red = [text.strip() for text, fill in spans if fill == "#c53030"]
         assert red == ["a", "&"]
-        assert "nothing done: 50%" in svg
+        assert "undefended: 50%" in svg
         assert "<script" not in svg
 
     def test_the_made_up_messages_are_short_enough_to_put_together(self):

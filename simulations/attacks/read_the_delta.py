@@ -10,8 +10,8 @@ it has the packet, the adapter that it sent, and the base model. One step moves 
 
 where x_t is a word at a position, so it ranks all 30,522 words of the vocabulary at each position by how far A x (or
 x) is from the span of the rows; `simulations.attacks.span_test` has the argument and its limits. It is told the lengths
-of the messages and how many different inputs they have, which undefended it can see (the spectrum has a gap) and
-defended it cannot: the comparison favours the attack.
+of the messages and how many different inputs they have. Undefended and below the rank it could see that itself, as a
+gap in the spectrum, and defended it could not: the comparison favours the attack.
 
 The same client then trains under ``privacy=example_dp``, with noise that is solved for and charged for epsilon 8; and
 what client-level privacy would release of it is read too. That is no protection from the server, which under

@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -49,7 +48,7 @@ from simulations.attacks.settings import ALL, CLIENT_DP, EXAMPLE_DP, LOUD, MESSA
 from simulations.attacks.suspects import Client, Laboratory, Reading, score
 
 CLIENTS, DRAWS = 8, 3
-QUICK_CLIENTS, QUICK_DRAWS = 3, 2
+QUICK_CLIENTS, QUICK_DRAWS = 2, 2
 SHOWN = {
     "read from the delta": UNDEFENDED,
     "from client_dp's release, ε = 8": CLIENT_DP,
@@ -84,7 +83,6 @@ def main() -> None:
     options = _options()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    torch.set_num_threads(1)
     console = Console(stderr=True)
     laboratory = Laboratory(options.seed)
     shown = [laboratory.client(setting, MESSAGES) for setting in SHOWN.values()]

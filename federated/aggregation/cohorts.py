@@ -23,8 +23,6 @@ def planned_cohort(clients: int, fraction: float, client: ClientPrivacyConfig) -
     """The cohort that a round with client-level privacy divides by.
 
     >>> planned_cohort(10, 0.25, ClientPrivacyConfig())
-    3.0
-    >>> planned_cohort(10, 0.25, ClientPrivacyConfig(sampling="poisson"))
     2.5
     >>> planned_cohort(10, 0.25, ClientPrivacyConfig(mechanism="banded"))
     2.5
@@ -32,8 +30,9 @@ def planned_cohort(clients: int, fraction: float, client: ClientPrivacyConfig) -
     Args:
         clients: the population.
         fraction: ``selection.fraction``.
-        client: of client-level privacy; ``poisson`` cohorts and fixed groups are as large only on average.
+        client: of client-level privacy; its cohorts are as large only on average, since each client is in one or not
+            whoever else there is.
     """
     if client.mechanism == "banded":
         return clients / groups_of(client, fraction)
-    return fraction * clients if client.sampling == "poisson" else float(cohort_size(clients, fraction))
+    return fraction * clients

@@ -7,6 +7,7 @@ from federated.aggregation.private_mean import noise_of_updates
 from federated.aggregation.protocol import Rule, RuleProperties
 from federated.config import ExperimentConfig
 from federated.errors import ConfigError, PrivacyError
+from federated.privacy.account import too_likely
 from federated.privacy.fixed_groups import group_count, too_few
 
 __all__ = ["check_client_privacy"]
@@ -30,6 +31,8 @@ def check_client_privacy(rule: Rule, config: ExperimentConfig, *, clients: int |
             "strategy=fedit, ffa, rolora or fedsvd"
         )
     _check_parts(config)
+    if clients is not None and config.privacy.target_delta * clients >= 1:
+        raise ConfigError(too_likely(config.privacy.target_delta, clients))
     if config.privacy.client.mechanism == "banded":
         _check_banded(rule, config, clients)
     _check_adaptive(config, clients)

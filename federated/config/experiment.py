@@ -88,6 +88,15 @@ class ExperimentConfig:
             raise ValueError(f"{found}; say with round.concurrency how many clients train at the same time")
         return self
 
+    @model_validator(mode="after")
+    def _no_mask_depends_on_who_is_there(self) -> Self:
+        if self.privacy.example.enabled and self.adapter.dropout:
+            raise ValueError(
+                f"adapter.dropout = {self.adapter.dropout:g}: with privacy.example a batch with one example more would "
+                "give all the others another mask, by a seed that the server knows; set adapter.dropout=0"
+            )
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: dicts, lists and scalars."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))

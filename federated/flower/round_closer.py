@@ -60,8 +60,6 @@ class RoundCloser:
             depend on single clients.
         """
         private = self._privacy
-        if self._promised is not None:
-            self._server.note_spent(good)
         state = self._server.training_state(number)
         manifest = self._publisher.publish(
             state if private is None else replace(state, ledger_head=private.budget.head),
@@ -101,6 +99,8 @@ class RoundCloser:
             RegistryError: if the version cannot be stored.
         """
         self._server.note(outcomes)
+        if self._promised is not None:
+            self._server.note_spent(outcomes)
         try:
             if isinstance(found, AggregationError):
                 raise found

@@ -17,11 +17,13 @@ from federated.aggregation import Accumulator, ClientView, Rule
 from federated.aggregation.cohorts import planned_cohort
 from federated.aggregation.private_mean import PrivateMean, noise_of_updates
 from federated.config import ExperimentConfig
+from federated.errors import PrivacyError
 from federated.flower.noise_keeper import NoiseKeeper
 from federated.flower.selection import Standing, select_cohort
 from federated.global_state import GlobalState
 from federated.manifest import digest_of
-from federated.privacy.cohorts import PoissonCohorts
+from federated.privacy.account import too_likely
+from federated.privacy.cohorts import PoissonCohorts, open_cohort
 from federated.privacy.fixed_groups import FixedGroups
 from federated.privacy.ledger import Ledger
 from federated.privacy.noise_chain import NoiseChain, Place
@@ -114,12 +116,14 @@ class ServerPrivacy:
             present: the clients that are there.
 
         Raises:
-            PrivacyError: if so small a cohort leaves no budget for the updates, so few clients cannot be divided, or
-                the cohort key or the groups cannot be kept.
+            PrivacyError: if ``target_delta`` promises nothing to so many clients, so small a cohort leaves no budget
+                for the updates, so few clients cannot be divided, or the cohort key or the groups cannot be kept.
         """
         if self._cohorts is None:
             self._cohorts = self._made_cohorts(present)
         population = len(self._cohorts.population) if self._cohorts else len(present)
+        if self._config.privacy.target_delta * population >= 1:
+            raise PrivacyError(too_likely(self._config.privacy.target_delta, population))
         self.planned = planned_cohort(population, self._config.selection.fraction, self._client)
         noise_of_updates(self._client, self.budget.noise_multiplier, self.planned)
 
@@ -147,13 +151,14 @@ class ServerPrivacy:
         self._before = self.budget.mark
         self.budget.charge(round_number)
 
-    def draw(self, present: Collection[str], round_number: int) -> tuple[str, ...] | None:
-        """The round's cohort among those that are there; None where the config's own policy draws it.
+    def draw(self, present: Collection[str], round_number: int) -> tuple[str, ...]:
+        """The round's cohort among those that are there.
 
-        Privacy: it may be empty. A sampled one is secret from all who see versions; a group is not.
+        Privacy: it may be empty. A sampled one is secret from all who see versions; others are not.
         """
         if self._cohorts is None:
-            return None
+            fraction, seed = self._config.selection.fraction, self._config.seed
+            return open_cohort(present, fraction=fraction, seed=seed, round_number=round_number)
         if isinstance(self._cohorts, FixedGroups):
             drawn = self._cohorts.of_round(round_number)
         else:
@@ -222,9 +227,7 @@ def choose_cohort(
     if privacy is not None:
         privacy.plan(present)
         privacy.charge(round_number)
-        drawn = privacy.draw(present, round_number)
-        if drawn is not None:
-            return drawn
+        return privacy.draw(present, round_number)
     return select_cohort(
         list(present),
         fraction=config.selection.fraction,

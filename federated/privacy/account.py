@@ -26,6 +26,7 @@ __all__ = [
     "client_sampling",
     "example_account",
     "privacy_record",
+    "too_likely",
 ]
 
 NEIGHBOURING = "add or remove one"
@@ -116,6 +117,14 @@ class Account:
         return cls(**{**value, "epsilon": spent, "not_protected": tuple(value["not_protected"])})
 
 
+def too_likely(target_delta: float, clients: int) -> str:
+    """Why a probability promises nothing to so many clients."""
+    return (
+        f"privacy.target_delta = {target_delta:g} is not below 1 / {clients} clients: handing out one of them whole "
+        "would keep it; set a smaller one"
+    )
+
+
 def client_sampling(config: ExperimentConfig) -> str:
     """What is assumed about the sampling of clients, in words.
 
@@ -142,6 +151,8 @@ def example_account(privacy: PrivacyConfig, epsilons: Iterable[float]) -> Accoun
         accountant=privacy.accountant,
         sampling=POISSON,
         private=privacy.test_seed < 0,
+        target_epsilon=privacy.target_epsilon or None,
+        noise_multiplier=privacy.example.noise_multiplier or None,
     )
 
 

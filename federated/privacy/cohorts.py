@@ -22,9 +22,28 @@ from typing import Any, Self
 from federated.errors import PrivacyError
 from federated.privacy.private_file import read_private, write_private
 
-__all__ = ["PoissonCohorts"]
+__all__ = ["PoissonCohorts", "open_cohort"]
 
 _SCALE = 2**64
+
+
+def open_cohort(present: Collection[str], *, fraction: float, seed: int, round_number: int) -> tuple[str, ...]:
+    """A cohort that anybody can foresee, sorted by name; it may be empty, and no amplification is claimed for it.
+
+    Whether a client is in it depends on its own name alone. Of a list that is cut after so many, whoever leaves brings
+    another one in: the sum would change by two contributions where the account has one.
+
+    Args:
+        present: who is there.
+        fraction: about what share of them, in (0, 1].
+        seed: of the run.
+        round_number: 1-based.
+    """
+
+    def place(name: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"{seed}\0cohort\0{round_number}\0{name}".encode()).digest()[:8])
+
+    return tuple(name for name in sorted(present) if place(name) < fraction * _SCALE)
 
 
 class PoissonCohorts:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from federated.config import ExperimentConfig
 from federated.errors import ConfigError, PrivacyError
+from federated.privacy.account import too_likely
 from federated.privacy.accounting import GaussianSteps, epsilon, noise_for, steps_within
 from federated.privacy.adaptive import count_noise, multiplier_of_updates
 from federated.privacy.dp_sgd import PrivateSchedule, check_private_training, private_schedule
@@ -217,10 +218,7 @@ def _check_population(config: ExperimentConfig, population: int) -> None:
     if population < 2:
         raise ConfigError(f"{population} client cannot hide among others; expected at least two clients")
     if target_delta * population >= 1:
-        raise ConfigError(
-            f"privacy.target_delta = {target_delta:g} is not below 1 / {population} clients: handing out one of them "
-            "whole would keep it; set a smaller one"
-        )
+        raise ConfigError(too_likely(target_delta, population))
 
 
 def _client_noise(config: ExperimentConfig, *, cohort: float) -> tuple[ServerBudget, float]:

@@ -84,8 +84,12 @@ class ServerBudget:
     @property
     def epsilon(self) -> float:
         """Spent so far, by the clients that were charged most."""
+        return self._epsilon(self._most())
+
+    def _most(self) -> list[GaussianSteps]:
+        """What was charged to those who were charged most."""
         common, own = self._by_group()
-        return self._epsilon([*common, *max(own.values(), key=_precision, default=[])])
+        return [*common, *max(own.values(), key=_precision, default=[])]
 
     def account(self) -> Account:
         """What stands beside a version."""
@@ -96,6 +100,9 @@ class ServerBudget:
             accountant=self._privacy.accountant,
             sampling=self._sampling,
             private=self._privacy.test_seed < 0,
+            target_epsilon=self._privacy.target_epsilon or None,
+            noise_multiplier=self.noise_multiplier,
+            steps=len(self._most()),
         )
 
     def would_exceed(self, round_number: int = 1) -> bool:

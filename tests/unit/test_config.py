@@ -325,3 +325,20 @@ def test_whatever_is_given_becomes_a_configuration_or_one_line(value: dict[str, 
         experiment_from(value)
     except ConfigError as error:
         assert str(error).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"privacy": {"example": {"enabled": True, "noise_multiplier": 1.0}}, "adapter": {"dropout": 0.1}},
+         r"adapter\.dropout = 0\.1: with privacy\.example"),
+        ({"privacy": {"example": {"clip_norm": 1e-45}}}, r"privacy\.example\.clip_norm"),
+        ({"privacy": {"client": {"clip_norm": 1e300}}}, r"privacy\.client\.clip_norm"),
+        ({"privacy": {"client": {"noise_multiplier": 1e-200}}}, r"privacy\.client\.noise_multiplier = 1e-200: exp"),
+        ({"privacy": {"client": {"quantile_noise": 1e-200}}}, r"privacy\.client\.quantile_noise = 1e-200"),
+        ({"privacy": {"example": {"noise_multiplier": 1e160}}}, r"privacy\.example\.noise_multiplier"),
+    ],
+)  # fmt: skip
+def test_privacy_that_rounding_or_masks_would_undo_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        experiment_from({"task": {"labels": ["a", "b"]}, **changes})

@@ -1,34 +1,41 @@
-"""``fedpeft registry``: list, show and follow the versions of a registry. It only reads.
+"""``fedpeft registry``: list, show and follow the versions of a registry; these commands only read.
 
 Errors are `federated.errors.FederatedError`; the caller prints them. Tables go to stdout, what was chosen on the
-user's behalf to stderr.
+user's behalf to stderr. `federated.cli.registry_care` holds the commands of the same group that write.
 """
 
 from __future__ import annotations
 
-import json
+import getpass
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from federated.cli.tables import as_json, cell, console, fill, number, say
 from federated.errors import RegistryError
 
 if TYPE_CHECKING:
     from federated.manifest import AdapterSpec
     from federated.registry import Registry, VersionRecord
 
-__all__ = ["app", "find_registry", "open_registry"]
+__all__ = [
+    "AsOption",
+    "BlobsOption",
+    "RegistryOption",
+    "VersionArgument",
+    "actor",
+    "app",
+    "find_registry",
+    "open_registry",
+]
 
-app = typer.Typer(help="List, show and follow published adapter versions.", no_args_is_help=True)
+app = typer.Typer(help="Keep, follow and check published adapter versions.", no_args_is_help=True)
 
 _DATABASE, _BLOBS = "registry.db", "blobs"
-_WIDE = 200  # columns when stdout is no terminal, so that nothing is cut in a pipe
 
 RegistryOption = Annotated[
     str | None,
@@ -41,8 +48,11 @@ RegistryOption = Annotated[
 BlobsOption = Annotated[
     Path | None, typer.Option("--blobs", metavar="FOLDER", help="Folder of the blobs, where --registry is a URL.")
 ]
+AsOption = Annotated[
+    str | None, typer.Option("--as", metavar="NAME", help="Who does it, for the audit log. Default: your user name.")
+]
 VersionArgument = Annotated[
-    str, typer.Argument(metavar="VERSION", help="latest, v3, RUN:v3, a channel, or the beginning of an id.")
+    str, typer.Argument(metavar="VERSION", help="latest, v3, RUN:v3, a channel, a tag, or the beginning of an id.")
 ]
 
 
@@ -69,26 +79,41 @@ def find_registry(folder: Path | None = None) -> str:
     return _say(str(max(found, key=_touched).parent), "the newest one in runs/")
 
 
-def open_registry(registry: str | None, blobs: Path | None = None) -> Registry:
+def actor(name: str | None = None) -> str:
+    """Who the audit log says that it was: the name given, else the user of the process."""
+    if name is not None:
+        return name
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"user {os.getuid()}"
+
+
+def open_registry(registry: str | None, blobs: Path | None = None, name: str | None = None) -> Registry:
     """Open an existing registry for a command.
 
     Args:
         registry: folder or URL; None: see `find_registry`.
         blobs: folder of the blobs, for a URL.
+        name: who works with it; see `actor`.
 
     Raises:
         RegistryError: if there is none, or it cannot be opened.
     """
     from federated.registry import Registry  # SQLAlchemy takes its time; `fedpeft --help` should not
 
-    return Registry.open(registry or find_registry(), create=False, blobs=blobs)
+    return Registry.open(registry or find_registry(), create=False, blobs=blobs, actor=actor(name))
 
 
 @app.command("list")
-def list_versions(registry: RegistryOption = None, blobs: BlobsOption = None) -> None:
+def list_versions(
+    registry: RegistryOption = None,
+    blobs: BlobsOption = None,
+    newest: Annotated[int | None, typer.Option("--newest", min=1, metavar="N", help="Only so many.")] = None,
+) -> None:
     """List all versions, newest first."""
     with open_registry(registry, blobs) as store:
-        records = store.versions()
+        records = store.versions(newest=newest)
     _print_versions(reversed(records), title=f"{len(records)} versions")
 
 
@@ -97,9 +122,9 @@ def show(version: VersionArgument, registry: RegistryOption = None, blobs: Blobs
     """Show one version's whole record."""
     with open_registry(registry, blobs) as store:
         record = store.get(version)
-    table = Table("field", "value", title=_cell(f"version {record.number} of run {record.manifest.run_id}"))
-    _fill(table, _details(record))
-    _console().print(table)
+    table = Table("field", "value", title=cell(f"version {record.number} of run {record.manifest.run_id}"))
+    fill(table, _details(record))
+    console().print(table)
 
 
 @app.command()
@@ -117,12 +142,12 @@ def channels(registry: RegistryOption = None, blobs: BlobsOption = None) -> None
         pointed = {name: store.get(version_id) for name, version_id in store.channels().items()}
     table = Table("channel", "version", "id", "run")
     rows = [[name, f"v{at.number}", at.version_id[:12], at.manifest.run_id] for name, at in pointed.items()]
-    _fill(table, rows)
-    _console().print(table)
+    fill(table, rows)
+    console().print(table)
 
 
 def _say(location: str, why: str) -> str:
-    Console(stderr=True, soft_wrap=True).print(_cell(f"registry: {location} ({why})"))
+    say(f"registry: {location} ({why})", stderr=True)
     return location
 
 
@@ -137,26 +162,12 @@ def _touched(database: Path) -> float:
     return max(path.stat().st_mtime for path in (database, log) if path.exists())
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDE)
-
-
-def _cell(value: object) -> Text:
-    """Text without markup; control characters, which a stored record may carry, made visible."""
-    text = str(value)
-    return Text("".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text))
-
-
-def _fill(table: Table, rows: Iterable[Sequence[object]]) -> None:
-    for row in rows:
-        table.add_row(*map(_cell, row))
-
-
 def _print_versions(records: Iterable[VersionRecord], *, title: str) -> None:
-    table = Table("version", "id", "run", "method", "clients", "metrics", "published (UTC)", "channels", title=title)
-    _fill(table, map(_summary, records))
-    _console().print(table)
+    table = Table(
+        "version", "id", "run", "method", "clients", "metrics", "published (UTC)", "channels, tags", title=title
+    )
+    fill(table, map(_summary, records))
+    console().print(table)
 
 
 def _summary(record: VersionRecord) -> list[object]:
@@ -167,14 +178,10 @@ def _summary(record: VersionRecord) -> list[object]:
         manifest.run_id,
         manifest.method,
         manifest.participants,
-        ", ".join(f"{name} {_number(value)}" for name, value in sorted(manifest.metrics.items())),
+        ", ".join(f"{name} {number(value)}" for name, value in sorted(manifest.metrics.items())),
         f"{record.created_at:%Y-%m-%d %H:%M:%S}",
-        ", ".join(record.channels),
+        ", ".join([*record.channels, *record.tags]),
     ]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _details(record: VersionRecord) -> list[tuple[str, object]]:
@@ -185,6 +192,7 @@ def _details(record: VersionRecord) -> list[tuple[str, object]]:
         ("run", manifest.run_id),
         ("published (UTC)", f"{record.created_at:%Y-%m-%d %H:%M:%S}"),
         ("channels", ", ".join(record.channels) or "none"),
+        ("tags", ", ".join(record.tags) or "none"),
         ("parent", manifest.parent or "none"),
         ("base digest", manifest.base_digest),
         ("weights digest", manifest.weights_digest),
@@ -192,9 +200,9 @@ def _details(record: VersionRecord) -> list[tuple[str, object]]:
         ("participants", manifest.participants),
         ("adapter", ", ".join([spec.peft_type, *_size(spec), spec.dtype])),
         ("servable", "yes" if manifest.servable else "no"),
-        ("privacy", _json(manifest.privacy) if manifest.privacy else "not accounted"),
-        ("metrics", _json(manifest.metrics)),
-        ("task", _json(manifest.task)),
+        ("privacy", as_json(manifest.privacy) if manifest.privacy else "not accounted"),
+        ("metrics", as_json(manifest.metrics)),
+        ("task", as_json(manifest.task)),
         ("code version", manifest.code_version or "unknown"),
     ]
 
@@ -206,7 +214,3 @@ def _size(spec: AdapterSpec) -> list[str]:
     if spec.virtual_tokens:
         return [f"{spec.virtual_tokens} virtual tokens"]
     return [f"{len(spec.trained)} tensors"] if spec.trained else []
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)

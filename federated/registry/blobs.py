@@ -62,6 +62,10 @@ class BlobStore:
         _sync_folder(path.parent)
         return digest
 
+    def has(self, digest: str) -> bool:
+        """Whether there is a blob of this digest; its bytes are not read."""
+        return self.path(digest).is_file()
+
     def read(self, digest: str) -> bytes:
         """The blob's bytes, hashed again.
 

@@ -20,12 +20,24 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from federated.errors import RegistryError
 
-__all__ = ["BUSY_SECONDS", "DATABASE_NAME", "Place", "locate", "open_engine", "open_frozen", "prepare", "writing"]
+__all__ = [
+    "BUSY_SECONDS",
+    "DATABASE_NAME",
+    "Place",
+    "locate",
+    "lock_for_upgrade",
+    "open_engine",
+    "open_frozen",
+    "prepare",
+    "writing",
+]
 
 BUSY_SECONDS = 30.0
 """How long a writer waits for another one."""
 
 DATABASE_NAME = "registry.db"
+
+_UPGRADE_LOCK = 0x66706674  # any number that no other application in the database takes
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,11 @@ class Place:
     blobs: Path
     label: str
     file: Path | None
+
+    @property
+    def disk(self) -> Path:
+        """The folder whose free space counts."""
+        return self.blobs
 
 
 def locate(location: str | Path, blobs: str | Path | None = None) -> Place:
@@ -139,6 +156,15 @@ def _server_engine(place: Place) -> Engine:
 def writing(engine: Engine) -> Engine:
     """The same engine for transactions that write: they queue up at their start, not in the middle."""
     return engine.execution_options(registry_write=True)
+
+
+def lock_for_upgrade(connection: Connection) -> None:
+    """Let one process at a time change the schema, even while there is no table to lock, until the transaction ends.
+
+    SQLite's writers queue up anyhow.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_UPGRADE_LOCK})")
 
 
 def _on_connect(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:

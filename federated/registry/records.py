@@ -29,6 +29,7 @@ class VersionRecord:
         manifest: the immutable record.
         created_at: when it was published, UTC.
         channels: names that point at it now, sorted.
+        tags: names that stay at it, sorted.
     """
 
     version_id: str
@@ -36,6 +37,7 @@ class VersionRecord:
     manifest: VersionManifest
     created_at: datetime
     channels: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def row_of(manifest: VersionManifest, text: str, *, state_digest: str | None, no
     )
 
 
-def record_of(row: VersionRow, channels: Sequence[str]) -> VersionRecord:
-    """The row's record.
+def record_of(row: VersionRow, channels: Sequence[str] = (), tags: Sequence[str] = ()) -> VersionRecord:
+    """The row's record, with the names that are at it.
 
     Raises:
         CorruptBlob: if the manifest does not have the digest that is its id, or a column contradicts it.
@@ -116,7 +118,8 @@ def record_of(row: VersionRow, channels: Sequence[str]) -> VersionRecord:
                 f"its manifest says {getattr(manifest, name)!r}; restore the database"
             )
     created = row.created_at.replace(tzinfo=UTC)
-    return VersionRecord(row.version_id, manifest.round_number, manifest, created, tuple(sorted(channels)))
+    names = tuple(sorted(channels)), tuple(sorted(tags))
+    return VersionRecord(row.version_id, manifest.round_number, manifest, created, *names)
 
 
 def _parsed(text: str, version_id: str) -> VersionManifest:

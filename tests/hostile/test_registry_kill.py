@@ -90,7 +90,7 @@ with Registry.open(folder) as registry:
     while not Path(go).exists():
         pass
     try:
-        registry.move_channel("stable", target, expected=expected)
+        registry.channel("stable").promote(target, expected=expected)
         print("moved")
     except ChannelConflict:
         print("conflict")
@@ -103,7 +103,7 @@ def test_only_one_of_two_processes_moves_a_channel(tmp_path):
     with start(folder, "run-a", 3) as publisher:
         publisher.communicate(timeout=60)
     with Registry.open(folder) as registry:
-        seen = registry.move_channel("stable", "v0", expected=None).version_id
+        seen = registry.channel("stable").promote("v0", expected=None).version_id
     arguments = [[str(folder), str(go), seen, target] for target in ("v1", "v2")]
     processes = [
         subprocess.Popen([sys.executable, "-c", MOVE, *more], stdout=subprocess.PIPE, text=True) for more in arguments

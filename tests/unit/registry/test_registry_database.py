@@ -206,7 +206,7 @@ def test_full_disk_opens_for_reading(location, manifest_for, monkeypatch):
     with Registry.open(location) as registry:
         assert registry.weights("latest") == b"one"
         with pytest.raises(RegistryError, match="open for reading only"):
-            registry.move_channel("stable", "v0", expected=None)
+            registry.channel("stable").promote("v0", expected=None)
 
 
 def test_full_disk_makes_no_new_registry(location, monkeypatch):

@@ -16,7 +16,7 @@ def test_record_carries_the_manifest_and_the_time(registry, manifest_for):
     manifest = manifest_for(b"one", round_number=7, metrics={"train_loss": 0.25}, privacy={"epsilon": 3.0})
     record = registry.get(registry.publish(manifest, b"one"))
     assert (record.manifest, record.number) == (manifest, 7)
-    assert record.created_at == datetime(2026, 1, 1, 0, 0, 1, tzinfo=UTC)
+    assert record.created_at == datetime(2026, 1, 1, 0, 0, 2, tzinfo=UTC)  # the first was init
 
 
 def test_weights_and_training_state_come_back(registry, publish):

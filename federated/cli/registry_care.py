@@ -1,0 +1,66 @@
+"""``fedpeft registry``: commands that make, name, clean and check; `federated.cli.registry` holds those that read."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from federated.cli.registry import (
+    AsOption,
+    BlobsOption,
+    RegistryOption,
+    actor,
+    app,
+    open_registry,
+)
+from federated.cli.tables import say
+from federated.errors import ConfigError, RegistryError
+
+__all__ = ["app"]
+
+
+@app.command()
+def init(
+    registry: Annotated[str, typer.Argument(metavar="PATH_OR_URL", help="Folder or SQLAlchemy URL.")],
+    blobs: BlobsOption = None,
+    name: AsOption = None,
+) -> None:
+    """Make an empty registry, or bring the schema of one up to date."""
+    from federated.registry import Registry
+
+    with Registry.open(registry, blobs=blobs, actor=actor(name)) as store:
+        say(f"registry {store.location}: {len(store.versions())} versions, audit log at {store.audit.head()}")
+
+
+@app.command()
+def tag(
+    version: Annotated[str | None, typer.Argument(metavar="[VERSION]", help="As in show.")] = None,
+    label: Annotated[str | None, typer.Argument(metavar="[TAG]", help="Such as release-1.0.")] = None,
+    registry: RegistryOption = None,
+    blobs: BlobsOption = None,
+    name: AsOption = None,
+    remove: Annotated[str | None, typer.Option("--remove", metavar="TAG", help="Take a tag away.")] = None,
+) -> None:
+    """Give a version a name that stays, and keeps it from gc; without arguments, list the tags."""
+    if (version is None) != (label is None) or (remove and version):
+        raise ConfigError("registry tag takes VERSION TAG, or --remove TAG, or nothing at all to list the tags")
+    with open_registry(registry, blobs, name) as store:
+        if remove is not None:
+            store.untag(remove)
+        elif version is not None and label is not None:
+            store.tag(version, label)
+        for tagged, version_id in store.tags().items():
+            say(f"{tagged}  {version_id}")
+
+
+@app.command()
+def verify(registry: RegistryOption = None, blobs: BlobsOption = None) -> None:
+    """Check every record, blob, lineage and channel, and the audit log, against what was written."""
+    with open_registry(registry, blobs) as store:
+        faults, count, head = store.verify(), len(store.versions()), store.audit.head()
+    for fault in faults:
+        say(f"{fault.part} {fault.version_id[:12]}: {fault.message}" if fault.version_id else fault.message)
+    if faults:
+        raise RegistryError(f"{len(faults)} faults; what is named above cannot be trusted any more")
+    say(f"{count} versions, their bytes and lineages, the channels and the audit log are whole; head {head}")

@@ -24,7 +24,7 @@ from click.exceptions import Abort, ClickException, Exit
 from rich.console import Console
 
 from federated import __version__
-from federated.cli import assets, audit, channel, device, privacy, registry_care
+from federated.cli import assets, audit, channel, device, privacy, registry, registry_care, registry_diff
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 
 __all__ = ["app", "exit_code", "main"]
@@ -35,7 +35,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(registry_care.app, name="registry")
+for name, command in (registry_care.COMMANDS | registry_diff.COMMANDS).items():
+    registry.app.command(name)(command)
+app.add_typer(registry.app, name="registry")
 app.add_typer(channel.app, name="channel")
 app.command("approve")(channel.approve)
 app.add_typer(audit.app, name="audit")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -11,16 +13,14 @@ from federated.cli.registry import (
     BlobsOption,
     RegistryOption,
     actor,
-    app,
     open_registry,
 )
 from federated.cli.tables import say
 from federated.errors import ConfigError, RegistryError
 
-__all__ = ["app"]
+__all__ = ["COMMANDS"]
 
 
-@app.command()
 def init(
     registry: Annotated[str, typer.Argument(metavar="PATH_OR_URL", help="Folder or SQLAlchemy URL.")],
     blobs: BlobsOption = None,
@@ -33,7 +33,6 @@ def init(
         say(f"registry {store.location}: {len(store.versions())} versions, audit log at {store.audit.head()}")
 
 
-@app.command()
 def tag(
     version: Annotated[str | None, typer.Argument(metavar="[VERSION]", help="As in show.")] = None,
     label: Annotated[str | None, typer.Argument(metavar="[TAG]", help="Such as release-1.0.")] = None,
@@ -54,7 +53,6 @@ def tag(
             say(f"{tagged}  {version_id}")
 
 
-@app.command()
 def verify(registry: RegistryOption = None, blobs: BlobsOption = None) -> None:
     """Check every record, blob, lineage and channel, and the audit log, against what was written."""
     with open_registry(registry, blobs) as store:
@@ -64,3 +62,29 @@ def verify(registry: RegistryOption = None, blobs: BlobsOption = None) -> None:
     if faults:
         raise RegistryError(f"{len(faults)} faults; what is named above cannot be trusted any more")
     say(f"{count} versions, their bytes and lineages, the channels and the audit log are whole; head {head}")
+
+
+def gc(
+    registry: RegistryOption = None,
+    blobs: BlobsOption = None,
+    name: AsOption = None,
+    older_than: Annotated[
+        float, typer.Option("--older-than", min=0, metavar="DAYS", help="Younger versions stay: a run may need them.")
+    ] = 1.0,
+    keep: Annotated[
+        int, typer.Option("--keep", min=0, metavar="N", help="Earlier versions of a channel that stay.")
+    ] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing, and say what would be.")] = False,
+) -> None:
+    """Remove versions that no channel, lineage, tag or device needs, and bytes that no version names."""
+    with open_registry(registry, blobs, name) as store:
+        done = store.gc(older_than=timedelta(days=older_than), keep=keep, dry_run=dry_run)
+    for version_id in done.removed:
+        say(f"{'would remove' if dry_run else 'removed'} {version_id}")
+    young = f" ({done.young} of them only because they are younger than {older_than:g} days)" if done.young else ""
+    verb = "would go" if dry_run else "gone"
+    say(f"{len(done.removed)} versions and {done.blobs} blobs ({done.freed} bytes) {verb}, {done.kept} kept{young}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"init": init, "tag": tag, "verify": verify, "gc": gc}
+"""By name, for the group of `federated.cli.registry`."""

@@ -9,7 +9,9 @@ from federated.registry.audit import AuditFault, AuditHead, AuditLog
 from federated.registry.audit_log import AuditEntry
 from federated.registry.channel import Channel, ChannelState
 from federated.registry.channels import ANYWHERE, Move
+from federated.registry.collect import Collection
 from federated.registry.devices import Devices, Holding
+from federated.registry.difference import Difference, TensorChange
 from federated.registry.records import Fault, VersionRecord
 from federated.registry.store import Registry
 
@@ -21,10 +23,13 @@ __all__ = [
     "AuditLog",
     "Channel",
     "ChannelState",
+    "Collection",
     "Devices",
+    "Difference",
     "Fault",
     "Holding",
     "Move",
     "Registry",
+    "TensorChange",
     "VersionRecord",
 ]

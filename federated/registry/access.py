@@ -88,7 +88,11 @@ class Access:
         bind = writing(self._opened())
         with self.translated(doing, needed), Session(bind, expire_on_commit=False) as session, session.begin():
             head_of(session, lock=True)
-            yield Transaction(session, self._clock(), self._actor, self.blobs)
+            yield Transaction(session, self.now(), self._actor, self.blobs)
+
+    def now(self) -> datetime:
+        """The time, UTC."""
+        return self._clock().astimezone(UTC)
 
     def close(self) -> None:
         """Let go of the database; a second time does nothing."""

@@ -1,7 +1,8 @@
 """Content-addressed bytes in a folder: ``blobs/ab/abcdef...``, named by their SHA-256.
 
 A blob appears whole or not at all: it is written beside its place, flushed to the disk and renamed. It is never
-changed, and never deleted here. What a blob means, and which are published, only the database knows.
+changed. What a blob means, and which are needed, only the database knows: `federated.registry.collect` deletes those
+that no row names.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from federated.errors import CorruptBlob
@@ -81,6 +83,28 @@ class BlobStore:
         if found != digest:
             raise CorruptBlob(f"blob {path} is damaged: its SHA-256 is {found}, expected {digest}; {_REPAIR}")
         return data
+
+    def digests(self) -> set[str]:
+        """The digests of all blobs."""
+        return {path.name for path in self.root.glob("??/*") if _DIGEST.fullmatch(path.name)}
+
+    def delete(self, digests: Iterable[str]) -> int:
+        """Remove blobs; returns the bytes that were freed. One that is not there any more is passed over."""
+        freed = 0
+        for path in map(self.path, digests):
+            try:
+                freed += path.stat().st_size
+                path.unlink()
+            except FileNotFoundError:
+                continue
+        return freed
+
+    def size(self, digest: str) -> int:
+        """Bytes of a blob; 0 where there is none."""
+        try:
+            return self.path(digest).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def sweep(self) -> int:
         """Remove temporary files that a killed writer left more than an hour ago; returns how many.

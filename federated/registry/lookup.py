@@ -40,7 +40,7 @@ def version_rows(session: Session, *, run_id: str | None = None, newest: int | N
 def ancestors_of(session: Session, version_ids: Sequence[str]) -> set[str]:
     """The ids of some versions and of all that they descend from; a loop in the parents ends."""
     known: set[str] = set()
-    parents = dict(session.execute(select(VersionRow.version_id, VersionRow.parent)).tuples())
+    parents = {row.version_id: row.parent for row in session.execute(select(VersionRow.version_id, VersionRow.parent))}
     for version_id in version_ids:
         at: str | None = version_id
         while at is not None and at in parents and at not in known:

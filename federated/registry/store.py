@@ -8,30 +8,27 @@ serves; `federated.flower` publishes, `federated.cli` and `federated.device` rea
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
-from functools import partial
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from sqlalchemy import Engine, select
+from sqlalchemy import select
 
-from federated.errors import BaseMismatch, StorageFull
+from federated.errors import BaseMismatch
 from federated.manifest import VersionManifest
 from federated.registry.access import Access
 from federated.registry.audit import AuditLog
-from federated.registry.audit_log import check_person
-from federated.registry.blobs import BlobStore
 from federated.registry.channel import Channel, ChannelState, channel_states
-from federated.registry.database import locate, open_engine, open_frozen, prepare
+from federated.registry.collect import YOUNG, Collection, collect
 from federated.registry.devices import Devices
+from federated.registry.difference import Difference, difference
 from federated.registry.lookup import lineage_of, records_of, version_rows
 from federated.registry.names import resolve
+from federated.registry.opening import open_access
 from federated.registry.publication import Publication
 from federated.registry.records import Fault, VersionRecord
 from federated.registry.schema import VersionRow
 from federated.registry.tags import tag, tags_of, untag
-from federated.registry.translate import translated
-from federated.registry.upgrades import upgrade
 from federated.registry.verify import faults_of
 
 __all__ = ["Registry"]
@@ -82,24 +79,7 @@ class Registry:
             StorageFull: if there is no room for a new database.
             RegistryError: if it is not there, no database, of a newer schema, or in a folder that cannot be written.
         """
-        actor = check_person(actor, "the name of who works with the registry")
-        given = Path(blobs or ".") if "://" in str(location) else Path(location)
-        with translated("open the registry", str(given), folder=given.absolute()):
-            place = locate(location, blobs)
-        store = BlobStore(place.blobs)
-        upgraded = partial(_upgraded, label=place.label, now=clock(), actor=actor)
-        try:
-            with translated("open the registry", place.label, folder=place.disk):
-                prepare(place, create=create)
-                store.sweep()
-                engine = upgraded(open_engine(place), create=create)
-        except StorageFull:
-            frozen = open_frozen(place)
-            if frozen is None:
-                raise
-            with translated("open the registry", place.label, folder=place.disk):
-                engine = upgraded(frozen, create=False)
-        return cls(Access(place, engine, blobs=store, clock=clock, actor=actor))
+        return cls(open_access(location, create=create, blobs=blobs, clock=clock, actor=actor))
 
     @property
     def location(self) -> str:
@@ -253,6 +233,28 @@ class Registry:
         with self._access.reading("verify") as session:
             return list(faults_of(session, self._access))
 
+    def gc(self, *, older_than: timedelta = YOUNG, keep: int = 1, dry_run: bool = False) -> Collection:
+        """Remove versions that nothing needs, and bytes that no version names; see `federated.registry.collect`.
+
+        Args:
+            older_than: younger versions stay, for the sake of runs that are under way.
+            keep: how many earlier versions of each channel's history stay for rollbacks.
+            dry_run: change nothing, and say what would be removed.
+        """
+        return collect(self._access, older_than=older_than, keep=keep, dry_run=dry_run)
+
+    def diff(self, first: str, second: str) -> Difference:
+        """What two versions differ in: their records, and their tensors as they are stored.
+
+        Raises:
+            VersionNotFound: if no version, or more than one, matches.
+            CorruptBlob: if a record or its bytes do not match their digest.
+        """
+        records = self.get(first), self.get(second)
+        lines = self.lineage(records[0].version_id), self.lineage(records[1].version_id)
+        weights = self.weights(records[0].version_id), self.weights(records[1].version_id)
+        return difference(lines, weights)
+
     def close(self) -> None:
         """Let go of the database; a second time does nothing."""
         self._access.close()
@@ -262,12 +264,3 @@ class Registry:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _upgraded(engine: Engine, *, create: bool, label: str, now: datetime, actor: str) -> Engine:
-    try:
-        upgrade(engine, create=create, label=label, now=now, actor=actor)
-    except BaseException:
-        engine.dispose()
-        raise
-    return engine

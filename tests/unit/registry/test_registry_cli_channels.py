@@ -2,13 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from federated.cli.main import app
 from federated.errors import ConfigError, FederatedError, NotApproved, RegistryError
+from federated.manifest import RawTensor, sha256_hex
 from federated.registry import Registry
+from federated.wire import encode_tensors
 
 
 @pytest.fixture
@@ -160,3 +164,44 @@ def test_a_user_without_a_name_has_a_number(monkeypatch):
 
     monkeypatch.setattr(registry.getpass, "getuser", nobody)
     assert registry.actor().startswith("user ")
+
+
+def test_gc_says_what_would_go_and_then_removes_it(fedpeft, location):
+    said = fedpeft("registry", "gc", "--dry-run", "--older-than", "0")
+    assert re.fullmatch(r"would remove \w{64}\n1 versions and 1 blobs \(3 bytes\) would go, 1 kept\n", said)
+    assert fedpeft("registry", "gc", "--older-than", "0").startswith("removed ")
+    with Registry.open(location, create=False) as registry:
+        assert len(registry.versions()) == 1
+
+
+def test_gc_keeps_young_versions_and_says_so(fedpeft, location):
+    with Registry.open(location, create=False) as registry:
+        manifest = registry.get("v1").manifest
+        registry.publish(replace(manifest, round_number=2), b"two")
+    output = fedpeft("registry", "gc")
+    assert "2 kept (1 of them only because they are younger than 1 days)" in output
+
+
+def test_diff_of_what_are_no_tensors(fedpeft):
+    output = fedpeft("registry", "diff", "v0", "v1")
+    assert "from v0" in output
+    assert "round_number" in output
+    assert "cannot be compared" in output
+
+
+def test_diff_of_tensors(fedpeft, location):
+    base = {"a": np.array([3.0, 4.0], np.float32), "b": np.ones(1, np.float32)}
+    changed = {"a": np.array([3.0, 1.0], np.float32), "b": np.ones(1, np.float32), "c": np.ones(1, np.float32)}
+    ids = []
+    with Registry.open(location, create=False) as registry:
+        for number, arrays in enumerate((base, changed, base)):
+            data = encode_tensors({name: RawTensor.from_array(array) for name, array in arrays.items()})
+            fields = {"weights_digest": sha256_hex(data), "run_id": f"run-{number}", "parent": None}
+            ids.append(registry.publish(replace(registry.get("v0").manifest, **fields), data))
+    output = fedpeft("registry", "diff", *ids[:2])
+    assert "no common ancestor" in output
+    assert "60.00%" in output
+    assert "2 of 3 tensors differ; the change is 60.00% of the first's length" in output
+    assert "only in the second" in output
+    assert "only in the second" not in fedpeft("registry", "diff", *ids[:2], "--largest", "0")
+    assert "all 2 tensors are equal" in fedpeft("registry", "diff", ids[0], ids[2])

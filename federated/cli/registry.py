@@ -29,6 +29,7 @@ __all__ = [
     "VersionArgument",
     "actor",
     "app",
+    "blobs_place",
     "find_registry",
     "open_registry",
 ]
@@ -46,7 +47,12 @@ RegistryOption = Annotated[
     ),
 ]
 BlobsOption = Annotated[
-    Path | None, typer.Option("--blobs", metavar="FOLDER", help="Folder of the blobs, where --registry is a URL.")
+    str | None,
+    typer.Option(
+        "--blobs",
+        metavar="FOLDER_OR_URL",
+        help="Where the bytes are, if not beside the database: s3://... Default: $FEDPEFT_BLOBS.",
+    ),
 ]
 AsOption = Annotated[
     str | None, typer.Option("--as", metavar="NAME", help="Who does it, for the audit log. Default: your user name.")
@@ -89,12 +95,17 @@ def actor(name: str | None = None) -> str:
         return f"user {os.getuid()}"
 
 
-def open_registry(registry: str | None, blobs: Path | None = None, name: str | None = None) -> Registry:
+def blobs_place() -> str | None:
+    """Where the environment says that the bytes are."""
+    return os.environ.get("FEDPEFT_BLOBS") or None
+
+
+def open_registry(registry: str | None, blobs: str | None = None, name: str | None = None) -> Registry:
     """Open an existing registry for a command.
 
     Args:
         registry: folder or URL; None: see `find_registry`.
-        blobs: folder of the blobs, for a URL.
+        blobs: folder or URL of the bytes, if they are not beside the database; None: ``FEDPEFT_BLOBS`` says.
         name: who works with it; see `actor`.
 
     Raises:
@@ -102,7 +113,7 @@ def open_registry(registry: str | None, blobs: Path | None = None, name: str | N
     """
     from federated.registry import Registry  # SQLAlchemy takes its time; `fedpeft --help` should not
 
-    return Registry.open(registry or find_registry(), create=False, blobs=blobs, actor=actor(name))
+    return Registry.open(registry or find_registry(), create=False, blobs=blobs or blobs_place(), actor=actor(name))
 
 
 @app.command("list")

@@ -13,6 +13,7 @@ from federated.cli.registry import (
     BlobsOption,
     RegistryOption,
     actor,
+    blobs_place,
     open_registry,
 )
 from federated.cli.tables import say
@@ -29,7 +30,7 @@ def init(
     """Make an empty registry, or bring the schema of one up to date."""
     from federated.registry import Registry
 
-    with Registry.open(registry, blobs=blobs, actor=actor(name)) as store:
+    with Registry.open(registry, blobs=blobs or blobs_place(), actor=actor(name)) as store:
         say(f"registry {store.location}: {len(store.versions())} versions, audit log at {store.audit.head()}")
 
 

@@ -43,6 +43,7 @@ class ExperimentConfig:
         seed: seeds the adapter's first weights, cohorts and data order.
         run_dir: the run's folder; relative to the working directory.
         registry: SQLAlchemy URL or folder of the registry; empty means ``registry`` inside ``run_dir``.
+        registry_blobs: folder or fsspec URL of the registry's bytes; empty means beside its database, which a URL needs.
         resume: go on with the run in ``run_dir`` from its last published round.
     """
 
@@ -51,6 +52,7 @@ class ExperimentConfig:
     seed: Annotated[int, Field(ge=0)] = 0
     run_dir: str = "runs/latest"
     registry: str = ""
+    registry_blobs: str = ""
     resume: bool = False
     model: ModelConfig = Field(default_factory=ModelConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
@@ -82,6 +84,15 @@ class ExperimentConfig:
         return self
 
     @model_validator(mode="after")
+    def _blobs_have_a_place(self) -> Self:
+        if "://" in self.registry and not self.registry_blobs:
+            raise ValueError(
+                "registry_blobs: a registry with a URL needs a place for its bytes; give registry_blobs= a folder or an "
+                "fsspec URL"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _buffered_rounds_have_no_cohort(self) -> Self:
         if self.round.mode == "buffered" and self.selection.fraction != 1.0:
             found = f"selection.fraction = {self.selection.fraction:g}: round.mode=buffered has no cohorts"
@@ -99,7 +110,7 @@ class ExperimentConfig:
 
     def for_clients(self) -> Self:
         """The experiment as it crosses the network: without the server's own places (registry, run folder)."""
-        return replace(self, run_dir="", registry="", resume=False)
+        return replace(self, run_dir="", registry="", registry_blobs="", resume=False)
 
     @cached_property
     def client_json(self) -> str:

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from federated.errors import RegistryError
 from federated.registry.audit_log import append, head_of
-from federated.registry.blobs import BlobStore
+from federated.registry.blobs import Blobs
 from federated.registry.database import Place, writing
 from federated.registry.translate import translated
 
@@ -43,7 +43,7 @@ class Transaction:
     session: Session
     now: datetime
     actor: str
-    blobs: BlobStore
+    blobs: Blobs
 
     @property
     def at(self) -> datetime:
@@ -62,7 +62,7 @@ class Access:
     """
 
     def __init__(
-        self, place: Place, engine: Engine, *, blobs: BlobStore, clock: Callable[[], datetime], actor: str
+        self, place: Place, engine: Engine, *, blobs: Blobs, clock: Callable[[], datetime], actor: str
     ) -> None:
         self.place = place
         self.blobs = blobs

@@ -36,7 +36,7 @@ __all__ = ["YOUNG", "Collection", "collect"]
 YOUNG = timedelta(days=1)
 """Versions younger than that stay, unless the caller says otherwise."""
 
-_BATCH = 500
+_BATCH = 200
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ def collect(access: Access, *, older_than: timedelta, keep: int, dry_run: bool) 
     if dry_run:
         with access.reading("look for what can be removed") as session:
             found = _Found.of(session, before=access.now() - older_than, keep=keep)
-            orphans = access.blobs.digests() - _named(session, found.needed)
-        return found.collection(len(orphans), sum(map(access.blobs.size, orphans)))
+            sizes, named = access.blobs.sizes(), _named(session, found.needed)
+        orphans = [size for digest, size in sizes.items() if digest not in named]
+        return found.collection(len(orphans), sum(orphans))
     with access.writing("remove versions") as work:
         found = _Found.of(work.session, before=work.now - older_than, keep=keep)
         _remove(work, found.doomed)
@@ -125,11 +126,12 @@ def _remove(work: Transaction, doomed: Sequence[str]) -> None:
 def _sweep(access: Access) -> tuple[int, int]:
     """Remove bytes that no row names; returns how many blobs, and their bytes."""
     blobs = freed = 0
-    for batch in _batches(sorted(access.blobs.digests())):
+    sizes = access.blobs.sizes()
+    for batch in _batches(sorted(sizes)):
         with access.writing("remove bytes that no version names") as work:
             orphans = set(batch) - _named_among(work.session, batch)
-            freed += work.blobs.delete(orphans)
-            blobs += len(orphans)
+            work.blobs.delete(orphans)
+            blobs, freed = blobs + len(orphans), freed + sum(sizes[digest] for digest in orphans)
     return blobs, freed
 
 

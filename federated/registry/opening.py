@@ -12,8 +12,8 @@ from sqlalchemy import Engine
 from federated.errors import StorageFull
 from federated.registry.access import Access
 from federated.registry.audit_log import check_person
-from federated.registry.blobs import BlobStore
 from federated.registry.database import locate, open_engine, open_frozen, prepare
+from federated.registry.remote_blobs import open_blobs
 from federated.registry.translate import translated
 from federated.registry.upgrades import upgrade
 
@@ -28,7 +28,8 @@ def open_access(
     given = Path(blobs or ".") if "://" in str(location) else Path(location)
     with translated("open the registry", str(given), folder=given.absolute()):
         place = locate(location, blobs)
-    store = BlobStore(place.blobs)
+    with translated("open the registry", place.label, folder=place.disk):
+        store = open_blobs(place.blobs)
     upgraded = partial(_upgraded, label=place.label, now=clock(), actor=actor)
     try:
         with translated("open the registry", place.label, folder=place.disk):

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from federated.errors import BaseMismatch, RegistryError
 from federated.manifest import VersionManifest, sha256_hex
 from federated.registry.access import Transaction
-from federated.registry.blobs import BlobStore
+from federated.registry.blobs import Blobs
 from federated.registry.channels import point
 from federated.registry.names import find
 from federated.registry.records import manifest_text, row_of
@@ -64,7 +64,7 @@ class Publication:
             _check_state(row, self.training_state)
         return row
 
-    def store(self, blobs: BlobStore) -> None:
+    def store(self, blobs: Blobs) -> None:
         """Put the bytes where they belong; without a row they mean nothing yet.
 
         Raises:

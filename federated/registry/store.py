@@ -71,7 +71,8 @@ class Registry:
         Args:
             location: a folder (which holds ``registry.db`` and ``blobs/``), or an SQLAlchemy URL.
             create: make it if it is not there.
-            blobs: folder of the blobs; needed with a URL.
+            blobs: where the bytes are: a folder, or any fsspec URL such as ``s3://bucket/prefix``; needed where
+                ``location`` is a URL.
             clock: the time, with its zone.
             actor: who works with it, for the audit log.
 

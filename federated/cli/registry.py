@@ -20,7 +20,7 @@ from federated.errors import RegistryError
 
 if TYPE_CHECKING:
     from federated.manifest import AdapterSpec
-    from federated.registry import Registry, VersionRecord
+    from federated.registry import EvaluationRecord, Registry, VersionRecord
 
 __all__ = [
     "AsOption",
@@ -132,9 +132,9 @@ def list_versions(
 def show(version: VersionArgument, registry: RegistryOption = None, blobs: BlobsOption = None) -> None:
     """Show one version's whole record."""
     with open_registry(registry, blobs) as store:
-        record = store.get(version)
+        record, measured = store.get(version), store.evaluations(version)
     table = Table("field", "value", title=cell(f"version {record.number} of run {record.manifest.run_id}"))
-    fill(table, _details(record))
+    fill(table, [*_details(record), *(("measured later", _measured(one)) for one in measured)])
     console().print(table)
 
 
@@ -200,22 +200,30 @@ def _details(record: VersionRecord) -> list[tuple[str, object]]:
     return [
         ("version id", record.version_id),
         ("number", f"v{record.number}"),
+        ("adapter", f"{manifest.adapter_id or 'unnamed'}, release counter {manifest.release_counter}"),
+        ("licence", manifest.licence or "not stated"),
         ("run", manifest.run_id),
         ("published (UTC)", f"{record.created_at:%Y-%m-%d %H:%M:%S}"),
         ("channels", ", ".join(record.channels) or "none"),
         ("tags", ", ".join(record.tags) or "none"),
         ("parent", manifest.parent or "none"),
         ("base digest", manifest.base_digest),
+        ("base parts", as_json(manifest.base) if manifest.base else "not recorded"),
         ("weights digest", manifest.weights_digest),
         ("method", manifest.method),
         ("participants", manifest.participants),
-        ("adapter", ", ".join([spec.peft_type, *_size(spec), spec.dtype])),
+        ("kind", ", ".join([spec.peft_type, *_size(spec), spec.dtype])),
         ("servable", "yes" if manifest.servable else "no"),
         ("privacy", as_json(manifest.privacy) if manifest.privacy else "not accounted"),
         ("metrics", as_json(manifest.metrics)),
         ("task", as_json(manifest.task)),
         ("code version", manifest.code_version or "unknown"),
     ]
+
+
+def _measured(one: EvaluationRecord) -> str:
+    stamp = f"\nnot protected: {'; '.join(one.not_protected)}" if one.not_protected else ""
+    return f"{as_json(one.metrics)}\nin {one.run_id}, {one.measured_at:%F %T} UTC{stamp}"
 
 
 def _size(spec: AdapterSpec) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from federated.cli.registry import (
     AsOption,
     BlobsOption,
     RegistryOption,
+    VersionArgument,
     actor,
     blobs_place,
     open_registry,
@@ -87,5 +89,36 @@ def gc(
     say(f"{len(done.removed)} versions and {done.blobs} blobs ({done.freed} bytes) {verb}, {done.kept} kept{young}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"init": init, "tag": tag, "verify": verify, "gc": gc}
+def export(
+    version: VersionArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="A new folder.")],
+    registry: RegistryOption = None,
+    blobs: BlobsOption = None,
+) -> None:
+    """Write a version with its lineage into a folder: records and adapters, no training states."""
+    with open_registry(registry, blobs) as store:
+        records = store.export(version, to)
+    say(f"{to}: v{records[0].number} ({records[0].version_id[:12]}) and {len(records) - 1} ancestors")
+
+
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="As export wrote it.")],
+    registry: RegistryOption = None,
+    blobs: BlobsOption = None,
+    name: AsOption = None,
+) -> None:
+    """Publish a version with its lineage from such a folder; no channel moves."""
+    with open_registry(registry, blobs, name) as store:
+        records = store.import_folder(folder)
+    say(f"v{records[0].number} ({records[0].version_id}) and {len(records) - 1} ancestors are in {store.location}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init,
+    "tag": tag,
+    "verify": verify,
+    "gc": gc,
+    "export": export,
+    "import": import_,
+}
 """By name, for the group of `federated.cli.registry`."""

@@ -92,8 +92,16 @@ def publish_central(
     Raises:
         RegistryError: if the registry refuses.
     """
-    base, config = session.adapter.base.base_digest, session.config
-    publisher = RegistryPublisher(registry, config, run_id=run_id, base_digest=base, method="central", channel=None)
+    base, config = session.adapter.base, session.config
+    publisher = RegistryPublisher(
+        registry,
+        config,
+        run_id=run_id,
+        base_digest=base.base_digest,
+        base=base.parts,
+        method="central",
+        channel=None,
+    )
 
     def training(number: int, adapter: AdapterState) -> TrainingState:
         moments = server_optimizers.init(config.strategy.server_optimizer, adapter)

@@ -203,16 +203,22 @@ class Run:
         return f"{stopped}; to go on: {shlex.join(command)}"
 
     def _strategy(self, registry: Registry, tracker: Tracker) -> DeltaStrategy:
-        base, strategy, saved = self.session.adapter.base.base_digest, self.config.strategy, self._saved(registry)
+        model, strategy, saved = self.session.adapter.base, self.config.strategy, self._saved(registry)
         rule_and_optimizer = f"{strategy.rule} + {strategy.server_optimizer.name}"
         publisher = RegistryPublisher(
-            registry, self.config, run_id=self.run_id, base_digest=base, method=rule_and_optimizer
+            registry,
+            self.config,
+            run_id=self.run_id,
+            base_digest=model.base_digest,
+            base=model.parts,
+            method=rule_and_optimizer,
         )
         return DeltaStrategy(
             self.config,
             initial=self.session.initial,
-            base_digest=base,
+            base_digest=model.base_digest,
             publisher=publisher,
+            registry=registry,
             tracker=tracker,
             run_id=self.run_id,
             resume=saved,

@@ -12,6 +12,7 @@ from federated.registry.channels import ANYWHERE, Move
 from federated.registry.collect import Collection
 from federated.registry.devices import Devices, Holding
 from federated.registry.difference import Difference, TensorChange
+from federated.registry.evaluations import EvaluationRecord
 from federated.registry.records import Fault, VersionRecord
 from federated.registry.store import Registry
 
@@ -26,6 +27,7 @@ __all__ = [
     "Collection",
     "Devices",
     "Difference",
+    "EvaluationRecord",
     "Fault",
     "Holding",
     "Move",

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from federated.registry.records import VersionRecord, record_of
 from federated.registry.schema import ChannelRow, TagRow, VersionRow
 
-__all__ = ["ancestors_of", "lineage_of", "records_of", "version_rows"]
+__all__ = ["ancestors_of", "lineage_of", "next_counter", "records_of", "version_rows"]
 
 
 def records_of(session: Session, rows: Iterable[VersionRow]) -> list[VersionRecord]:

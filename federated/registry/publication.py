@@ -129,6 +129,11 @@ def _check_parent(session: Session, manifest: VersionManifest) -> None:
             f"the parent version {manifest.parent} belongs to base model {parent.base_digest}, "
             f"this one to {manifest.base_digest}; start a new run without a parent"
         )
+    if manifest.release_counter and manifest.release_counter <= parent.release_counter:
+        raise RegistryError(
+            f"the release counter is {manifest.release_counter}, the parent version's {parent.release_counter}; "
+            f"it must grow along a lineage: take Registry.next_counter"
+        )
 
 
 def _check_state(row: VersionRow, training_state: bytes | None) -> None:

@@ -7,28 +7,25 @@ serves; `federated.flower` publishes, `federated.cli` and `federated.device` rea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from sqlalchemy import select
-
-from federated.errors import BaseMismatch
 from federated.manifest import VersionManifest
 from federated.registry.access import Access
 from federated.registry.audit import AuditLog
-from federated.registry.channel import Channel, ChannelState, channel_states
+from federated.registry.channel import Channel
 from federated.registry.collect import YOUNG, Collection, collect
 from federated.registry.devices import Devices
-from federated.registry.difference import Difference, difference
-from federated.registry.lookup import lineage_of, records_of, version_rows
+from federated.registry.evaluations import evaluate
 from federated.registry.names import resolve
 from federated.registry.opening import open_access
+from federated.registry.portable import export_lineage, import_lineage
 from federated.registry.publication import Publication
+from federated.registry.reader import Reader
 from federated.registry.records import Fault, VersionRecord
-from federated.registry.schema import VersionRow
-from federated.registry.tags import tag, tags_of, untag
+from federated.registry.tags import tag, untag
 from federated.registry.verify import faults_of
 
 __all__ = ["Registry"]
@@ -38,7 +35,7 @@ def _utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class Registry:
+class Registry(Reader):
     """A store of adapter versions; made by `open`, closed by `close` or a ``with`` block.
 
     Threads may share it: each call uses a database connection of its own. Several processes may open the same
@@ -50,7 +47,7 @@ class Registry:
     """
 
     def __init__(self, access: Access) -> None:
-        self._access = access
+        super().__init__(access)
         self.audit = AuditLog(access)
         self.devices = Devices(access)
 
@@ -81,11 +78,6 @@ class Registry:
             RegistryError: if it is not there, no database, of a newer schema, or in a folder that cannot be written.
         """
         return cls(open_access(location, create=create, blobs=blobs, clock=clock, actor=actor))
-
-    @property
-    def location(self) -> str:
-        """The folder, or the URL without its password."""
-        return self._access.place.label
 
     def publish(
         self,
@@ -123,78 +115,30 @@ class Registry:
         with self._access.writing(doing, new.nbytes) as work:
             return new.carry_out(work)
 
-    def get(self, name: str) -> VersionRecord:
-        """One version's record.
-
-        Args:
-            name: ``latest``; ``v3`` (round 3 of the newest run; the newest of its kind) or ``RUN:v3``; a channel; a
-                tag; a version id, or at least 6 characters of one.
-
-        Raises:
-            VersionNotFound: if no version, or more than one, matches.
-            CorruptBlob: if the stored record does not match its id.
-        """
-        with self._access.reading("read a version") as session:
-            return records_of(session, [resolve(session, name)])[0]
-
-    def versions(self, run_id: str | None = None, *, newest: int | None = None) -> list[VersionRecord]:
-        """All versions, or one run's, or the newest few, in the order of their publication.
-
-        Raises:
-            CorruptBlob: if a stored record does not match its id.
-        """
-        with self._access.reading("list versions") as session:
-            return records_of(session, version_rows(session, run_id=run_id, newest=newest))
-
-    def lineage(self, name: str = "latest") -> list[VersionRecord]:
-        """A version and its ancestors, newest first.
-
-        Raises:
-            VersionNotFound: if no version, or more than one, matches ``name``.
-            CorruptBlob: if a stored record does not match its id.
-        """
-        with self._access.reading("follow a lineage") as session:
-            return records_of(session, lineage_of(session, resolve(session, name)))
-
-    def weights(self, name: str) -> bytes:
-        """The adapter's canonical bytes, hashed again.
-
-        Raises:
-            VersionNotFound: if no version, or more than one, matches.
-            CorruptBlob: if the file is missing or does not match its digest.
-        """
-        record = self.get(name)
-        with self._access.translated("read weights"):
-            return self._access.blobs.read(record.manifest.weights_digest)
-
-    def training_state(self, name: str) -> bytes | None:
-        """The training state's bytes, hashed again; None where none was published.
-
-        Raises:
-            VersionNotFound: if no version, or more than one, matches.
-            CorruptBlob: if the file is missing or does not match its digest.
-        """
-        with self._access.reading("read a training state") as session:
-            digest = resolve(session, name).state_digest
-            return None if digest is None else self._access.blobs.read(digest)
-
     def channel(self, name: str) -> Channel:
         """A channel in the hand, to move it, approve for it and look at its history; it need not be there yet."""
         return Channel(self._access, name)
 
-    def channels(self) -> dict[str, str]:
-        """Every channel's name and the version id that it points at, sorted by name."""
-        return {one.name: one.version_id for one in self.channel_states() if one.version_id is not None}
+    def evaluate(
+        self, version: str, metrics: Mapping[str, float], *, run_id: str, not_protected: Sequence[str] = ()
+    ) -> None:
+        """Record that a version was measured on held-out examples; a manifest is made before that is known.
 
-    def channel_states(self) -> list[ChannelState]:
-        """All channels with what they require, also those that point nowhere yet, sorted by name."""
-        with self._access.reading("list channels") as session:
-            return channel_states(session)
+        Privacy: such numbers depend on clients' data, and no account covers them; ``not_protected`` says so.
 
-    def tags(self) -> dict[str, str]:
-        """Every tag and the version id that it is at, sorted by name."""
-        with self._access.reading("list tags") as session:
-            return tags_of(session)
+        Args:
+            version: a name as in `get`.
+            metrics: plain finite numbers.
+            run_id: where it was measured.
+            not_protected: what no account covers here, in words; empty where nothing was promised.
+
+        Raises:
+            VersionNotFound: if no version, or more than one, matches.
+            RegistryError: if a number is not finite.
+        """
+        with self._access.writing("record an evaluation") as work:
+            row = resolve(work.session, version)
+            evaluate(work, row, metrics, run_id=run_id, not_protected=not_protected)
 
     def tag(self, version: str, name: str) -> None:
         """Give a version a name that stays, and keeps it from `gc`; the same again changes nothing.
@@ -215,20 +159,6 @@ class Registry:
         with self._access.writing("remove a tag") as work:
             untag(work, name)
 
-    def require_base(self, base_digest: str) -> None:
-        """Check that this registry is for a base model: it is empty, or has versions of it.
-
-        Raises:
-            BaseMismatch: naming the bases that it has.
-        """
-        with self._access.reading("look at base models") as session:
-            bases = session.scalars(select(VersionRow.base_digest).distinct().order_by(VersionRow.base_digest)).all()
-        if bases and base_digest not in bases:
-            raise BaseMismatch(
-                f"registry {self.location} holds versions of base model {', '.join(bases)}, not of {base_digest}; "
-                f"use that base model, or another registry"
-            )
-
     def verify(self) -> list[Fault]:
         """Check every record, blob, lineage, channel and the audit log again; an empty list is good news."""
         with self._access.reading("verify") as session:
@@ -244,17 +174,32 @@ class Registry:
         """
         return collect(self._access, older_than=older_than, keep=keep, dry_run=dry_run)
 
-    def diff(self, first: str, second: str) -> Difference:
-        """What two versions differ in: their records, and their tensors as they are stored.
+    def export(self, name: str, folder: str | Path) -> list[VersionRecord]:
+        """Write a version and its ancestors into a folder that another registry imports.
+
+        Privacy: training states, which name clients, stay behind.
 
         Raises:
             VersionNotFound: if no version, or more than one, matches.
-            CorruptBlob: if a record or its bytes do not match their digest.
+            RegistryError: if the folder holds something already or cannot be written.
+            CorruptBlob: if bytes are damaged.
         """
-        records = self.get(first), self.get(second)
-        lines = self.lineage(records[0].version_id), self.lineage(records[1].version_id)
-        weights = self.weights(records[0].version_id), self.weights(records[1].version_id)
-        return difference(lines, weights)
+        records = self.lineage(name)
+        with self._access.translated("export a version"):
+            export_lineage(records, self._access, Path(folder))
+        return records
+
+    def import_folder(self, folder: str | Path) -> list[VersionRecord]:
+        """Publish what `export` wrote, all or nothing; what is there already stays as it is. Newest first.
+
+        Raises:
+            RegistryError: if it is no such folder, or something in it cannot be accepted.
+            CorruptBlob: if bytes have another digest than their name.
+            BaseMismatch: if a parent belongs to another base model.
+        """
+        with self._access.translated("import a folder"):
+            versions = import_lineage(self._access, Path(folder))
+        return self.lineage(versions[-1])
 
     def close(self) -> None:
         """Let go of the database; a second time does nothing."""

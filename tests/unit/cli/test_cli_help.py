@@ -22,7 +22,7 @@ GROUPS = {
         "assets",
         "privacy",
     },
-    ("registry",): {"list", "show", "lineage", "channels", "init", "tag", "verify", "gc", "diff"},
+    ("registry",): {"list", "show", "lineage", "channels", "init", "tag", "verify", "gc", "diff", "export", "import"},
     ("channel",): {"list", "promote", "rollback", "require", "history"},
     ("audit",): {"log", "verify"},
     ("device",): {"try"},

@@ -205,3 +205,16 @@ def test_diff_of_tensors(fedpeft, location):
     assert "only in the second" in output
     assert "only in the second" not in fedpeft("registry", "diff", *ids[:2], "--largest", "0")
     assert "all 2 tensors are equal" in fedpeft("registry", "diff", ids[0], ids[2])
+
+
+def test_export_and_import(fedpeft, location, tmp_path):
+    data = encode_tensors({"a": RawTensor.from_array(np.ones(2, np.float32))})
+    with Registry.open(location, create=False) as registry:
+        fields = {"weights_digest": sha256_hex(data), "run_id": "run-x", "parent": None}
+        registry.publish(replace(registry.get("v0").manifest, **fields), data)
+    out, other = str(tmp_path / "out"), str(tmp_path / "other")
+    assert "and 0 ancestors" in fedpeft("registry", "export", "run-x:v0", "--to", out)
+    fedpeft("registry", "init", other)
+    assert f"and 0 ancestors are in {other}" in fedpeft("registry", "import", out, "--registry", other, "--as", "Ann")
+    with Registry.open(other, create=False) as registry:
+        assert [entry.actor for entry in registry.audit.entries()][-1] == "Ann"

@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -94,7 +94,7 @@ class DeltaStrategy(Strategy):
         self.server = ServerState(initial, rule=self.rule, optimizer=config.strategy.server_optimizer)
         if resume is not None:
             self.server.take_up(*resume)
-        names = {"run_id": self.run_id, "base_digest": base_digest}
+        names: Any = {"run_id": self.run_id, "base_digest": base_digest}
         publisher = publisher or RegistryPublisher(registry, config, **names, method=self.method)
         self._tracker = tracker or MultiTracker([])
         self._privacy = privacy or ServerPrivacy.of(config, self.rule)

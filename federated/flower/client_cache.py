@@ -15,13 +15,11 @@ from federated.flower.client_store import ClientStore
 from federated.flower.records import Assignment
 from federated.state import AdapterState, Tensors, from_raw, group_of, to_raw
 from federated.training import LocalResult
-from federated.wire import Limits, decode_packet, encode_packet
+from federated.wire import OWN_LIMITS, decode_packet, encode_packet
 
 __all__ = ["cache", "cached"]
 
 _KEY, _DELTA = "trained", "delta:"
-_OWN = Limits(max_bytes=2**40, max_header_bytes=2**28, max_tensors=2**20)
-"""For what this client stored itself: an adapter of any size."""
 
 
 def cache(store: ClientStore, task: Assignment, start: AdapterState, result: LocalResult) -> None:
@@ -55,7 +53,7 @@ def cached(store: ClientStore, task: Assignment, state: AdapterState) -> tuple[A
     """
     data = store.get(task.round_number, _KEY)
     try:
-        header, raw, _ = decode_packet(data, _OWN) if data is not None else ({}, {}, "")
+        header, raw, _ = decode_packet(data, OWN_LIMITS) if data is not None else ({}, {}, "")
     except WireError:
         header, raw = {}, {}
     if {name: header.get(name) for name in _origin(task, state)} != _origin(task, state):

@@ -18,7 +18,7 @@ from federated.errors import DataError, WireError
 from federated.flower.client_store import ClientStore
 from federated.manifest import RawTensor, TrainPlan, sha256_hex
 from federated.state import AdapterState, Tensors, from_raw, group_of, to_raw
-from federated.wire import Limits, decode_packet, encode_packet
+from federated.wire import OWN_LIMITS, decode_packet, encode_packet
 
 __all__ = ["recalled", "remember"]
 
@@ -26,8 +26,6 @@ _KEY = "kept"
 _BEFORE, _AFTER = "before:", "after:"
 _SEAL = 64
 """Hexadecimal characters of the digest in front."""
-_OWN = Limits(max_bytes=2**40, max_header_bytes=2**28, max_tensors=2**20)
-"""For what this client stored itself: twice the tensors of an adapter of any size."""
 
 
 def recalled(store: ClientStore, plan: TrainPlan, state: AdapterState, *, version_id: str) -> AdapterState:
@@ -90,7 +88,7 @@ def _unsealed(data: bytes, store: ClientStore) -> tuple[Mapping[str, Any], Mappi
     fault = "its bytes are not those that were written"
     if sha256_hex(packet).encode() == seal:
         try:
-            header, raw, _ = decode_packet(packet, _OWN)
+            header, raw, _ = decode_packet(packet, OWN_LIMITS)
             return header, raw
         except WireError as error:
             fault = str(error)

@@ -19,14 +19,12 @@ from federated.errors import DataError, WireError
 from federated.flower.client_store import ClientStore
 from federated.manifest import TrainPlan
 from federated.state import AdapterState, Tensors, from_raw, group_of, to_raw
-from federated.wire import Limits, decode_packet, encode_packet
+from federated.wire import OWN_LIMITS, decode_packet, encode_packet
 
 __all__ = ["Steering"]
 
 _LOG = logging.getLogger(__name__)
 _KEY = "steering"
-_OWN = Limits(max_bytes=2**40, max_header_bytes=2**28, max_tensors=2**20)
-"""For what this client stored itself: twice the tensors of an adapter of any size."""
 
 
 class Steering:
@@ -86,7 +84,7 @@ class Steering:
 
     def _read(self, data: bytes, prefix: str) -> dict[str, Tensor]:
         try:
-            header, raw, _ = decode_packet(data, _OWN)
+            header, raw, _ = decode_packet(data, OWN_LIMITS)
         except WireError as error:
             raise self._damaged(f"is damaged ({error})") from None
         tensors = from_raw({name.removeprefix(prefix): one for name, one in raw.items() if name.startswith(prefix)})

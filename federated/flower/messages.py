@@ -74,8 +74,8 @@ class TaskWriter:
                 plan, payload = self._plan(state, view, mode, phase=phase, round_number=round_number)
                 plans[key] = plan, payload, adapter_packet(payload, sparse=plan.density_down < 1)
             plan, payload, packet = plans[key]
-            assignment = self._assign(plan, client_id, version_id, round_number=round_number)
-            assignment = replace(assignment, acknowledged_head=(heads or {}).get(client_id, ""))
+            head = (heads or {}).get(client_id, "")
+            assignment = self._assign(plan, client_id, version_id, round_number=round_number, head=head)
             expected[client_id] = self._expect(assignment, payload, (counters or {}).get(client_id, 0))
             layouts[client_id] = layout(plan, payload)
             all_plans[client_id] = plan
@@ -119,7 +119,7 @@ class TaskWriter:
             plan, payload = replace(plan, density_down=1.0), state.materialise(view.rank)
         return plan, payload if mode == "train" else replace(payload, extra={})
 
-    def _assign(self, plan: TrainPlan, client_id: str, version_id: str, *, round_number: int) -> Assignment:
+    def _assign(self, plan: TrainPlan, client_id: str, version_id: str, *, round_number: int, head: str) -> Assignment:
         token = task_token(self._secret, run_id=self._run_id, round_number=round_number, plan=plan, client_id=client_id)
         return Assignment(
             run_id=self._run_id,
@@ -129,6 +129,7 @@ class TaskWriter:
             parent_version=version_id,
             base_digest=self._base_digest,
             plan=plan,
+            acknowledged_head=head,
         )
 
     def _expect(self, assignment: Assignment, payload: AdapterState, last_counter: int) -> Expectation:

@@ -18,13 +18,12 @@ from federated.errors import PrivacyError, WireError
 from federated.privacy.noise_chain import NoiseChain, NoiseHistory, Place
 from federated.privacy.private_file import read_private, write_private
 from federated.state import from_raw, to_raw
-from federated.wire import Limits, decode_packet, encode_packet
+from federated.wire import OWN_LIMITS, decode_packet, encode_packet
 
 __all__ = ["NoiseKeeper"]
 
 _LOG = logging.getLogger(__name__)
 _KIND = "noise history"
-_OWN = Limits(max_bytes=2**40, max_header_bytes=2**20, max_tensors=2**20)
 
 
 class NoiseKeeper:
@@ -82,7 +81,7 @@ def _read(path: Path) -> NoiseHistory | None:
     if data is None:
         return None
     try:
-        header, raw, _ = decode_packet(data, _OWN)
+        header, raw, _ = decode_packet(data, OWN_LIMITS)
         return NoiseHistory(_place(header["place"]), int(header["rows"]), from_raw(raw))
     except (WireError, KeyError, TypeError, ValueError) as error:
         raise PrivacyError(

@@ -20,7 +20,7 @@ from federated.manifest import AdapterSpec, VersionManifest, sha256_hex
 from federated.registry import Registry
 from federated.server_optimizers import OptimizerState
 from federated.state import AdapterState, RuleState, Tensors, from_raw, to_raw
-from federated.wire import Limits, decode_packet, encode_packet, encode_tensors
+from federated.wire import OWN_LIMITS, decode_packet, encode_packet, encode_tensors
 
 __all__ = ["Publisher", "RegistryPublisher", "TrainingState", "recipe_record", "weights_digest"]
 
@@ -97,7 +97,7 @@ class TrainingState:
             RegistryError: if the bytes are no training state.
         """
         try:
-            header, raw, _ = decode_packet(data, _OWN)
+            header, raw, _ = decode_packet(data, OWN_LIMITS)
             groups: dict[str, dict[str, Any]] = {"global": {}, "optimizer": {}, "rule": {}, "residual": {}}
             for name, tensor in from_raw(raw).items():
                 group, _, rest = name.partition(":")
@@ -124,10 +124,6 @@ def _spent(value: Any) -> float:
 
 def _standing(value: Mapping[str, Any]) -> Standing:
     return Standing(int(value["examples"]), tuple(bool(answer) for answer in value["answers"]))
-
-
-_OWN = Limits(max_bytes=2**40, max_header_bytes=2**28, max_tensors=2**20)
-"""For what this server stored itself: as large as an adapter with all its moments may be."""
 
 
 class Publisher(Protocol):

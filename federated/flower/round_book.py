@@ -151,8 +151,7 @@ class RoundBook:
         self._bytes_down = bytes_down
         self._evaluate_only = evaluate_only
         self._steps = steps
-        self._heads: dict[str, str] = {}
-        self._spent: dict[str, float] = {}
+        self._replies: dict[str, Reply] = {}
         self._started = time.monotonic()
 
     @property
@@ -198,8 +197,7 @@ class RoundBook:
         if reply.reason is not None:
             self._note(client_id, "failed", reason=reply.reason, message=reply.message)
             return None
-        self._heads[client_id] = reply.ledger_head  # what was charged was charged, whether the update is taken or not
-        self._spent |= {client_id: reply.metrics["epsilon"]} if "epsilon" in reply.metrics else {}
+        self._replies[client_id] = reply
         self._check_claim(client_id, reply)
         if self._evaluate_only:
             self._check_token(client_id, reply)
@@ -250,12 +248,12 @@ class RoundBook:
 
     def _note(self, client_id: str, status: str, **details: Any) -> None:
         down = self._bytes_down.get(client_id, 0)
-        head = self._heads.get(client_id, "")
-        if status == "refused" and client_id in self._spent:
-            details["metrics"] = {"epsilon": self._spent[client_id]}
-        self.outcomes.append(
-            Outcome(client_id, status, bytes_down=down, seconds=self.seconds, ledger_head=head, **details)
-        )
+        reply = self._replies.get(client_id)
+        if reply is not None:  # what was charged was charged, whether the update is taken or not
+            details["ledger_head"] = reply.ledger_head
+            if status == "refused" and "epsilon" in reply.metrics:
+                details["metrics"] = {"epsilon": reply.metrics["epsilon"]}
+        self.outcomes.append(Outcome(client_id, status, bytes_down=down, seconds=self.seconds, **details))
 
 
 def _short(text: str | None, limit: int = 300) -> str:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from federated.wire.admission import Admitted, admit, bad_positions, seal_update
 from federated.wire.codec import decode_packet, decode_tensors, encode_packet, encode_tensors
 from federated.wire.envelope import Expectation, check_content, check_envelope, read_envelope
-from federated.wire.limits import DEFAULT_LIMITS, Limits
+from federated.wire.limits import DEFAULT_LIMITS, OWN_LIMITS, Limits
 from federated.wire.positions import decode_positions, encode_positions, positions_bytes
 from federated.wire.reasons import REASONS
 
 __all__ = [
     "Admitted",
     "DEFAULT_LIMITS",
+    "OWN_LIMITS",
     "Expectation",
     "Limits",
     "REASONS",

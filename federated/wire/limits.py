@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from federated.errors import ConfigError
 
-__all__ = ["DEFAULT_LIMITS", "Limits"]
+__all__ = ["DEFAULT_LIMITS", "OWN_LIMITS", "Limits"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,6 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 """What is used where a caller names no limits: 512 MiB, headers of 1 MiB, 8192 tensors, no norm bound."""
+
+OWN_LIMITS = Limits(max_bytes=2**40, max_header_bytes=2**28, max_tensors=2**20)
+"""For what a process stored itself and reads again: an adapter of any size, with all that is kept beside it."""

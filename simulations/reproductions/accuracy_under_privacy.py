@@ -25,8 +25,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,8 +35,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from federated.cli.compose import compose
+from federated.data import open_source
 from federated.plots import Series, line_chart
-from simulations.reproductions.sweep import Found, Sweep, last_round, markdown_table
+from simulations.reproductions.sweep import APP, Found, Sweep, last_round, markdown_table, sweep_options
 
 RESULTS = Path(__file__).resolve().parent / "accuracy_under_privacy.jsonl"
 EPSILONS = (1.0, 3.0, 8.0, math.inf)
@@ -121,23 +123,27 @@ def main() -> None:
         options.plot.write_text(plot(rows))
     if options.table:
         options.table.write_text(markdown(rows))
-    print(json.dumps({"finished": len(rows), "wanted": len(arms) * len(EPSILONS), "results": rows}))
+    alone = {unit: [commonest(unit, seed) for seed in seeds] for unit in TRAINING}
+    wanted = len(arms) * len(EPSILONS)
+    print(json.dumps({"finished": len(rows), "wanted": wanted, "commonest_label": alone, "results": rows}))
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round of six clients per arm: does it run?")
+    parser = sweep_options(__doc__, quick="one round of six clients per arm: does it run?")
     parser.add_argument("--arms", nargs="+", choices=[":".join(one) for one in ARMS], help="run these alone, for now")
     parser.add_argument("--epsilons", nargs="+", type=float, choices=EPSILONS, help="likewise")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
-    parser.add_argument("--budget-minutes", type=float, default=1e6, help="start no further run after that")
-    parser.add_argument("--results", type=Path, help="JSON lines, beside this script by default; not with --quick")
-    parser.add_argument("--plot", type=Path, help="write accuracy over epsilon to this SVG file")
-    parser.add_argument("--table", type=Path, help="write it as a Markdown table to this file")
     options = parser.parse_args()
     options.results = None if options.quick else options.results or RESULTS
     options.epsilons = options.epsilons or EPSILONS
     return options
+
+
+def commonest(unit: str, seed: int) -> float:
+    """The accuracy of whoever always says the commonest label of the held-out tweets."""
+    config = compose(APP, [*COMMON, *TRAINING[unit], f"data.seed={seed}"])
+    source = open_source(config.data, config.task)
+    counts = Counter(row["label"] for client_id in source.client_ids for row in source.load(client_id).test)
+    return round(max(counts.values()) / counts.total(), 4)
 
 
 def run(job: Job) -> tuple[str, Found]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ from rich.table import Table
 from federated.cli.compose import compose
 from federated.data import open_source
 from federated.plots import Series, grouped_bars
-from simulations.reproductions.sweep import APP, Found, Sweep, last_round, markdown_table
+from simulations.reproductions.sweep import APP, Found, Sweep, last_round, markdown_table, sweep_options
 
 RESULTS = Path(__file__).resolve().parent / "lora_under_skew.jsonl"
 ARMS = ("fedit", "ffa", "rolora", "flora", "fedex", "flexlora", "fedsa", "fedsvd", "fedask")
@@ -120,14 +119,8 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one setting, one seed, two arms, few posts: does it run?")
+    parser = sweep_options(__doc__, quick="one setting, one seed, two arms, few posts: does it run?")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
-    parser.add_argument("--budget-minutes", type=float, default=1e6, help="start no further run after that")
-    parser.add_argument("--results", type=Path, help="JSON lines, beside this script by default; not with --quick")
-    parser.add_argument("--plot", type=Path, help="write the comparison to this SVG file")
-    parser.add_argument("--table", type=Path, help="write it as a Markdown table to this file")
     options = parser.parse_args()
     options.results = None if options.quick else options.results or RESULTS
     options.arms = options.arms or (QUICK_ARMS if options.quick else ARMS)

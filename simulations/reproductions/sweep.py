@@ -6,8 +6,10 @@ that names the run, and ``found``, what was measured. Stop at any time, and star
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -20,7 +22,7 @@ from federated.cli.compose import compose
 from federated.flower import simulate
 from federated.tracking import read_events
 
-__all__ = ["APP", "Found", "Sweep", "last_round", "markdown_table"]
+__all__ = ["APP", "Found", "Sweep", "last_round", "markdown_table", "sweep_options"]
 
 APP = Path(__file__).resolve().parent.parent.parent
 Found = dict[str, float]
@@ -72,6 +74,23 @@ class Sweep:
         if self._results is not None:
             with self._results.open("a") as file:
                 file.write(json.dumps({"key": key, "found": found}) + "\n")
+
+
+def sweep_options(description: str | None, *, quick: str) -> argparse.ArgumentParser:
+    """The options of every comparison; it adds its own.
+
+    Args:
+        description: the comparison's docstring.
+        quick: what ``--quick`` does.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    parser.add_argument("--budget-minutes", type=float, default=1e6, help="start no further run after that")
+    parser.add_argument("--results", type=Path, help="JSON lines, beside this script by default; not with --quick")
+    parser.add_argument("--plot", type=Path, help="write the comparison to this SVG file")
+    parser.add_argument("--table", type=Path, help="write it as a Markdown table to this file")
+    return parser
 
 
 def last_round(overrides: Sequence[str]) -> Found:

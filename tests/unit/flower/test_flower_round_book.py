@@ -301,3 +301,16 @@ def test_the_event_of_a_missed_round_says_so(opened: Make) -> None:
     assert event["version_id"] == event["parent"] == "v" * 64
     assert (event["evaluation"], event["train_loss"], event["weights_digest"]) == (None, None, None)
     assert [refusal["reason"] for refusal in event["refused"]] == ["deadline"] * 3
+
+
+@pytest.mark.parametrize("told", [{"epsilon": 5.0}, {}])
+def test_a_refused_client_s_charge_is_kept_and_nothing_else_that_it_says(opened: Make, told: dict[str, float]) -> None:
+    sent, book = opened()
+    message = sent["client-000"]
+    head, token = "a" * 64, assignment_of(message).task_token
+    metrics = {**told, "train_loss": 0.5, "eval_before_loss": 1.0, "eval_before_num_examples": 3.0}
+    content = reply_content("client-000", token, metrics, b"no packet of ours", ledger_head=head)
+    assert book.receive(Message(content, reply_to=message)) is None
+    found = next(one for one in book.close() if one.client_id == "client-000")
+    assert (found.status, found.reason, found.ledger_head) == ("refused", "bad_encoding", head)
+    assert dict(found.metrics) == told

@@ -25,6 +25,13 @@ def upgrade() -> None:
     op.create_index("ix_registry_versions_state", "registry_versions", ["state_digest"])
     op.add_column("registry_channels", sa.Column("move", sa.Integer(), nullable=True))
     _moves()
+    _approvals()
+    _named_and_measured()
+    _audit()
+
+
+def _approvals() -> None:
+    """What a channel requires, and who agreed."""
     op.create_table(
         "registry_policies",
         sa.Column("channel", sa.String(64), nullable=False),
@@ -44,6 +51,10 @@ def upgrade() -> None:
         _of_version("registry_approvals"),
         sqlite_autoincrement=True,
     )
+
+
+def _named_and_measured() -> None:
+    """Tags, measurements and what devices hold."""
     op.create_table(
         "registry_tags",
         sa.Column("name", sa.String(64), nullable=False),
@@ -75,7 +86,6 @@ def upgrade() -> None:
         _of_version("registry_devices"),
     )
     op.create_index("ix_registry_devices_version", "registry_devices", ["version_id"])
-    _audit()
 
 
 def _of_version(table: str) -> sa.ForeignKeyConstraint:

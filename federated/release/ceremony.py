@@ -1,0 +1,106 @@
+"""What is done with the offline keys: found a repository, replace keys, revoke.
+
+Each function changes an edition; nothing is signed or written here. A key is replaced by a new one of the same role, so
+that thresholds stay what they were planned to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+
+from securesystemslib.signer import Key
+from tuf.api.metadata import DelegatedRole, Delegations, Root, Snapshot, Targets, Timestamp
+
+from federated.errors import ReleaseError
+from federated.release import shelf
+from federated.release.documents import new
+from federated.release.edition import Edition
+from federated.release.keys import KeyRing, label_of, name_of
+from federated.release.roles import ONLINE, ROOT, SNAPSHOT, TARGETS, TOP, Plan, group_of, patterns_of
+
+__all__ = ["found", "replace_keys"]
+
+
+def found(ring: KeyRing, plan: Plan) -> Edition:
+    """The first edition of a new repository, with its keys: those of the ring that have the names, else new ones.
+
+    Raises:
+        SigningKeyError: if a key cannot be made.
+    """
+    keys = {role: _keys(ring, role, plan.quorum(role).keys) for role in (*TOP, *plan.channels)}
+    root = new(Root(consistent_snapshot=True), days=plan.days_of(ROOT))
+    for role in TOP:
+        root.roles[role].threshold = plan.quorum(role).threshold
+        for key in keys[role]:
+            root.add_key(key, role)
+    targets = new(Targets(), days=plan.days_of(TARGETS))
+    targets.delegations = Delegations(
+        {key.keyid: key for channel in plan.channels for key in keys[channel]},
+        {channel: _delegated(channel, keys[channel], plan) for channel in plan.channels},
+    )
+    online = (new(Timestamp(), days=plan.days_of("timestamp")), new(Snapshot(), days=plan.days_of(SNAPSHOT)))
+    edition = Edition(root, *online, targets, load=_nothing)
+    edition.change_root()
+    for channel in plan.channels:
+        one = shelf.new_channel(days=plan.days_of(channel), bins=plan.bins, bins_past=plan.bins_past)
+        edition.change(channel, one)
+    shelf.set_floor(edition, 0)
+    return edition
+
+
+def replace_keys(edition: Edition, ring: KeyRing, role: str, key: str | None = None) -> list[str]:
+    """Replace the keys of a role, and sign again what they signed.
+
+    Args:
+        edition: changed.
+        ring: gets the new keys.
+        role: one of the top-level roles, or a channel.
+        key: the name of one key; None replaces all of the role.
+
+    Returns:
+        The new keys' names.
+
+    Raises:
+        ReleaseError: if there is no such role or key.
+        SigningKeyError: if a key cannot be made.
+    """
+    if role not in TOP:
+        edition.channel(role)
+    delegator = edition.change_root() if role in TOP else edition.change(TARGETS)
+    names = []
+    for old in _chosen(edition.needs(role)[1], role, key):
+        fresh = ring.make(_free_name(ring, role), group_of(role))
+        delegator.revoke_key(old.keyid, role)
+        delegator.add_key(fresh, role)
+        names.append(name_of(fresh))
+    if role not in TOP:
+        shelf.use_keys(edition, role)
+    elif role != ROOT:
+        edition.renew(SNAPSHOT if role in ONLINE else role)
+    return names
+
+
+def _keys(ring: KeyRing, role: str, wanted: int) -> list[Key]:
+    names = [f"{role}-{number}" for number in range(1, wanted + 1)]
+    return [ring.named(name) or ring.make(name, group_of(role)) for name in names]
+
+
+def _delegated(channel: str, keys: list[Key], plan: Plan) -> DelegatedRole:
+    keyids = [key.keyid for key in keys]
+    return DelegatedRole(channel, keyids, plan.quorum(channel).threshold, True, patterns_of(channel))
+
+
+def _chosen(keys: Sequence[Key], role: str, key: str | None) -> list[Key]:
+    chosen = [one for one in keys if key in (None, name_of(one))]
+    if not chosen:
+        raise ReleaseError(f"role {role} has no key {key!r}; it has {', '.join(map(label_of, keys))}")
+    return chosen
+
+
+def _free_name(ring: KeyRing, role: str) -> str:
+    return next(name for name in (f"{role}-{number}" for number in count(1)) if ring.named(name) is None)
+
+
+def _nothing(name: str, _: str) -> Targets:
+    raise ReleaseError(f"there is no role {name} yet")

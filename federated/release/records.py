@@ -1,0 +1,96 @@
+"""What is signed of a version: on its record's target, and on the target that says where a channel points.
+
+The record is small plain data beside the target's length and hash (TUF's ``custom``). With it a device can decide
+before it downloads: whether the version is for its base model, and whether it is below the security floor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from federated.errors import ReleaseError, WrongContent
+from federated.manifest import canonical_json
+from federated.release.roles import check_file
+
+__all__ = ["LARGEST", "ReleaseRecord", "floor_of"]
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LONGEST = 200
+LARGEST = 2**53
+"""Release counters stay below; every JSON reader holds such numbers exactly."""
+
+
+@dataclass(frozen=True)
+class ReleaseRecord:
+    """One version as it was released.
+
+    Args:
+        version_id: digest of the manifest.
+        release_counter: grows by each new version, whatever its channel; the security floor is one of these numbers.
+        base_digest: of the base model that it is for.
+        weights_digest: of the reconstructed weights, however they travel.
+        audit_head: the registry's audit log at that time, as it was given; ``""`` where there was none.
+        files: what else the version has (variants, diffs, exports), sorted.
+    """
+
+    version_id: str
+    release_counter: int
+    base_digest: str
+    weights_digest: str
+    audit_head: str = ""
+    files: tuple[str, ...] = ()
+
+    def to_custom(self) -> dict[str, Any]:
+        """Plain data for signed metadata."""
+        return vars(self) | {"files": list(self.files)}
+
+    def to_bytes(self) -> bytes:
+        """The same as a file."""
+        return canonical_json(self.to_custom())
+
+    @classmethod
+    def from_custom(cls, value: Any, where: str) -> Self:
+        """Read what `to_custom` wrote; keys of a newer library are passed over.
+
+        Args:
+            value: from signed metadata, so whoever holds the channel's keys wrote it.
+            where: for messages.
+
+        Raises:
+            WrongContent: if it is no record.
+        """
+        try:
+            names = cls.__dataclass_fields__
+            record = cls(**{name: value[name] for name in names if name != "files"}, files=tuple(value["files"]))
+            record._check()
+        except (KeyError, TypeError, ValueError, AttributeError, ReleaseError) as error:
+            raise WrongContent(f"what is signed for {where} is no record of a release ({error})") from error
+        return record
+
+    def _check(self) -> None:
+        for name in ("version_id", "weights_digest"):
+            if not _DIGEST.fullmatch(getattr(self, name)):
+                raise ValueError(f"{name} is no SHA-256")
+        if type(self.release_counter) is not int or not 0 < self.release_counter < LARGEST:
+            raise ValueError(f"release_counter is {self.release_counter!r}")
+        for name in ("base_digest", "audit_head"):
+            text = getattr(self, name)
+            if not (len(text) <= _LONGEST and text.isprintable()):
+                raise ValueError(f"{name} is not printable, or too long")
+        for file in self.files:
+            check_file(file)
+
+
+def floor_of(custom: Any) -> int:
+    """The least release counter that a top-level target names.
+
+    Raises:
+        WrongContent: if it names none.
+    """
+    floor = custom.get("least_release_counter") if isinstance(custom, Mapping) else None
+    if type(floor) is not int or not 0 <= floor < LARGEST:
+        raise WrongContent(f"the signed security floor is {floor!r}; expected a release counter")
+    return floor

@@ -13,6 +13,7 @@
     │   ├── VersionNotFound
     │   ├── CorruptBlob          stored bytes do not match their digest
     │   ├── ChannelConflict      somebody else moved the channel first
+    │   ├── NotApproved          too few people approved what a channel should move to
     │   └── StorageFull
     ├── PrivacyError             an account, a ledger or a protection that cannot be what it says
     │   └── BudgetExhausted      what was asked would spend more than may be spent
@@ -53,6 +54,7 @@ __all__ = [
     "VersionNotFound",
     "CorruptBlob",
     "ChannelConflict",
+    "NotApproved",
     "StorageFull",
     "PrivacyError",
     "BudgetExhausted",
@@ -139,6 +141,10 @@ class CorruptBlob(RegistryError):
 
 class ChannelConflict(RegistryError):
     """A channel moved between reading and writing it."""
+
+
+class NotApproved(RegistryError):
+    """A channel that requires approvals, and a version that has too few of them."""
 
 
 class StorageFull(RegistryError):

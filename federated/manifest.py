@@ -300,6 +300,11 @@ class VersionManifest:
         code_version: version of this library.
         servable: False where clients hold the rest of the model.
         task: what the adapter answers: task name, labels, base model source (plain data, for a device).
+        adapter_id: name of the adapter that this is a version of; stays the same over runs.
+        release_counter: larger than that of every version of the adapter before; 0 where nobody counted.
+        base: the base model's parts and their digests (``class``, ``config``, ``tokenizer``, ``weights``), whose own
+            digest is ``base_digest``; empty where they are not known.
+        licence: of the adapter, as an SPDX expression; empty where nobody said.
     """
 
     weights_digest: str
@@ -315,6 +320,10 @@ class VersionManifest:
     code_version: str = ""
     servable: bool = True
     task: Mapping[str, Any] = field(default_factory=dict)
+    adapter_id: str = ""
+    release_counter: int = 0
+    base: Mapping[str, str | None] = field(default_factory=dict)
+    licence: str = ""
 
     @property
     def version_id(self) -> str:
@@ -323,7 +332,9 @@ class VersionManifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for canonical JSON."""
-        return asdict(self) | {"spec": getattr(self.spec, "plain", self.spec)}
+        later = ("adapter_id", "release_counter", "base", "licence")  # left out where unused, as in `AdapterSpec.plain`
+        plain = {key: value for key, value in asdict(self).items() if value or key not in later}
+        return plain | {"spec": getattr(self.spec, "plain", self.spec)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:

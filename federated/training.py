@@ -28,7 +28,7 @@ from federated.adapters import AdapterModel
 from federated.config import PrivacyConfig, TrainConfig
 from federated.corrections import SHIFT
 from federated.delta import subtract
-from federated.errors import ConfigError, DataError, FederatedError, ModelError
+from federated.errors import ConfigError, DataError, FederatedError, ModelError, PrivacyError
 from federated.local_steps import Steps, make_optimizer, make_scheduler
 from federated.manifest import TrainPlan, digest_of
 from federated.penalties import tail_penalty
@@ -57,11 +57,14 @@ def client_seed(seed: int, round_number: int, client_id: str) -> int:
 class LocalData:
     """One client's encoded examples; ``test`` may be empty (then nothing is measured).
 
+    Under ``privacy.example``, ``rows`` are the training rows as they were read: each of them is one example.
+
     Privacy: never leaves the process that made it.
     """
 
     train: Sequence[Features]
     test: Sequence[Features] = ()
+    rows: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,11 @@ class LocalTrainer:
         self.privacy = privacy or PrivacyConfig()
         if self.privacy.example.enabled:
             check_private_training(config)
+            if adapter.has_dropout:
+                raise PrivacyError(
+                    "the adapter has dropout, whose masks depend on who else is in a batch; attach it with "
+                    "adapter.dropout=0 under privacy.example"
+                )
         self.device = _device(config.device)
         self.autocast_dtype = _autocast_dtype(config.precision, self.device)
         probe = make_optimizer([nn.Parameter(torch.zeros(1))], config)
@@ -155,14 +163,16 @@ class LocalTrainer:
             if (plan.evaluate_before or plan.mode == "evaluate") and data.test:
                 metrics |= self._measured("eval_before", data.test)
             if plan.mode == "evaluate":
-                return LocalResult({}, 0, {**metrics, "seconds": time.perf_counter() - began})
+                return LocalResult({}, 0, metrics | self._seconds(began))
             shift = {name.removeprefix(SHIFT): one for name, one in state.extra.items() if name.startswith(SHIFT)}
             metrics |= self._train(plan, data.train, seed, shift=shift, private=private or PrivateTask())
             if (plan.evaluate_after or self.config.evaluate_after) and data.test:
                 metrics |= self._measured("eval_after", data.test)
-        if not self.privacy.example.enabled:
-            metrics["seconds"] = time.perf_counter() - began
-        return LocalResult(self._moved(plan, state), len(data.train), metrics)
+        return LocalResult(self._moved(plan, state), len(data.train), metrics | self._seconds(began))
+
+    def _seconds(self, began: float) -> dict[str, float]:
+        """How long it took; nothing under ``privacy.example``, for that tells of the data."""
+        return {} if self.privacy.example.enabled else {"seconds": time.perf_counter() - began}
 
     def _moved(self, plan: TrainPlan, state: AdapterState) -> dict[str, Tensor]:
         """The delta of the groups that the plan trains; the others must be as they came."""

@@ -7,7 +7,8 @@ every worker. Weights come as safetensors or GGUF; pickled weights are refused. 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from federated.adapters.fingerprint import base_digest
+from federated.adapters.fingerprint import base_parts
 from federated.adapters.locate import Location, locate
 from federated.adapters.quiet import quiet_transformers
 from federated.adapters.tiny import tiny_model
 from federated.config import ModelConfig
 from federated.errors import ModelError
+from federated.manifest import digest_of
 
 __all__ = ["BaseKind", "BaseModel", "base_from_module", "load_base"]
 
@@ -40,6 +42,7 @@ class BaseModel:
         kind: what the model can do.
         num_parameters: parameters, tied ones once.
         num_bytes: their size in memory.
+        parts: what the fingerprint is the digest of; see `federated.adapters.fingerprint.base_parts`.
     """
 
     model: nn.Module
@@ -49,6 +52,7 @@ class BaseModel:
     kind: BaseKind
     num_parameters: int
     num_bytes: int
+    parts: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def hidden_size(self) -> int:
@@ -91,15 +95,16 @@ def base_from_module(model: nn.Module, tokenizer: Any | None = None, *, source: 
     [batch, time, hidden] and has the attribute ``hidden_size``.
     """
     model.eval().requires_grad_(False)
-    parameters = list(model.parameters())
+    parameters, parts = list(model.parameters()), base_parts(model, tokenizer)
     return BaseModel(
         model=model,
         tokenizer=_with_padding(tokenizer),
-        base_digest=base_digest(model, tokenizer),
+        base_digest=digest_of(parts),
         source=source,
         kind=_kind_of(model),
         num_parameters=sum(parameter.numel() for parameter in parameters),
         num_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        parts=parts,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from federated.manifest import digest_of
 
-__all__ = ["base_digest", "config_digest", "tokenizer_digest", "weights_digest"]
+__all__ = ["base_digest", "base_parts", "config_digest", "tokenizer_digest", "weights_digest"]
 
 _NOISE = frozenset({
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "id2label",
@@ -35,12 +35,17 @@ def base_digest(model: nn.Module, tokenizer: Any | None) -> str:
     Returns:
         64 hexadecimal characters.
     """
-    return digest_of({
+    return digest_of(base_parts(model, tokenizer))
+
+
+def base_parts(model: nn.Module, tokenizer: Any | None) -> dict[str, str | None]:
+    """What the fingerprint is the digest of: the model's class by name, and the digests of its parts."""
+    return {
         "class": type(model).__name__,
         "config": config_digest(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "weights": weights_digest(model),
-    })  # fmt: skip
+    }
 
 
 def config_digest(model: nn.Module) -> str | None:

@@ -81,6 +81,11 @@ class AdapterModel:
         for name, tensor in self._tensors.items():
             tensor.requires_grad_(group_of(name) in groups)
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the adapter has dropout layers of its own."""
+        return bool(self._dropouts)
+
     def set_dropout(self, active: bool) -> None:
         """Switch the adapter's own dropout; everything else, the base's dropout included, stays in eval mode."""
         if active and any(module.training for module in self._modules):  # whatever else somebody switched on

@@ -7,6 +7,8 @@ from federated.aggregation.private_mean import noise_of_updates
 from federated.aggregation.protocol import Rule, RuleProperties
 from federated.config import ExperimentConfig
 from federated.errors import ConfigError, PrivacyError
+from federated.privacy.account import too_likely
+from federated.privacy.fixed_groups import group_count, too_few
 
 __all__ = ["check_client_privacy"]
 
@@ -29,6 +31,10 @@ def check_client_privacy(rule: Rule, config: ExperimentConfig, *, clients: int |
             "strategy=fedit, ffa, rolora or fedsvd"
         )
     _check_parts(config)
+    if clients is not None and config.privacy.target_delta * clients >= 1:
+        raise ConfigError(too_likely(config.privacy.target_delta, clients))
+    if config.privacy.client.mechanism == "banded":
+        _check_banded(rule, config, clients)
     _check_adaptive(config, clients)
 
 
@@ -48,12 +54,6 @@ def _not_covered(properties: RuleProperties) -> str:
 
 
 def _check_parts(config: ExperimentConfig) -> None:
-    client = config.privacy.client
-    if client.mechanism == "tree":
-        raise ConfigError(
-            "privacy.client.mechanism = 'tree': noise that is correlated over the rounds is not built yet; use "
-            "mechanism=gaussian, with sampling=none where nobody should have to trust the sampling"
-        )
     if config.strategy.weighted:
         raise ConfigError(
             "strategy.weighted = true: with client-level privacy each client counts once, because its number of "
@@ -68,8 +68,35 @@ def _check_parts(config: ExperimentConfig) -> None:
     if config.selection.policy != "uniform":
         raise ConfigError(
             f"selection.policy = {config.selection.policy!r}: who is asked would depend on what clients did or hold, "
-            "or come in turns; client-level privacy needs selection.policy=uniform"
+            "or come in turns that newcomers shift; client-level privacy needs selection.policy=uniform, and "
+            "privacy.client.mechanism=banded has turns of its own"
         )
+
+
+def _check_banded(rule: Rule, config: ExperimentConfig, clients: int | None) -> None:
+    """Noise takes back that of earlier rounds where it lies on the same numbers, at the same scale."""
+    found, client = "privacy.client.mechanism = 'banded'", config.privacy.client
+    if client.sampling != "none":
+        raise ConfigError(
+            f"{found}, privacy.client.sampling = {client.sampling!r}: clients take turns in fixed groups, and nothing "
+            "is drawn by chance; use sampling=none, or mechanism=gaussian with sampling=poisson"
+        )
+    if client.clipping != "fixed":
+        raise ConfigError(
+            f"{found}, privacy.client.clipping = {client.clipping!r}: each round's noise takes back that of earlier "
+            "ones, so its scale may not follow the clipping norm; use clipping=fixed, or mechanism=gaussian"
+        )
+    if rule.properties.alternates or not rule.properties.fixed_space:
+        why = "asks for other tensors from round to round"
+        if not rule.properties.alternates:
+            why = "makes a new basis in each round"
+        raise ConfigError(
+            f"{found}: {rule.name} {why}, and noise that takes back that of earlier rounds would lie on other numbers; "
+            "use strategy=fedit, ffa or another rule whose updates add up in one fixed space, or mechanism=gaussian"
+        )
+    why = "" if clients is None else too_few(clients, groups=group_count(config.selection.fraction))
+    if why:
+        raise ConfigError(why)
 
 
 def _check_adaptive(config: ExperimentConfig, clients: int | None) -> None:
@@ -79,7 +106,7 @@ def _check_adaptive(config: ExperimentConfig, clients: int | None) -> None:
         return
     if clients is None and not client.quantile_noise:
         return
-    planned = planned_cohort(clients or 1, config.selection.fraction, sampling=client.sampling)
+    planned = planned_cohort(clients or 1, config.selection.fraction, client)
     try:
         noise_of_updates(client, client.noise_multiplier, planned)
     except PrivacyError as error:

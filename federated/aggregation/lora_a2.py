@@ -50,6 +50,7 @@ class LoRAA2:
         exactness="approximate",
         space="factor",
         linear=False,  # each message has ranks of its own: they cannot be added up as they travel
+        alternates=True,
         gauge="refused",
         paper="Koo et al. 2025, arXiv:2410.22815",
     )

@@ -7,7 +7,8 @@ released already, and costs nothing more. It is the rule on clipped updates with
 looks at its updates' mean and at nothing else: `RuleProperties.mean_decides`.
 
 With adaptive clipping the next norm is a scalar of the rule's memory, under `CLIP_NORM`: saved with each version, sent
-to nobody, and changed only with a round that was applied.
+to nobody, and changed only with a round that was applied. Noise that goes on from round to round is no part of that
+memory: whoever reads it can take it off (`federated.privacy.noise_chain`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from federated.manifest import TensorLayout
 from federated.privacy.adaptive import count_noise, following_clip_norm, multiplier_of_updates
 from federated.privacy.chance import noise_source
 from federated.privacy.client_level import NoisySum
+from federated.privacy.noise_chain import NoiseChain
 from federated.state import RuleState
 
 __all__ = ["CLIP_NORM", "PrivateMean", "clip_norm_of", "noise_of_updates"]
@@ -73,6 +75,7 @@ class PrivateMean:
         noise_multiplier: the accounted one.
         planned: the planned cohort, > 0; the expected one where cohorts are drawn by chance.
         test_seed: of the noise, for tests; below 0 it comes from the operating system.
+        chain: what the noise goes on from, with ``mechanism=banded``; None: it is independent.
 
     Raises:
         PrivacyError: if noise or bound are none.
@@ -90,12 +93,14 @@ class PrivateMean:
         noise_multiplier: float,
         planned: float,
         test_seed: int = -1,
+        chain: NoiseChain | None = None,
     ) -> None:
         self._inner = inner
         self._memory = memory
         self._config = config
         self._clip_norm = clip_norm_of(memory, config)
         on_updates, on_count = noise_of_updates(config, noise_multiplier, planned)
+        self._chain = chain
         self._sum = NoisySum(
             {entry.name: entry.shape for entry in expected},
             clip_norm=self._clip_norm,
@@ -103,6 +108,7 @@ class PrivateMean:
             planned=planned,
             source=noise_source(test_seed),
             count_noise=on_count,
+            chain=chain,
         )
 
     def add(self, update: Update, weight: float) -> None:
@@ -128,6 +134,8 @@ class PrivateMean:
         if isinstance(result, NextPhase):
             raise AggregationError("the rule asks for another phase: noise covers one message of each client")
         metrics = {**result.metrics, "clip_norm": self._clip_norm, "noise_std": released.noise_std}
+        if self._chain is not None:
+            metrics["noise_row"] = float(self._chain.row)
         if released.unclipped is not None:
             result = self._followed(result, released.unclipped)
             metrics["unclipped_share"] = released.unclipped

@@ -35,6 +35,8 @@ class RuleProperties:
         adapter: the kind of LoRA that it works on.
         personal: clients keep a part of the model (`TrainPlan.kept`); no version can be served.
         fixed_space: yields a mean delta in a space that does not move, which server optimizers need.
+        alternates: asks for other tensors from round to round, so that what is kept of one round (noise that the next
+            one goes on from) does not fit the next.
         averages: what all clients hold alike, and one client's own result, become their weighted mean; False for a
             rule that steps beyond it (FedDyn).
         plain_sgd: clients must train by SGD without momentum, in steps of one size.
@@ -67,6 +69,7 @@ class RuleProperties:
     adapter: Literal["lora", "lora_xs"] = "lora"
     personal: bool = False
     fixed_space: bool = True
+    alternates: bool = False
     averages: bool = True
     plain_sgd: bool = False
     asynchronous: Literal["any", "same_basis", "no"] = "no"

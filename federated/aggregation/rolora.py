@@ -39,6 +39,7 @@ class RoLoRA:
         space="factor",
         linear=True,
         mean_decides=True,
+        alternates=True,
         asynchronous="same_basis",
         paper="Chen et al. 2025, arXiv:2502.01755",
         gauge="refused",

@@ -1,4 +1,4 @@
-"""``fedpeft``: simulate and train, look into the registry, act as a device.
+"""``fedpeft``: simulate and train, keep versions, act as a device.
 
 Errors of this library are one line on stderr and exit code 1 (2 for a wrong configuration or command line, 130 when
 the user stopped it).
@@ -24,7 +24,7 @@ from click.exceptions import Abort, ClickException, Exit
 from rich.console import Console
 
 from federated import __version__
-from federated.cli import assets, device, privacy, registry
+from federated.cli import assets, audit, channel, device, privacy, registry, registry_care, registry_diff
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 
 __all__ = ["app", "exit_code", "main"]
@@ -35,7 +35,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+for name, command in (registry_care.COMMANDS | registry_diff.COMMANDS).items():
+    registry.app.command(name)(command)
 app.add_typer(registry.app, name="registry")
+app.add_typer(channel.app, name="channel")
+app.command("approve")(channel.approve)
+app.add_typer(audit.app, name="audit")
 app.add_typer(device.app, name="device")
 app.add_typer(assets.app, name="assets")
 app.add_typer(privacy.app, name="privacy")

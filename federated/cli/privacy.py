@@ -51,7 +51,7 @@ def plan(
 def spent(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or a registry's folder or URL.")],
     blobs: Annotated[
-        Path | None, typer.Option("--blobs", metavar="FOLDER", help="Folder of the blobs, where RUN is a URL.")
+        str | None, typer.Option("--blobs", metavar="FOLDER_OR_URL", help="Where the bytes are, if RUN is a URL.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -14,8 +15,9 @@ from federated.cli.apps import enter_app
 from federated.cli.compose import compose
 from federated.config import ExperimentConfig
 from federated.errors import ConfigError, PrivacyError
-from federated.privacy.accounting import GaussianSteps, epsilon
+from federated.privacy.accounting import GaussianSteps, epsilon, noise_for
 from federated.privacy.canaries import Audit, Canaries, ClientLevelPath, Mechanism, audit_mechanism
+from federated.privacy.canaries_banded import BandedPath
 from federated.privacy.canaries_example import ExampleLevelPath
 from federated.privacy.chance import noise_source
 from federated.privacy.cohorts import PoissonCohorts
@@ -24,6 +26,8 @@ from federated.privacy.server_budget import ServerBudget
 __all__ = ["audit", "run", "show"]
 
 _LAYERS = 8
+_SAMPLING = 0.5
+"""Of the canaries that are examples: with which probability each is in a batch."""
 
 
 def run(overrides: list[str], *, app_dir: Path, canaries: int, steps: int, seed: int, console: Console) -> None:
@@ -64,63 +68,85 @@ def audit(config: ExperimentConfig, *, canaries: int, steps: int, seed: int = 0)
         Unit and finding.
 
     Raises:
-        ConfigError: if no mechanism is configured, or the noise of example level is not given.
+        ConfigError: if no mechanism is configured.
         PrivacyError: if the noise cannot be solved for.
     """
     privacy = config.privacy
     if not privacy.enabled:
         raise ConfigError("privacy.client.enabled = false: an audit needs a mechanism; add privacy=client_dp")
     rounds, found = min(steps, config.rounds), []
-    for unit, path, event, clip_norm in _mechanisms(config, canaries):
-        accounted = epsilon([replace(event, steps=rounds)], privacy.target_delta, accountant=privacy.accountant)
+    for part in _parts(config, canaries, rounds):
+        events = [GaussianSteps(part.noise_multiplier, part.sampling, math.ceil(rounds / part.groups))]
         for each_step in (False, True):
+            path = part.make()
             one = audit_mechanism(
                 path,
                 canaries=canaries,
                 steps=rounds,
-                clip_norm=clip_norm,
-                accounted=accounted,
+                clip_norm=part.clip_norm,
+                accounted=epsilon(events, privacy.target_delta, accountant=privacy.accountant),
                 target_delta=privacy.target_delta,
                 layers=_LAYERS,
                 each_step=each_step,
+                further=path.views if isinstance(path, BandedPath) else None,
                 seed=seed,
             )
-            found.append((unit, one))
+            found.append((part.unit, one))
     return found
 
 
-def _mechanisms(config: ExperimentConfig, canaries: int) -> Iterator[tuple[str, Mechanism, GaussianSteps, float]]:
+@dataclass(frozen=True)
+class _Part:
+    """A unit's mechanism, made anew for each adversary, and what a step of it is accounted as."""
+
+    unit: str
+    make: Callable[[], Mechanism]
+    clip_norm: float
+    noise_multiplier: float
+    sampling: float = 1.0
+    groups: int = 1
+
+
+def _parts(config: ExperimentConfig, canaries: int, rounds: int) -> Iterator[_Part]:
     client, example = config.privacy.client, config.privacy.example
     if client.enabled:
-        noise = ServerBudget(config).noise_multiplier
+        budget = ServerBudget(config)
         sampling = config.selection.fraction if client.sampling == "poisson" else 1.0
-        path = _client_path(config, canaries, noise_multiplier=noise)
-        yield "client", path, GaussianSteps(noise, sampling, 1), client.clip_norm
+        noise, groups = budget.noise_multiplier, budget.groups
+        yield _Part("client", lambda: _client_path(config, canaries, budget), client.clip_norm, noise, sampling, groups)
     if example.enabled:
-        if not example.noise_multiplier:
-            raise ConfigError(
-                "privacy.example.noise_multiplier = 0: each client solves for its own; give the one to be audited"
-            )
-        shapes, half = Canaries.shapes(canaries, _LAYERS), max(1, canaries // 2)
-        parts = {"clip_norm": example.clip_norm, "noise_multiplier": example.noise_multiplier, "sampling": 0.5}
-        made = ExampleLevelPath(shapes, **parts, expected_batch=half, source=noise_source())
-        yield "example", made, GaussianSteps(example.noise_multiplier, 0.5, 1), example.clip_norm
+        noise = example.noise_multiplier or _solved(config, rounds)
+        yield _Part("example", lambda: _example_path(config, canaries, noise), example.clip_norm, noise, _SAMPLING)
 
 
-def _client_path(config: ExperimentConfig, canaries: int, *, noise_multiplier: float) -> ClientLevelPath:
-    """Without sampling that is claimed everybody is in each round: the most that the account has to cover."""
-    client = config.privacy.client
-    names = Canaries.names(canaries)
+def _solved(config: ExperimentConfig, steps: int) -> float:
+    """What a client with so many examples, half of them in each batch, would solve for over the audited steps."""
+    target, accountant = (config.privacy.target_epsilon, config.privacy.target_delta), config.privacy.accountant
+    return noise_for(*target, sampling=_SAMPLING, steps=steps, accountant=accountant)
+
+
+def _example_path(config: ExperimentConfig, canaries: int, noise: float) -> ExampleLevelPath:
+    example, shapes = config.privacy.example, Canaries.shapes(canaries, _LAYERS)
+    parts = {"clip_norm": example.clip_norm, "noise_multiplier": noise, "sampling": _SAMPLING}
+    return ExampleLevelPath(shapes, **parts, expected_batch=max(1, canaries // 2), source=noise_source())
+
+
+def _client_path(config: ExperimentConfig, canaries: int, budget: ServerBudget) -> Mechanism:
+    """The most that the account has to cover: without sampling that is claimed, everybody in each round of a group."""
+    client, shapes = config.privacy.client, Canaries.shapes(canaries, _LAYERS)
+    parts = {"clip_norm": client.clip_norm, "noise_multiplier": budget.noise_multiplier}
+    if budget.band > 1:
+        alike = {**parts, "planned": float(canaries)}
+        return BandedPath(shapes, **alike, source=noise_source(), groups=budget.groups, band=budget.band)
     poisson = client.sampling == "poisson"
     fraction = config.selection.fraction if poisson else 1.0
     return ClientLevelPath(
-        Canaries.shapes(canaries, _LAYERS),
-        clip_norm=client.clip_norm,
-        noise_multiplier=noise_multiplier,
-        planned=planned_cohort(canaries, fraction, sampling=client.sampling),
+        shapes,
+        **parts,
+        planned=planned_cohort(canaries, fraction, client),
         source=noise_source(),
         fraction=fraction,
-        cohorts=PoissonCohorts(names) if poisson else None,
+        cohorts=PoissonCohorts(Canaries.names(canaries)) if poisson else None,
     )
 
 

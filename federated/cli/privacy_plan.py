@@ -21,8 +21,9 @@ from federated.cli.apps import enter_app
 from federated.cli.compose import compose
 from federated.config import ExperimentConfig
 from federated.errors import ConfigError, DataError, ModelError
-from federated.privacy.account import NEIGHBOURING, NO_AMPLIFICATION, NOT_PROTECTED, POISSON
+from federated.privacy.account import NEIGHBOURING, NOT_PROTECTED, POISSON, client_sampling
 from federated.privacy.plan import ClientPlan, ExamplePlan, Landmark, landmarks, plan_clients, plan_examples
+from federated.privacy.plan_banded import BandedPlan
 
 __all__ = ["Given", "run"]
 
@@ -42,6 +43,16 @@ ABOUT_EXAMPLES = (
 ABOUT_CLIENTS = (
     "Length is of the noise on the mean update, in clipping norms, beside updates of at most 1: over T rounds it grows "
     "with sqrt(T), and what the clients agree on with T. Fewer than about 1,000 clients: use privacy=example_dp."
+)
+ABOUT_TURNS = (
+    "Length is of the noise on one round's mean update, in clipping norms, beside updates of at most 1; what is left "
+    "of it in the sum of all rounds is below, and the verdict is on that."
+)
+ABOUT_BANDED = (
+    "Noise of a round takes back part of that of the rounds before: each client is in one of the groups, which take "
+    "turns. Noise is its standard deviation on each value of a sum of updates, in clipping norms: of a round, of the "
+    "sum of all rounds, and the root of the mean square (rms) over the sums of the first 1, 2, 3 ... rounds, beside "
+    "that of independent noise of the same epsilon, in the same groups and where anybody may be in any round."
 )
 ORIENTATION = (
     "For orientation, other populations with the same rounds and epsilon (8 where none is set), by rdp; cohorts that "
@@ -104,7 +115,7 @@ def _plan(config: ExperimentConfig, folder: Path, given: Given) -> _Found:
         return _Found(config, examples)
     rule = make_rule(config.strategy.rule, config.strategy.options)
     check_client_privacy(rule, config, clients=population)
-    cohort = planned_cohort(population, config.selection.fraction, sampling=privacy.client.sampling)
+    cohort = planned_cohort(population, config.selection.fraction, privacy.client)
     parameters = given.parameters or _parameters(config, folder, rule)
     clients = plan_clients(config, population, cohort=cohort, parameters=parameters)
     return _Found(config, examples, clients, landmarks(config, parameters=parameters))
@@ -193,7 +204,20 @@ def _show_clients(plan: ClientPlan, console: Console) -> None:
     console.print(table)
     if plan.parameters is None:
         _say(console, "The model is not on this machine, so its parameters are not known; say --parameters N.")
-    _say(console, ABOUT_CLIENTS)
+    _say(console, ABOUT_TURNS if plan.banded else ABOUT_CLIENTS)
+    if plan.banded:
+        _show_banded(plan.banded, console)
+
+
+def _show_banded(plan: BandedPlan, console: Console) -> None:
+    columns = ("groups", "times each", "band", "column norm", "of a round", "of all rounds", "rms of sums")
+    table = Table(*columns, "rms, same groups", "rms, anybody", title="Correlated noise")
+    whole = (plan.groups, plan.participations, plan.band)
+    noises = (plan.column_norm, plan.noise_of_a_round, plan.noise_of_the_last_sum, plan.noise_of_the_sums)
+    others = (plan.independent, plan.everybody)
+    table.add_row(*map(str, whole), *map(_number, (*noises, *others)))
+    console.print(table)
+    _say(console, ABOUT_BANDED)
 
 
 def _show_landmarks(marks: Sequence[Landmark], console: Console) -> None:
@@ -211,7 +235,7 @@ def _sampling(config: ExperimentConfig) -> dict[str, str]:
     privacy = config.privacy
     assumed = {"example": POISSON} if privacy.example.enabled else {}
     if privacy.client.enabled:
-        assumed["client"] = POISSON if privacy.client.sampling == "poisson" else NO_AMPLIFICATION
+        assumed["client"] = client_sampling(config)
     return assumed
 
 

@@ -23,12 +23,12 @@ __all__ = ["run"]
 _NONE = "not accounted"
 
 
-def run(place: str, *, blobs: Path | None, as_json: bool, console: Console) -> None:
+def run(place: str, *, blobs: str | None, as_json: bool, console: Console) -> None:
     """Print the accounts of all versions, newest first.
 
     Args:
         place: a run's folder, or a registry's folder or URL.
-        blobs: folder of the blobs, for a URL.
+        blobs: folder or URL of the bytes, for a URL.
         as_json: one JSON object in place of tables.
         console: where tables go.
 

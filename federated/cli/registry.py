@@ -1,34 +1,42 @@
-"""``fedpeft registry``: list, show and follow the versions of a registry. It only reads.
+"""``fedpeft registry``: list, show and follow the versions of a registry; these commands only read.
 
 Errors are `federated.errors.FederatedError`; the caller prints them. Tables go to stdout, what was chosen on the
-user's behalf to stderr.
+user's behalf to stderr. `federated.cli.registry_care` holds the commands of the same group that write.
 """
 
 from __future__ import annotations
 
-import json
+import getpass
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from federated.cli.tables import as_json, cell, console, fill, number, say
 from federated.errors import RegistryError
 
 if TYPE_CHECKING:
     from federated.manifest import AdapterSpec
-    from federated.registry import Registry, VersionRecord
+    from federated.registry import EvaluationRecord, Registry, VersionRecord
 
-__all__ = ["app", "find_registry", "open_registry"]
+__all__ = [
+    "AsOption",
+    "BlobsOption",
+    "RegistryOption",
+    "VersionArgument",
+    "actor",
+    "app",
+    "blobs_place",
+    "find_registry",
+    "open_registry",
+]
 
-app = typer.Typer(help="List, show and follow published adapter versions.", no_args_is_help=True)
+app = typer.Typer(help="Keep, follow and check published adapter versions.", no_args_is_help=True)
 
 _DATABASE, _BLOBS = "registry.db", "blobs"
-_WIDE = 200  # columns when stdout is no terminal, so that nothing is cut in a pipe
 
 RegistryOption = Annotated[
     str | None,
@@ -39,10 +47,18 @@ RegistryOption = Annotated[
     ),
 ]
 BlobsOption = Annotated[
-    Path | None, typer.Option("--blobs", metavar="FOLDER", help="Folder of the blobs, where --registry is a URL.")
+    str | None,
+    typer.Option(
+        "--blobs",
+        metavar="FOLDER_OR_URL",
+        help="Where the bytes are, if not beside the database: s3://... Default: $FEDPEFT_BLOBS.",
+    ),
+]
+AsOption = Annotated[
+    str | None, typer.Option("--as", metavar="NAME", help="Who does it, for the audit log. Default: your user name.")
 ]
 VersionArgument = Annotated[
-    str, typer.Argument(metavar="VERSION", help="latest, v3, RUN:v3, a channel, or the beginning of an id.")
+    str, typer.Argument(metavar="VERSION", help="latest, v3, RUN:v3, a channel, a tag, or the beginning of an id.")
 ]
 
 
@@ -69,26 +85,46 @@ def find_registry(folder: Path | None = None) -> str:
     return _say(str(max(found, key=_touched).parent), "the newest one in runs/")
 
 
-def open_registry(registry: str | None, blobs: Path | None = None) -> Registry:
+def actor(name: str | None = None) -> str:
+    """Who the audit log says that it was: the name given, else the user of the process."""
+    if name is not None:
+        return name
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"user {os.getuid()}"
+
+
+def blobs_place() -> str | None:
+    """Where the environment says that the bytes are."""
+    return os.environ.get("FEDPEFT_BLOBS") or None
+
+
+def open_registry(registry: str | None, blobs: str | None = None, name: str | None = None) -> Registry:
     """Open an existing registry for a command.
 
     Args:
         registry: folder or URL; None: see `find_registry`.
-        blobs: folder of the blobs, for a URL.
+        blobs: folder or URL of the bytes, if they are not beside the database; None: ``FEDPEFT_BLOBS`` says.
+        name: who works with it; see `actor`.
 
     Raises:
         RegistryError: if there is none, or it cannot be opened.
     """
     from federated.registry import Registry  # SQLAlchemy takes its time; `fedpeft --help` should not
 
-    return Registry.open(registry or find_registry(), create=False, blobs=blobs)
+    return Registry.open(registry or find_registry(), create=False, blobs=blobs or blobs_place(), actor=actor(name))
 
 
 @app.command("list")
-def list_versions(registry: RegistryOption = None, blobs: BlobsOption = None) -> None:
+def list_versions(
+    registry: RegistryOption = None,
+    blobs: BlobsOption = None,
+    newest: Annotated[int | None, typer.Option("--newest", min=1, metavar="N", help="Only so many.")] = None,
+) -> None:
     """List all versions, newest first."""
     with open_registry(registry, blobs) as store:
-        records = store.versions()
+        records = store.versions(newest=newest)
     _print_versions(reversed(records), title=f"{len(records)} versions")
 
 
@@ -96,10 +132,10 @@ def list_versions(registry: RegistryOption = None, blobs: BlobsOption = None) ->
 def show(version: VersionArgument, registry: RegistryOption = None, blobs: BlobsOption = None) -> None:
     """Show one version's whole record."""
     with open_registry(registry, blobs) as store:
-        record = store.get(version)
-    table = Table("field", "value", title=_cell(f"version {record.number} of run {record.manifest.run_id}"))
-    _fill(table, _details(record))
-    _console().print(table)
+        record, measured = store.get(version), store.evaluations(version)
+    table = Table("field", "value", title=cell(f"version {record.number} of run {record.manifest.run_id}"))
+    fill(table, [*_details(record), *(("measured later", _measured(one)) for one in measured)])
+    console().print(table)
 
 
 @app.command()
@@ -117,12 +153,12 @@ def channels(registry: RegistryOption = None, blobs: BlobsOption = None) -> None
         pointed = {name: store.get(version_id) for name, version_id in store.channels().items()}
     table = Table("channel", "version", "id", "run")
     rows = [[name, f"v{at.number}", at.version_id[:12], at.manifest.run_id] for name, at in pointed.items()]
-    _fill(table, rows)
-    _console().print(table)
+    fill(table, rows)
+    console().print(table)
 
 
 def _say(location: str, why: str) -> str:
-    Console(stderr=True, soft_wrap=True).print(_cell(f"registry: {location} ({why})"))
+    say(f"registry: {location} ({why})", stderr=True)
     return location
 
 
@@ -137,26 +173,12 @@ def _touched(database: Path) -> float:
     return max(path.stat().st_mtime for path in (database, log) if path.exists())
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDE)
-
-
-def _cell(value: object) -> Text:
-    """Text without markup; control characters, which a stored record may carry, made visible."""
-    text = str(value)
-    return Text("".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text))
-
-
-def _fill(table: Table, rows: Iterable[Sequence[object]]) -> None:
-    for row in rows:
-        table.add_row(*map(_cell, row))
-
-
 def _print_versions(records: Iterable[VersionRecord], *, title: str) -> None:
-    table = Table("version", "id", "run", "method", "clients", "metrics", "published (UTC)", "channels", title=title)
-    _fill(table, map(_summary, records))
-    _console().print(table)
+    table = Table(
+        "version", "id", "run", "method", "clients", "metrics", "published (UTC)", "channels, tags", title=title
+    )
+    fill(table, map(_summary, records))
+    console().print(table)
 
 
 def _summary(record: VersionRecord) -> list[object]:
@@ -167,14 +189,10 @@ def _summary(record: VersionRecord) -> list[object]:
         manifest.run_id,
         manifest.method,
         manifest.participants,
-        ", ".join(f"{name} {_number(value)}" for name, value in sorted(manifest.metrics.items())),
+        ", ".join(f"{name} {number(value)}" for name, value in sorted(manifest.metrics.items())),
         f"{record.created_at:%Y-%m-%d %H:%M:%S}",
-        ", ".join(record.channels),
+        ", ".join([*record.channels, *record.tags]),
     ]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _details(record: VersionRecord) -> list[tuple[str, object]]:
@@ -182,21 +200,30 @@ def _details(record: VersionRecord) -> list[tuple[str, object]]:
     return [
         ("version id", record.version_id),
         ("number", f"v{record.number}"),
+        ("adapter", f"{manifest.adapter_id or 'unnamed'}, release counter {manifest.release_counter}"),
+        ("licence", manifest.licence or "not stated"),
         ("run", manifest.run_id),
         ("published (UTC)", f"{record.created_at:%Y-%m-%d %H:%M:%S}"),
         ("channels", ", ".join(record.channels) or "none"),
+        ("tags", ", ".join(record.tags) or "none"),
         ("parent", manifest.parent or "none"),
         ("base digest", manifest.base_digest),
+        ("base parts", as_json(manifest.base) if manifest.base else "not recorded"),
         ("weights digest", manifest.weights_digest),
         ("method", manifest.method),
         ("participants", manifest.participants),
-        ("adapter", ", ".join([spec.peft_type, *_size(spec), spec.dtype])),
+        ("kind", ", ".join([spec.peft_type, *_size(spec), spec.dtype])),
         ("servable", "yes" if manifest.servable else "no"),
-        ("privacy", _json(manifest.privacy) if manifest.privacy else "not accounted"),
-        ("metrics", _json(manifest.metrics)),
-        ("task", _json(manifest.task)),
+        ("privacy", as_json(manifest.privacy) if manifest.privacy else "not accounted"),
+        ("metrics", as_json(manifest.metrics)),
+        ("task", as_json(manifest.task)),
         ("code version", manifest.code_version or "unknown"),
     ]
+
+
+def _measured(one: EvaluationRecord) -> str:
+    stamp = f"\nnot protected: {'; '.join(one.not_protected)}" if one.not_protected else ""
+    return f"{as_json(one.metrics)}\nin {one.run_id}, {one.measured_at:%F %T} UTC{stamp}"
 
 
 def _size(spec: AdapterSpec) -> list[str]:
@@ -206,7 +233,3 @@ def _size(spec: AdapterSpec) -> list[str]:
     if spec.virtual_tokens:
         return [f"{spec.virtual_tokens} virtual tokens"]
     return [f"{len(spec.trained)} tensors"] if spec.trained else []
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)

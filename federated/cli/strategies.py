@@ -61,6 +61,7 @@ def _explain(console: Console) -> None:
     )
     _say(console, "Up and down: what a client sends and receives each round, in units of one adapter (A and B).")
     noised = ", ".join(name for name in sorted(RULES) if make_rule(name).properties.mean_decides)
+    steady = ", ".join(name for name in sorted(RULES) if _steady(make_rule(name)))
     growing = ", ".join(name for name in sorted(RULES) if make_rule(name).properties.residual)
     _say(console, f"Down is more from the second round on for {growing}: a frozen residual, which grows.")
     _say(console, "strategy=fedavgm, fedadam, fedyogi and fedadagrad are fedit with that server optimizer.")
@@ -82,7 +83,8 @@ def _explain(console: Console) -> None:
     _say(
         console,
         "* the server needs only the sum of the updates: the condition of secure aggregation. Noise on the sum "
-        f"(client-level privacy) needs the mean to decide all, and goes with: {noised}. Noise in a client's own steps "
+        f"(client-level privacy) needs the mean to decide all, and goes with: {noised}. Correlated noise "
+        f"(mechanism=banded) also needs updates that add up in one space: {steady}. Noise in a client's own steps "
         "(example-level) is no matter of the rule.",
     )
     _say(
@@ -94,6 +96,11 @@ def _explain(console: Console) -> None:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _steady(rule: Rule) -> bool:
+    properties = rule.properties
+    return properties.mean_decides and properties.fixed_space and not properties.alternates
 
 
 def _yes(value: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from federated.config.parts import (
     Count,
     DataConfig,
     EngineConfig,
+    GateConfig,
     ModelConfig,
     RoundConfig,
     SelectionConfig,
@@ -32,6 +34,8 @@ from federated.manifest import digest_of
 
 __all__ = ["ExperimentConfig", "experiment_from"]
 
+_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
 
 @dataclass(frozen=True, config=STRICT)
 class ExperimentConfig:
@@ -39,18 +43,24 @@ class ExperimentConfig:
 
     Args:
         name: of the experiment; part of the run folder's name and of the run's id.
+        adapter_id: name of the adapter that the run makes versions of, the same over runs; empty: ``name``.
+        licence: of the adapter, as an SPDX expression such as ``Apache-2.0``; goes into each version's record.
         rounds: federated rounds.
         seed: seeds the adapter's first weights, cohorts and data order.
         run_dir: the run's folder; relative to the working directory.
         registry: SQLAlchemy URL or folder of the registry; empty means ``registry`` inside ``run_dir``.
+        registry_blobs: folder or fsspec URL of the registry's bytes; empty: beside its database; needed with a URL.
         resume: go on with the run in ``run_dir`` from its last published round.
     """
 
     name: str = "experiment"
+    adapter_id: str = ""
+    licence: Annotated[str, Field(max_length=200)] = ""
     rounds: Count = 3
     seed: Annotated[int, Field(ge=0)] = 0
     run_dir: str = "runs/latest"
     registry: str = ""
+    registry_blobs: str = ""
     resume: bool = False
     model: ModelConfig = Field(default_factory=ModelConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
@@ -62,6 +72,7 @@ class ExperimentConfig:
     selection: SelectionConfig = Field(default_factory=SelectionConfig)
     round: RoundConfig = Field(default_factory=RoundConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    gate: GateConfig = Field(default_factory=GateConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
@@ -82,11 +93,55 @@ class ExperimentConfig:
         return self
 
     @model_validator(mode="after")
+    def _names_are_no_paths(self) -> Self:
+        key = "adapter_id" if self.adapter_id else "name"
+        if not _NAME.fullmatch(self.adapter_name):
+            raise ValueError(
+                f"{key}: expected 1 to 100 letters, digits and any of . _ -, a letter or digit first and no '..', "
+                f"found {self.adapter_name!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blobs_have_a_place(self) -> Self:
+        if "://" in self.registry and not self.registry_blobs:
+            raise ValueError(
+                "registry_blobs: a registry with a URL needs a place for its bytes; give registry_blobs= a folder or "
+                "an fsspec URL"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gate_is_not_private(self) -> Self:
+        if self.gate.enabled and self.privacy.enabled and not self.gate.unprotected:
+            raise ValueError(
+                "gate.enabled: which version is promoted depends on what clients measured, and no account of "
+                "privacy covers that; leave it off, or say gate.unprotected=true, and each choice is stamped"
+            )
+        if self.gate.enabled and self.gate.channel == "dev":
+            raise ValueError("gate.channel = dev: runs move dev with every version; name another, such as canary")
+        return self
+
+    @model_validator(mode="after")
     def _buffered_rounds_have_no_cohort(self) -> Self:
         if self.round.mode == "buffered" and self.selection.fraction != 1.0:
             found = f"selection.fraction = {self.selection.fraction:g}: round.mode=buffered has no cohorts"
             raise ValueError(f"{found}; say with round.concurrency how many clients train at the same time")
         return self
+
+    @model_validator(mode="after")
+    def _no_mask_depends_on_who_is_there(self) -> Self:
+        if self.privacy.example.enabled and self.adapter.dropout:
+            raise ValueError(
+                f"adapter.dropout = {self.adapter.dropout:g}: with privacy.example a batch with one example more would "
+                "give all the others another mask, by a seed that the server knows; set adapter.dropout=0"
+            )
+        return self
+
+    @property
+    def adapter_name(self) -> str:
+        """Name of the adapter that the run makes versions of."""
+        return self.adapter_id or self.name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: dicts, lists and scalars."""
@@ -99,7 +154,7 @@ class ExperimentConfig:
 
     def for_clients(self) -> Self:
         """The experiment as it crosses the network: without the server's own places (registry, run folder)."""
-        return replace(self, run_dir="", registry="", resume=False)
+        return replace(self, run_dir="", registry="", registry_blobs="", resume=False, gate=GateConfig())
 
     @cached_property
     def client_json(self) -> str:

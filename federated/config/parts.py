@@ -12,6 +12,7 @@ __all__ = [
     "AdapterConfig",
     "DataConfig",
     "EngineConfig",
+    "GateConfig",
     "ModelConfig",
     "PartitionConfig",
     "RoundConfig",
@@ -332,6 +333,25 @@ class EngineConfig:
     name: Literal["inprocess", "ray"] = "inprocess"
     workers: Annotated[int, Field(ge=0)] = 0
     shuffle_arrivals: Annotated[int, Field(ge=-1)] = -1
+
+
+@dataclass(frozen=True, config=STRICT)
+class GateConfig:
+    """Whether a run promotes what it measured well.
+
+    Args:
+        enabled: promote a version to ``channel`` once clients measured it, if it is not worse than what is there.
+        channel: that moves.
+        metric: pooled over the clients' held-out examples: ``loss``, ``accuracy``, ``macro_f1``, ``perplexity`` ...
+        min_improvement: by which the version must be better; 0: not worse.
+        unprotected: do so under ``privacy`` too, although no account covers which version is chosen; it is stamped.
+    """
+
+    enabled: bool = False
+    channel: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")] = "canary"
+    metric: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")] = "loss"
+    min_improvement: float = 0.0
+    unprotected: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

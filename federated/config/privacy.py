@@ -7,9 +7,14 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from federated.config.parts import STRICT, NonNegative, Positive
+from federated.config.parts import STRICT, Positive
 
 __all__ = ["ClientPrivacyConfig", "ExamplePrivacyConfig", "PrivacyConfig"]
+
+ClipNorm = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""Noise in its unit has to stay well inside what a 32-bit number can hold: below that it would round to none."""
+Noise = Annotated[float, Field(ge=0, le=1e6)]
+_LEAST_NOISE = 1e-12
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -26,8 +31,8 @@ class ExamplePrivacyConfig:
     """
 
     enabled: bool = False
-    clip_norm: Positive = 1.0
-    noise_multiplier: NonNegative = 0.0
+    clip_norm: ClipNorm = 1.0
+    noise_multiplier: Noise = 0.0
     per_sample: Literal["auto", "fused", "hooks", "vmap"] = "auto"
 
 
@@ -45,20 +50,20 @@ class ClientPrivacyConfig:
         quantile: of the norms that ``adaptive`` follows.
         quantile_rate: its geometric learning rate.
         quantile_noise: standard deviation of the noise on the count of unclipped clients; 0: a twentieth of the cohort.
-        mechanism: ``gaussian`` noise, new in each round, or ``tree``: correlated noise that needs no sampling
-            (DP-FTRL, Kairouz et al. 2021).
+        mechanism: ``gaussian`` noise, new in each round, or ``banded``: noise that takes itself back in part from round
+            to round, and clients in fixed groups that take turns (DP-FTRL; Kalinin and Lampert 2024).
         sampling: ``none`` claims no amplification; ``poisson`` draws each cohort from a key that nobody else knows, and
             claims it.
     """
 
     enabled: bool = False
-    clip_norm: Positive = 1.0
-    noise_multiplier: NonNegative = 0.0
+    clip_norm: ClipNorm = 1.0
+    noise_multiplier: Noise = 0.0
     clipping: Literal["fixed", "adaptive"] = "fixed"
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
     quantile_rate: Positive = 0.2
-    quantile_noise: NonNegative = 0.0
-    mechanism: Literal["gaussian", "tree"] = "gaussian"
+    quantile_noise: Noise = 0.0
+    mechanism: Literal["gaussian", "banded"] = "gaussian"
     sampling: Literal["none", "poisson"] = "none"
 
 
@@ -88,6 +93,18 @@ class PrivacyConfig:
     def enabled(self) -> bool:
         """Whether anything is protected."""
         return self.example.enabled or self.client.enabled
+
+    @model_validator(mode="after")
+    def _noise_is_none_or_some(self) -> Self:
+        given = {
+            "example.noise_multiplier": self.example.noise_multiplier,
+            "client.noise_multiplier": self.client.noise_multiplier,
+            "client.quantile_noise": self.client.quantile_noise,
+        }
+        for name, found in given.items():
+            if 0 < found < _LEAST_NOISE:
+                raise ValueError(f"privacy.{name} = {found:g}: expected 0, or at least {_LEAST_NOISE:g}")
+        return self
 
     @model_validator(mode="after")
     def _noise_is_given_or_solved_for(self) -> Self:

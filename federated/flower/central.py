@@ -42,7 +42,7 @@ def train_centrally(config: ExperimentConfig) -> RunSummary:
         )
     run = Run(config)
     session = full_session(run.config)
-    with Registry.open(run.registry_location) as registry, run_trackers(run.folder, run.config) as tracker:
+    with run.open_registry() as registry, run_trackers(run.folder, run.config) as tracker:
         registry.require_base(session.adapter.base.base_digest)
         tracker.emit({**run.description("central"), "rounds": 1})
         tracker.emit({"event": "round_start", "round_number": 1, "cohort": ["pooled"], "version_id": None})
@@ -92,8 +92,16 @@ def publish_central(
     Raises:
         RegistryError: if the registry refuses.
     """
-    base, config = session.adapter.base.base_digest, session.config
-    publisher = RegistryPublisher(registry, config, run_id=run_id, base_digest=base, method="central", channel=None)
+    base, config = session.adapter.base, session.config
+    publisher = RegistryPublisher(
+        registry,
+        config,
+        run_id=run_id,
+        base_digest=base.base_digest,
+        base=base.parts,
+        method="central",
+        channel=None,
+    )
 
     def training(number: int, adapter: AdapterState) -> TrainingState:
         moments = server_optimizers.init(config.strategy.server_optimizer, adapter)

@@ -100,6 +100,8 @@ def _run_task(message: Message, config: ExperimentConfig, site: ClientSite) -> R
     state = parse_adapter_packet(packet_of(message.content))
     store = ClientStore(Path(site.store), run_id=task.run_id, client_id=site.client_id)
     if task.plan.mode == "evaluate":
+        if not site.measures:
+            return reply_content(site.client_id, task.task_token, {})
         return _evaluate(task, session, recalled(store, task.plan, state, version_id=task.parent_version))
     answered = _answered(store, task)
     if answered is None:
@@ -122,9 +124,11 @@ def _trained(
     Privacy: with ``privacy.example`` the steps are charged to the client's ledger before the first of them.
     """
     data = session.local_data(task.client_id)
+    if not site.measures:
+        data = replace(data, test=())
     private, spent, head = None, {}, ""
     if session.config.privacy.example.enabled:
-        with ExampleBudget(task, session.config, site=site, store=store, train=data.train) as budget:
+        with ExampleBudget(task, session.config, site=site, store=store, train=data.rows) as budget:
             private = budget.charge()
             spent, head = {"epsilon": budget.spent}, budget.head
     seed = client_seed(session.config.seed, task.round_number, task.client_id)

@@ -50,7 +50,7 @@ def recalled(store: ClientStore, plan: TrainPlan, state: AdapterState, *, versio
     tensors = from_raw({name.removeprefix(part): one for name, one in raw.items() if name.startswith(part)})
     if _shapes(tensors) != _shapes(_own(plan, state)):
         found = f"the client's store in {store.folder} holds another adapter's tensors"
-        raise DataError(f"{found}; remove it to start anew")
+        raise DataError(f"{found}; set that folder aside to start anew")
     return replace(state, tensors={**state.tensors, **tensors})
 
 
@@ -94,7 +94,7 @@ def _unsealed(data: bytes, store: ClientStore) -> tuple[Mapping[str, Any], Mappi
             return header, raw
         except WireError as error:
             fault = str(error)
-    raise DataError(f"the client's store in {store.folder} is damaged: {fault}; remove it to start anew")
+    raise DataError(f"the client's store in {store.folder} is damaged: {fault}; set that folder aside to start anew")
 
 
 def _own(plan: TrainPlan, state: AdapterState) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ class Steering:
         return tensors
 
     def _damaged(self, found: str) -> DataError:
-        return DataError(f"the client's store in {self._store.folder} {found}; remove it to start anew")
+        return DataError(f"the client's store in {self._store.folder} {found}; set that folder aside to start anew")
 
 
 def _shapes(tensors: Tensors) -> dict[str, Any]:

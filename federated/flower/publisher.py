@@ -157,6 +157,7 @@ class RegistryPublisher:
         base_digest: the base model.
         method: rule and server optimizer, in words.
         channel: channel to move from round 1 on, to versions that can be served; None moves none.
+        base: the base model's parts, see `federated.adapters.BaseModel`; empty where they are not known.
     """
 
     def __init__(
@@ -168,6 +169,7 @@ class RegistryPublisher:
         base_digest: str,
         method: str,
         channel: str | None = "dev",
+        base: Mapping[str, str | None] | None = None,
     ) -> None:
         self._registry = registry
         self._config = config
@@ -175,6 +177,7 @@ class RegistryPublisher:
         self._base_digest = base_digest
         self._method = method
         self._channel = channel
+        self._base = dict(base or {})
 
     def publish(
         self,
@@ -207,6 +210,10 @@ class RegistryPublisher:
             code_version=__version__,
             servable=servable,
             task=recipe_record(self._config),
+            adapter_id=self._config.adapter_name,
+            release_counter=0 if self._registry is None else self._registry.next_counter(self._config.adapter_name),
+            base=self._base,
+            licence=self._config.licence,
         )
         if self._registry is not None:
             channel = self._channel if servable and training.round_number > 0 else None  # v0 is untrained

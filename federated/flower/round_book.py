@@ -152,6 +152,7 @@ class RoundBook:
         self._evaluate_only = evaluate_only
         self._steps = steps
         self._heads: dict[str, str] = {}
+        self._spent: dict[str, float] = {}
         self._started = time.monotonic()
 
     @property
@@ -198,6 +199,7 @@ class RoundBook:
             self._note(client_id, "failed", reason=reply.reason, message=reply.message)
             return None
         self._heads[client_id] = reply.ledger_head  # what was charged was charged, whether the update is taken or not
+        self._spent |= {client_id: reply.metrics["epsilon"]} if "epsilon" in reply.metrics else {}
         self._check_claim(client_id, reply)
         if self._evaluate_only:
             self._check_token(client_id, reply)
@@ -249,6 +251,8 @@ class RoundBook:
     def _note(self, client_id: str, status: str, **details: Any) -> None:
         down = self._bytes_down.get(client_id, 0)
         head = self._heads.get(client_id, "")
+        if status == "refused" and client_id in self._spent:
+            details["metrics"] = {"epsilon": self._spent[client_id]}
         self.outcomes.append(
             Outcome(client_id, status, bytes_down=down, seconds=self.seconds, ledger_head=head, **details)
         )

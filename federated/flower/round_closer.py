@@ -6,13 +6,14 @@ Called by `federated.flower.strategy` for cohorts and by `federated.flower.buffe
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from federated.aggregation import Result
 from federated.config import PrivacyConfig
 from federated.errors import AggregationError
+from federated.flower.gate import Gate
 from federated.flower.publisher import Publisher
 from federated.flower.round_book import Outcome
 from federated.flower.round_report import round_event, train_metrics
@@ -36,6 +37,7 @@ class RoundCloser:
         tracker: takes a ``round`` event for each round.
         privacy: client-level privacy, where there is any.
         promised: what the run promises its clients' examples; None where nothing.
+        gate: promotes what was measured well, where that is asked for.
     """
 
     def __init__(
@@ -46,11 +48,13 @@ class RoundCloser:
         *,
         privacy: ServerPrivacy | None = None,
         promised: PrivacyConfig | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._server = server
         self._publisher = publisher
         self._tracker = tracker
         self._privacy = privacy
+        self._gate = gate
         self._promised = promised if promised and promised.example.enabled else None
 
     def publish(self, good: Sequence[Outcome], number: int, *, servable: bool) -> VersionManifest:
@@ -60,8 +64,6 @@ class RoundCloser:
             depend on single clients.
         """
         private = self._privacy
-        if self._promised is not None:
-            self._server.note_spent(good)
         state = self._server.training_state(number)
         manifest = self._publisher.publish(
             state if private is None else replace(state, ledger_head=private.budget.head),
@@ -72,6 +74,8 @@ class RoundCloser:
             privacy=self._record(),
         )
         self._server.version_id = manifest.version_id
+        if private is not None:
+            private.published(number)
         return manifest
 
     def close(
@@ -99,6 +103,8 @@ class RoundCloser:
             RegistryError: if the version cannot be stored.
         """
         self._server.note(outcomes)
+        if self._promised is not None:
+            self._server.note_spent(outcomes)
         try:
             if isinstance(found, AggregationError):
                 raise found
@@ -111,6 +117,7 @@ class RoundCloser:
                 outcomes, round_number=number, seconds=seconds, version_id=version, missed=str(error), measured=measured
             )
             self._tracker.emit(event | self._spent())
+            self.measured(event["evaluation"])
             return None
         good = [outcome for outcome in outcomes if outcome.status == "ok"]
         manifest = self.publish(good, number, servable=found.servable)
@@ -126,7 +133,17 @@ class RoundCloser:
             measured=measured,
         )
         self._tracker.emit(event | self._spent())
+        self.measured(event["evaluation"])
         return train_metrics(good)
+
+    def measured(self, evaluation: Mapping[str, Any] | None) -> None:
+        """Hand what clients measured, with the ``version_id`` that it is of, to the gate.
+
+        Raises:
+            RegistryError: if it cannot be recorded.
+        """
+        if self._gate is not None:
+            self._gate.measured(evaluation)
 
     def _record(self) -> dict[str, Any] | None:
         """What stands beside a version: an account for each unit that is protected."""

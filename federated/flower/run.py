@@ -93,6 +93,8 @@ class Run:
         check_combination(rule, config)  # before anything is left on the disk
         if config.registry and "://" not in config.registry:  # a resumed run must find it from any folder
             config = replace(config, registry=str(Path(config.registry).resolve()))
+        if config.registry_blobs and "://" not in config.registry_blobs:
+            config = replace(config, registry_blobs=str(Path(config.registry_blobs).resolve()))
         self.session: Session = open_session(config)
         self.clients = len(self.session.source.client_ids)
         self.folder, self.run_id = self._folder(config)
@@ -126,7 +128,7 @@ class Run:
             NotEnoughUpdates: if no round moved the global adapter.
             FederatedError: what ended the run; the report covers what was finished.
         """
-        with Registry.open(self.registry_location) as registry:
+        with self.open_registry() as registry:
             registry.require_base(self.session.adapter.base.base_digest)
             with run_trackers(self.folder, self.config) as tracker:
                 status, message = "failed", ""
@@ -151,6 +153,15 @@ class Run:
                         strategy.close()
                     self._close(registry, tracker, status, message=message)
             return self.summary(registry, strategy.version_id or "")
+
+    def open_registry(self) -> Registry:
+        """The run's registry; what the run does there is noted under its id.
+
+        Raises:
+            RegistryError: if it cannot be opened.
+        """
+        blobs = self.config.registry_blobs or None
+        return Registry.open(self.registry_location, blobs=blobs, actor=f"run {self.run_id}"[:200])
 
     def _all_rounds(self, strategy: DeltaStrategy, grid: Grid) -> None:
         finished = strategy.server.finished
@@ -192,16 +203,22 @@ class Run:
         return f"{stopped}; to go on: {shlex.join(command)}"
 
     def _strategy(self, registry: Registry, tracker: Tracker) -> DeltaStrategy:
-        base, strategy, saved = self.session.adapter.base.base_digest, self.config.strategy, self._saved(registry)
+        model, strategy, saved = self.session.adapter.base, self.config.strategy, self._saved(registry)
         rule_and_optimizer = f"{strategy.rule} + {strategy.server_optimizer.name}"
         publisher = RegistryPublisher(
-            registry, self.config, run_id=self.run_id, base_digest=base, method=rule_and_optimizer
+            registry,
+            self.config,
+            run_id=self.run_id,
+            base_digest=model.base_digest,
+            base=model.parts,
+            method=rule_and_optimizer,
         )
         return DeltaStrategy(
             self.config,
             initial=self.session.initial,
-            base_digest=base,
+            base_digest=model.base_digest,
             publisher=publisher,
+            registry=registry,
             tracker=tracker,
             run_id=self.run_id,
             resume=saved,

@@ -1,8 +1,8 @@
 """Client-level privacy of one run, on the server: who is drawn, what is charged, which noise, and what is said of it.
 
 Each round is charged before anybody is asked, and again when it is run again: a crash between the charge and the
-release costs budget and no privacy. Ledger and cohort key live in the run's folder; without a folder they are as long-
-lived as the strategy.
+release costs budget and no privacy. Ledger, cohort key, division into groups and the noise that the next round goes on
+from live in the run's folder; without a folder they are as long-lived as the strategy.
 
 What it does not cover is listed beside every epsilon (`federated.privacy.account.NOT_PROTECTED`): it belongs to the
 server's own records, and a version's manifest has none of it.
@@ -17,17 +17,22 @@ from federated.aggregation import Accumulator, ClientView, Rule
 from federated.aggregation.cohorts import planned_cohort
 from federated.aggregation.private_mean import PrivateMean, noise_of_updates
 from federated.config import ExperimentConfig
+from federated.errors import PrivacyError
+from federated.flower.noise_keeper import NoiseKeeper
 from federated.flower.selection import Standing, select_cohort
 from federated.global_state import GlobalState
 from federated.manifest import digest_of
-from federated.privacy.cohorts import PoissonCohorts
+from federated.privacy.account import too_likely
+from federated.privacy.cohorts import PoissonCohorts, open_cohort
+from federated.privacy.fixed_groups import FixedGroups
 from federated.privacy.ledger import Ledger
+from federated.privacy.noise_chain import NoiseChain, Place
 from federated.privacy.server_budget import ServerBudget
 from federated.uploads import layout
 
 __all__ = ["ServerPrivacy", "choose_cohort"]
 
-_KEY, _LEDGER = "cohorts.key", "privacy_ledger.jsonl"
+_KEY, _GROUPS, _NOISE, _LEDGER = "cohorts.key", "groups.json", "noise.history", "privacy_ledger.jsonl"
 
 
 class ServerPrivacy:
@@ -37,13 +42,14 @@ class ServerPrivacy:
         config: the experiment, with ``privacy.client.enabled``.
         rule: aggregates.
         budget: what was spent and may be; default: with a ledger in memory.
-        folder: of the run, for the cohort key; None keeps it in memory.
+        folder: of the run, for cohort key, groups and noise; None keeps them in memory.
 
     Attributes:
         planned: the planned cohort of the current round.
 
     Raises:
-        PrivacyError: if the noise cannot be solved for, or not even one round fits the budget.
+        PrivacyError: if the noise cannot be solved for, not even one round fits the budget, or the noise that is kept
+            cannot be read.
     """
 
     def __init__(
@@ -61,7 +67,11 @@ class ServerPrivacy:
         self._test_seed = config.privacy.test_seed
         self.budget = budget or ServerBudget(config)
         self.planned = 0.0
-        self._cohorts: PoissonCohorts | None = None
+        self._cohorts: PoissonCohorts | FixedGroups | None = None
+        correlated = self.budget.band > 1
+        self._noise = NoiseKeeper(folder / _NOISE if folder else None) if correlated else None
+        self._before = ""
+        self._chain: NoiseChain | None = None
 
     @classmethod
     def of(cls, config: ExperimentConfig, rule: Rule) -> ServerPrivacy | None:
@@ -72,7 +82,7 @@ class ServerPrivacy:
     def of_run(
         cls, config: ExperimentConfig, rule: Rule, *, folder: Path, run_id: str, saved_head: str | None = None
     ) -> ServerPrivacy | None:
-        """The same with ledger and cohort key in the run's folder; `close` lets others open them.
+        """The same with all that it keeps in the run's folder; `close` lets others open it.
 
         Args:
             config: the experiment.
@@ -100,24 +110,37 @@ class ServerPrivacy:
             raise
 
     def plan(self, present: Collection[str]) -> None:
-        """Fix the round's planned cohort; the first call fixes the population of sampled cohorts.
+        """Fix the round's planned cohort; the first call fixes the population of sampled cohorts and of groups.
 
         Args:
             present: the clients that are there.
 
         Raises:
-            PrivacyError: if so small a cohort leaves no budget for the updates, or the cohort key cannot be kept.
+            PrivacyError: if ``target_delta`` promises nothing to so many clients, so small a cohort leaves no budget
+                for the updates, so few clients cannot be divided, or the cohort key or the groups cannot be kept.
         """
-        if self._client.sampling == "poisson" and self._cohorts is None:
+        if self._cohorts is None:
             self._cohorts = self._made_cohorts(present)
         population = len(self._cohorts.population) if self._cohorts else len(present)
-        self.planned = planned_cohort(population, self._config.selection.fraction, sampling=self._client.sampling)
+        if self._config.privacy.target_delta * population >= 1:
+            raise PrivacyError(too_likely(self._config.privacy.target_delta, population))
+        self.planned = planned_cohort(population, self._config.selection.fraction, self._client)
         noise_of_updates(self._client, self.budget.noise_multiplier, self.planned)
 
-    def _made_cohorts(self, present: Collection[str]) -> PoissonCohorts:
+    def _made_cohorts(self, present: Collection[str]) -> PoissonCohorts | FixedGroups | None:
+        if self._client.mechanism == "banded":
+            return self._made_groups(present)
+        if self._client.sampling == "none":
+            return None
         if self._test_seed >= 0:
             return PoissonCohorts(present, key=digest_of(["cohorts", self._test_seed]).encode())
         return PoissonCohorts.of_run(self._folder / _KEY, present) if self._folder else PoissonCohorts(present)
+
+    def _made_groups(self, present: Collection[str]) -> FixedGroups:
+        division = {"groups": self.budget.groups, "seed": self._config.seed}
+        if self._folder is None:
+            return FixedGroups(present, **division)
+        return FixedGroups.of_run(self._folder / _GROUPS, present, **division, fresh=not self.budget.events)
 
     def charge(self, round_number: int) -> None:
         """Charge a round ahead of it.
@@ -125,16 +148,21 @@ class ServerPrivacy:
         Raises:
             BudgetExhausted: if it would take epsilon above the target; nothing is charged then.
         """
+        self._before = self.budget.mark
         self.budget.charge(round_number)
 
-    def draw(self, present: Collection[str]) -> tuple[str, ...] | None:
-        """The round's cohort among those that are there; None where the config's own policy draws it.
+    def draw(self, present: Collection[str], round_number: int) -> tuple[str, ...]:
+        """The round's cohort among those that are there.
 
-        Privacy: it may be empty, and is secret from all who see versions.
+        Privacy: it may be empty. A sampled one is secret from all who see versions; others are not.
         """
         if self._cohorts is None:
-            return None
-        drawn = self._cohorts.draw(self._config.selection.fraction)
+            fraction, seed = self._config.selection.fraction, self._config.seed
+            return open_cohort(present, fraction=fraction, seed=seed, round_number=round_number)
+        if isinstance(self._cohorts, FixedGroups):
+            drawn = self._cohorts.of_round(round_number)
+        else:
+            drawn = self._cohorts.draw(self._config.selection.fraction)
         return tuple(name for name in drawn if name in present)
 
     def accumulator(self, inner: Accumulator, state: GlobalState, round_number: int) -> PrivateMean:
@@ -143,6 +171,7 @@ class ServerPrivacy:
         Raises:
             PrivacyError: if the round was not planned.
         """
+        self._chain = self._noise.chain(self._place(round_number)) if self._noise else None
         plan, payload = self._rule.plan(state, ClientView("anybody"), 1)
         seed = int(digest_of(["noise", self._test_seed, round_number])[:12], 16) if self._test_seed >= 0 else -1
         return PrivateMean(
@@ -153,7 +182,22 @@ class ServerPrivacy:
             noise_multiplier=self.budget.noise_multiplier,
             planned=self.planned,
             test_seed=seed,
+            chain=self._chain,
         )
+
+    def _place(self, round_number: int) -> Place:
+        std = self.budget.noise_multiplier * self._client.clip_norm
+        return Place(round_number, self._before, self.budget.mark, std, self.budget.band)
+
+    def published(self, round_number: int) -> None:
+        """Keep what the next round's noise goes on from: called when a round is published, and for no other.
+
+        Raises:
+            PrivacyError: if it cannot be written.
+        """
+        if self._noise is not None and self._chain is not None and self._chain.place.round_number == round_number:
+            self._noise.keep(self._chain)
+        self._chain = None
 
     def close(self) -> None:
         """Let others open the ledger."""
@@ -183,9 +227,7 @@ def choose_cohort(
     if privacy is not None:
         privacy.plan(present)
         privacy.charge(round_number)
-        drawn = privacy.draw(present)
-        if drawn is not None:
-            return drawn
+        return privacy.draw(present, round_number)
     return select_cohort(
         list(present),
         fraction=config.selection.fraction,

@@ -128,9 +128,15 @@ class ServerState:
             good = outcome.status == "ok"
             self.standings[outcome.client_id] = before.after(good=good, examples=outcome.num_examples)
 
-    def note_spent(self, good: Iterable[Outcome]) -> None:
-        """Remember what clients say that they have spent: never less than before; who says nothing has no bound."""
-        for outcome in good:
+    def note_spent(self, outcomes: Iterable[Outcome]) -> None:
+        """Remember what clients say that they have spent, and never less than before.
+
+        An update counts whether a version comes of it or not: whoever sees it has it. Who sends one and names no
+        epsilon has no bound; of a refused one that names none nothing is known.
+        """
+        for outcome in outcomes:
+            if outcome.status != "ok" and "epsilon" not in outcome.metrics:
+                continue
             found = outcome.metrics.get("epsilon", math.inf)
             before = self.epsilons.get(outcome.client_id, 0.0)
             self.epsilons[outcome.client_id] = max(before, found) if found >= 0 else math.inf

@@ -6,6 +6,7 @@ is in this module, which everybody imports by name, so that it survives however 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from federated.training import LocalData, LocalTrainer
 
 __all__ = ["ClientSite", "Session", "app_folder", "open_session", "site_of", "use_app_folder", "use_client_store"]
 
+_LOG = logging.getLogger(__name__)
 _APP_VARIABLE = "FEDPEFT_APP"
 _STORE_VARIABLE = "FEDPEFT_CLIENT_STORE"
 
@@ -74,10 +76,23 @@ class Session:
     initial: AdapterState
 
     def local_data(self, client_id: str, *, held_out_only: bool = False) -> LocalData:
-        """One client's encoded examples, read now and not kept; `train` stays empty where it is not wanted."""
+        """One client's encoded examples, read now and not kept; `train` stays empty where it is not wanted.
+
+        Under ``privacy.example`` a row is one example, whatever its length: what is protected must not depend on
+        ``task.max_length``, which a server chooses. Of a text that would make several, the first one is taken.
+        """
         data = self.source.load(client_id)
-        train = [] if held_out_only else self.task.encode(data.train)
-        return LocalData(train, self.task.encode(data.test) if data.test else [])
+        test = self.task.encode(data.test) if data.test else []
+        if held_out_only:
+            return LocalData([], test)
+        train = self.task.encode(data.train)
+        if not self.config.privacy.example.enabled:
+            return LocalData(train, test)
+        if len(train) != len(data.train):
+            _LOG.warning("privacy.example: the first of each row's examples is trained on; %d are left out",
+                         len(train) - len(data.train))  # fmt: skip
+            train = [self.task.encode([row])[0] for row in data.train]
+        return LocalData(train, test, data.train)
 
 
 @lru_cache(maxsize=2)
@@ -116,6 +131,8 @@ class ClientSite:
             part in runs with ``privacy.example`` alone.
         target_delta: the probability beside ``max_epsilon``; a run's own counts where it is smaller.
         least_noise: smallest ``privacy.example`` noise multiplier that it trains with.
+        share_metrics: whether it measures adapters on its held-out examples for the server, which no privacy protects;
+            not said: only where ``max_epsilon`` and ``least_noise`` set no limit.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a limit misspelt is no limit
@@ -132,6 +149,14 @@ class ClientSite:
     max_epsilon: Annotated[float, Field(ge=0)] | None = None
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     least_noise: Annotated[float, Field(ge=0)] = 0.0
+    share_metrics: bool | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether exact measurements on held-out examples may leave the device."""
+        if self.share_metrics is not None:
+            return self.share_metrics
+        return self.max_epsilon is None and not self.least_noise
 
     def applied_to(self, config: ExperimentConfig) -> ExperimentConfig:
         """The experiment as this site runs it.

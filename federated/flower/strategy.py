@@ -30,6 +30,7 @@ from federated.errors import AggregationError, BudgetExhausted, NotEnoughUpdates
 from federated.flower.buffered import BufferedRounds, name_lost
 from federated.flower.directory import Directory
 from federated.flower.exchange import exchange
+from federated.flower.gate import Gate
 from federated.flower.messages import TaskWriter
 from federated.flower.publisher import Publisher, RegistryPublisher, TrainingState
 from federated.flower.records import metric_record
@@ -60,7 +61,7 @@ class DeltaStrategy(Strategy):
         base_digest: the base model that it belongs to.
         rule: aggregation rule; default: the one that the config names.
         publisher: makes versions; default: one that stores them in ``registry``, or nowhere when that is None.
-        registry: open registry of the default publisher.
+        registry: open registry of the default publisher, and of the gate.
         tracker: takes the run's events.
         run_id: names the run; default: random.
         resume: state to go on from, as saved with a version, and that version's id.
@@ -99,8 +100,9 @@ class DeltaStrategy(Strategy):
         self._tracker = tracker or MultiTracker([])
         self._privacy = privacy or ServerPrivacy.of(config, self.rule)
         self.stopped = ""
+        gate = Gate.of(registry, config, run_id=self.run_id, tracker=self._tracker)
         self._closer = RoundCloser(
-            self.server, publisher, self._tracker, privacy=self._privacy, promised=config.privacy
+            self.server, publisher, self._tracker, privacy=self._privacy, promised=config.privacy, gate=gate
         )
         self._directory = Directory(config, least=clients_needed(self.rule, config.selection.fraction))
         key = secret or secrets.token_bytes(32)
@@ -372,6 +374,7 @@ class DeltaStrategy(Strategy):
         refused = [outcome.as_refusal() for outcome in outcomes if outcome.status != "ok"]
         event = {"event": "final", "version_id": self.version_id, "evaluation": evaluation, "refused": refused}
         self._tracker.emit(event)
+        self._closer.measured({**evaluation, "version_id": self.version_id} if evaluation else None)
         return None if evaluation is None else metric_record(evaluation)
 
     def _taken(self, number: int) -> RoundBook:

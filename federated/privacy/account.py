@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from federated.config import PrivacyConfig
+from federated.config import ExperimentConfig, PrivacyConfig
 from federated.errors import PrivacyError
 from federated.privacy.accounting import ACCOUNTANTS
+from federated.privacy.fixed_groups import groups_of
 
 __all__ = [
     "NEIGHBOURING",
@@ -22,8 +23,10 @@ __all__ = [
     "POISSON",
     "Account",
     "accounts_of",
+    "client_sampling",
     "example_account",
     "privacy_record",
+    "too_likely",
 ]
 
 NEIGHBOURING = "add or remove one"
@@ -114,6 +117,26 @@ class Account:
         return cls(**{**value, "epsilon": spent, "not_protected": tuple(value["not_protected"])})
 
 
+def too_likely(target_delta: float, clients: int) -> str:
+    """Why a probability promises nothing to so many clients."""
+    return (
+        f"privacy.target_delta = {target_delta:g} is not below 1 / {clients} clients: handing out one of them whole "
+        "would keep it; set a smaller one"
+    )
+
+
+def client_sampling(config: ExperimentConfig) -> str:
+    """What is assumed about the sampling of clients, in words.
+
+    Args:
+        config: with ``privacy.client`` enabled.
+    """
+    groups = groups_of(config.privacy.client, config.selection.fraction)
+    if groups > 1:
+        return f"none: each client at most once in {groups} rounds, by a fixed division"
+    return POISSON if config.privacy.client.sampling == "poisson" else NO_AMPLIFICATION
+
+
 def example_account(privacy: PrivacyConfig, epsilons: Iterable[float]) -> Account:
     """The account of the example unit, from what the clients say that they have spent.
 
@@ -128,6 +151,8 @@ def example_account(privacy: PrivacyConfig, epsilons: Iterable[float]) -> Accoun
         accountant=privacy.accountant,
         sampling=POISSON,
         private=privacy.test_seed < 0,
+        target_epsilon=privacy.target_epsilon or None,
+        noise_multiplier=privacy.example.noise_multiplier or None,
     )
 
 

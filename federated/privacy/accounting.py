@@ -2,7 +2,7 @@
 
 An event is a run of equal steps of the Poisson-subsampled Gaussian mechanism between data sets that differ by one unit,
 added or removed. Events compose whatever their noise and sampling. Three accountants give an upper bound on the same
-epsilon: ``rdp`` (fast, 3 to 20 % loose, far more where the sampling is rare), ``prv`` and ``pld`` (tight, slower).
+epsilon: ``rdp`` (fast, 3 to 40 % loose, far more where the sampling is rare), ``prv`` and ``pld`` (tight, slower).
 Gaussian DP's central limit is not among them: it says less than is spent where sampling is claimed.
 
 Nothing here is private data, and nothing is remembered: `federated.privacy.ledger` does that.

@@ -25,10 +25,12 @@ from federated.privacy.client_level import NoisySum
 from federated.privacy.cohorts import PoissonCohorts
 from federated.state import Tensors
 
-__all__ = ["Audit", "Canaries", "ClientLevelPath", "Mechanism", "audit_mechanism"]
+__all__ = ["Audit", "Canaries", "ClientLevelPath", "Mechanism", "Views", "audit_mechanism", "sign_of"]
 
 Mechanism = Callable[[Mapping[str, Tensors]], Tensors]
 """One step: from the members' updates by name to what is released."""
+Views = Callable[[Floats], dict[str, Floats]]
+"""From scores [steps, canaries] of each release to further scores of each canary, by name."""
 _LENGTH = 10.0
 """Of a canary, in clipping norms."""
 
@@ -121,6 +123,11 @@ class ClientLevelPath:
         return noisy.release().mean
 
 
+def sign_of(step: int) -> float:
+    """Of all canaries in a step, from 0."""
+    return 1.0 - 2.0 * (step % 2)
+
+
 @dataclass(frozen=True)
 class Audit:
     """What an audit found.
@@ -168,6 +175,7 @@ def audit_mechanism(
     target_delta: float,
     layers: int = 8,
     each_step: bool = False,
+    further: Views | None = None,
     seed: int = 0,
 ) -> Audit:
     """Push canaries through a mechanism and bound what it leaks from below.
@@ -181,6 +189,7 @@ def audit_mechanism(
         target_delta: of that claim.
         layers: tensors that a canary is spread over.
         each_step: let the adversary see each release.
+        further: what else it looks at then.
         seed: of the coins alone, never of the mechanism.
 
     Raises:
@@ -192,10 +201,12 @@ def audit_mechanism(
     included = chance.random(canaries) < 0.5
     scores = np.zeros((steps, canaries))
     for step in range(steps):
-        sign = 1.0 - 2.0 * (step % 2)
+        sign = sign_of(step)
         released = path(Canaries(included, layers=layers, clip_norm=clip_norm, sign=sign))
         scores[step] = sign * sum(tensor.double().numpy() for tensor in released.values())
     views = _views(scores, each_step=each_step)
+    if each_step and further is not None:
+        views |= further(scores)
     return Audit(
         lower_bound(views, included, target_delta=target_delta),
         canaries,

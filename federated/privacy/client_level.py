@@ -11,6 +11,9 @@ Fewer replies than planned: the sum of those that came gets the same noise and i
 influence stays at most C / m, and the release is drawn towards zero by the share that is missing. Dividing by those
 who came would let the absence of some raise the influence of the others.
 
+Noise may also go on from that of the rounds before (`federated.privacy.banded`); then it is not N(0, (z C)^2 I) of
+itself, and what a round costs is said there.
+
 Source: McMahan et al., "Learning Differentially Private Recurrent Language Models", ICLR 2018, algorithm 1, with the
 fixed denominator of its estimator f_f and equal weights. `federated.aggregation.private_mean` puts it in front of a
 rule, `federated.privacy.audit` drives it with canaries.
@@ -28,7 +31,9 @@ from torch import Tensor
 
 from federated.delta import norm
 from federated.errors import AggregationError, PrivacyError
+from federated.privacy.banded import column_norm
 from federated.privacy.chance import NoiseSource
+from federated.privacy.noise_chain import NoiseChain
 from federated.state import Tensors
 from federated.sums import WeightedSum
 
@@ -104,10 +109,11 @@ class NoisySum:
     Args:
         shapes: name to shape of every tensor of an update.
         clip_norm: the bound C.
-        noise_multiplier: standard deviation of the noise on the sum, in units of C.
+        noise_multiplier: standard deviation of the noise on the sum, in units of C; what is accounted.
         planned: the planned cohort m, > 0; the expected one where cohorts are drawn by chance.
         source: of the noise.
         count_noise: standard deviation of the noise on the count of unclipped updates; 0 counts none.
+        chain: what the noise goes on from, raised by as much as that takes; None: it is independent of other rounds.
 
     Raises:
         PrivacyError: if a number is out of its range: there would be no noise, or no bound.
@@ -124,6 +130,7 @@ class NoisySum:
         planned: float,
         source: NoiseSource,
         count_noise: float = 0.0,
+        chain: NoiseChain | None = None,
     ) -> None:
         _check_clip_norm(clip_norm)
         for name, value in (("noise multiplier", noise_multiplier), ("planned cohort", planned)):
@@ -131,10 +138,11 @@ class NoisySum:
                 raise PrivacyError(f"{name} {value}: expected a finite number > 0")
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._clip_norm = clip_norm
-        self._std = noise_multiplier * clip_norm
+        self._std = noise_multiplier * clip_norm * (1.0 if chain is None else column_norm(chain.place.band))
         self._planned = planned
         self._source = source
         self._count_noise = count_noise
+        self._chain = chain
         self._sum = WeightedSum()
         self._halves = 0.0
         self._open = True
@@ -174,8 +182,10 @@ class NoisySum:
         for name in sorted(self._shapes):
             shape = self._shapes[name]
             noise = self._noise(shape, self._std)
+            noise = noise if self._chain is None else self._chain.draw(name, noise)
             mean[name] = (total.get(name, torch.zeros(shape, dtype=torch.float64)) + noise) / self._planned
-        return Released(mean, self._std / self._planned, self._unclipped())
+        growth = 1.0 if self._chain is None else self._chain.growth
+        return Released(mean, growth * self._std / self._planned, self._unclipped())
 
     def _noise(self, shape: tuple[int, ...], std: float) -> Tensor:
         return self._source.normal(math.prod(shape)).double().reshape(shape) * std

@@ -14,17 +14,36 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
 from federated.errors import PrivacyError
+from federated.privacy.private_file import read_private, write_private
 
-__all__ = ["PoissonCohorts"]
+__all__ = ["PoissonCohorts", "open_cohort"]
 
 _SCALE = 2**64
+
+
+def open_cohort(present: Collection[str], *, fraction: float, seed: int, round_number: int) -> tuple[str, ...]:
+    """A cohort that anybody can foresee, sorted by name; it may be empty, and no amplification is claimed for it.
+
+    Whether a client is in it depends on its own name alone. Of a list that is cut after so many, whoever leaves brings
+    another one in: the sum would change by two contributions where the account has one.
+
+    Args:
+        present: who is there.
+        fraction: about what share of them, in (0, 1].
+        seed: of the run.
+        round_number: 1-based.
+    """
+
+    def place(name: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"{seed}\0cohort\0{round_number}\0{name}".encode()).digest()[:8])
+
+    return tuple(name for name in sorted(present) if place(name) < fraction * _SCALE)
 
 
 class PoissonCohorts:
@@ -64,13 +83,11 @@ class PoissonCohorts:
             PrivacyError: if the file cannot be read, others can read it, or it is damaged.
         """
         try:
-            if not path.exists():
-                return cls(population, path=path)
-            mode, text = path.stat().st_mode, path.read_text(encoding="utf-8")
+            text = read_private(path, "the key of the run's cohorts")
         except OSError as error:
             raise PrivacyError(f"{path}: {error.strerror}; the run's cohorts cannot be drawn without it") from None
-        if mode & 0o077:
-            raise PrivacyError(f"{path}: others can read the key of the run's cohorts; start a new run (wanted: 0600)")
+        if text is None:
+            return cls(population, path=path)
         try:
             kept: dict[str, Any] = json.loads(text)
             names, drawn = [str(name) for name in kept["population"]], int(kept["drawn"])
@@ -100,15 +117,8 @@ class PoissonCohorts:
         if self._path is None:
             return
         kept = {"key": self._key.hex(), "drawn": self._drawn, "population": self.population}
-        half = self._path.with_name(f"{self._path.name}.part")
         try:
-            half.unlink(missing_ok=True)
-            descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(kept, file)
-                file.flush()
-                os.fsync(file.fileno())
-            half.replace(self._path)
+            write_private(self._path, json.dumps(kept).encode())
         except OSError as error:
             raise PrivacyError(
                 f"{self._path}: {error.strerror}; a cohort that is not written down may come twice"

@@ -156,8 +156,9 @@ def _opening(line: bytes, *, subject: str, data_digest: str) -> str:
     if record["data_digest"] != data_digest:
         found, wanted = str(record["data_digest"])[:12], data_digest[:12]
         raise PrivacyError(
-            f"this privacy ledger is of another data set (digest {found}, expected {wanted}): what was spent on one "
-            "is not known of the other; give each data set a ledger of its own"
+            f"this privacy ledger is of another data set (digest {found}, expected {wanted}): rows were added, taken "
+            "out or changed, and what was spent on them is not known of the new set; put the rows back, or start over "
+            "under another client_id with rows that were never trained on"
         )
     return str(record["digest"])
 

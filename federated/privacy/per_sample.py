@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from federated.errors import PrivacyError
@@ -100,12 +101,32 @@ def per_sample(method: str, model: nn.Module, parameters: Mapping[str, nn.Parame
     Raises:
         PrivacyError: if a tensor cannot be protected (see `chosen_method`), or Opacus is not installed.
     """
-    opened: AbstractContextManager[Gradients] = _METHODS[chosen_method(method, model, parameters)].opened(
-        model, parameters
-    )
+    chosen = chosen_method(method, model, parameters)
+    opened: AbstractContextManager[Gradients] = _METHODS[chosen].opened(model, parameters)
     try:
         with opened as made:
-            yield made
+            yield made if chosen == "vmap" else _Unambiguous(made)
     finally:
         for parameter in parameters.values():
             parameter.grad = None
+
+
+class _Unambiguous:
+    """Keeps a batch from being as long as its examples are.
+
+    A layer that has time in the first dimension is known, and refused, by the number of rows that it sees. Where that
+    is the number of examples by chance, its steps in time would pass for examples: such a batch is computed in parts.
+    """
+
+    def __init__(self, made: Gradients) -> None:
+        self._made = made
+
+    def gradients(self, loss: BatchLoss, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Gradients`."""
+        count = len(next(iter(batch.values())))
+        if count < 2 or not any(count in tensor.shape[1:] for tensor in batch.values()):
+            return self._made.gradients(loss, batch)
+        half = count // 2
+        parts = [{name: one[part] for name, one in batch.items()} for part in (slice(half), slice(half, None))]
+        found = [self._made.gradients(loss, part) for part in parts]
+        return {name: torch.cat([one[name] for one in found]) for name in found[0]}

@@ -7,8 +7,9 @@ mean update,
 
     sqrt(parameters) * noise_multiplier / m      clipping norms,
 
-beside updates of at most one. Verdicts are rules of thumb from measurements, and are said to be. The `fedpeft privacy
-plan` command prints all this.
+beside updates of at most one; where noise goes on from round to round, also what is left of it in the sum of all of
+them (`federated.privacy.plan_banded`). Verdicts are rules of thumb from measurements, and are said to be. The `fedpeft
+privacy plan` command prints all this.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from dataclasses import dataclass
 
 from federated.config import ExperimentConfig
 from federated.errors import ConfigError, PrivacyError
+from federated.privacy.account import too_likely
 from federated.privacy.accounting import GaussianSteps, epsilon, noise_for, steps_within
 from federated.privacy.adaptive import count_noise, multiplier_of_updates
 from federated.privacy.dp_sgd import PrivateSchedule, check_private_training, private_schedule
+from federated.privacy.plan_banded import BandedPlan, plan_banded
 from federated.privacy.server_budget import ServerBudget
 
 __all__ = ["ClientPlan", "ExamplePlan", "Landmark", "epsilon_marks", "landmarks", "plan_clients", "plan_examples"]
@@ -74,6 +77,7 @@ class ClientPlan:
         noise_length: length of the noise on the mean update, in clipping norms; None likewise.
         epsilons: (rounds, epsilon) at the first rounds and at the last.
         verdict: in words.
+        banded: with ``mechanism=banded``, what becomes of the noise; ``noise_length`` is then of one round.
     """
 
     population: int
@@ -85,6 +89,7 @@ class ClientPlan:
     noise_length: float | None
     epsilons: tuple[tuple[int, float], ...]
     verdict: str
+    banded: BandedPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -196,14 +201,16 @@ def plan_clients(
     _check_population(config, population)
     part = config.privacy.client
     sampling = config.selection.fraction if part.sampling == "poisson" else 1.0
-    noise, on_updates = _client_noise(config, cohort=cohort)
-    marks = epsilon_marks(config, noise, sampling=sampling, steps_per_round=1)
-    length = _length(on_updates, cohort=cohort, parameters=parameters)
-    # Over T rounds noise grows with sqrt(T), and updates that agree with T.
-    share = length / math.sqrt(config.rounds) if length is not None else None
+    budget, on_updates = _client_noise(config, cohort=cohort)
+    noise, banded = budget.noise_multiplier, plan_banded(budget, config.rounds)
+    marks = epsilon_marks(config, noise, sampling=sampling, steps_per_round=1, groups=budget.groups)
+    length = _length(banded.noise_of_a_round if banded else on_updates, cohort=cohort, parameters=parameters)
+    in_all = banded.noise_of_the_last_sum if banded else on_updates * math.sqrt(config.rounds)
+    share = _length(in_all / config.rounds, cohort=cohort, parameters=parameters)  # updates that agree grow with rounds
     grade = None if share is None else 0 if share <= _USEFUL_SHARE else 1 if share <= _DOUBTFUL_SHARE else 2
-    verdict = _stops(config, marks[-1][1], GaussianSteps(noise, sampling, 1)) or _verdict(marks[-1][1], grade)
-    return ClientPlan(population, cohort, sampling, config.rounds, noise, parameters, length, marks, verdict)
+    one_round = GaussianSteps(noise, sampling, 1)
+    verdict = _stops(config, marks[-1][1], one_round, groups=budget.groups) or _verdict(marks[-1][1], grade)
+    return ClientPlan(population, cohort, sampling, config.rounds, noise, parameters, length, marks, verdict, banded)
 
 
 def _check_population(config: ExperimentConfig, population: int) -> None:
@@ -211,20 +218,17 @@ def _check_population(config: ExperimentConfig, population: int) -> None:
     if population < 2:
         raise ConfigError(f"{population} client cannot hide among others; expected at least two clients")
     if target_delta * population >= 1:
-        raise ConfigError(
-            f"privacy.target_delta = {target_delta:g} is not below 1 / {population} clients: handing out one of them "
-            "whole would keep it; set a smaller one"
-        )
+        raise ConfigError(too_likely(target_delta, population))
 
 
-def _client_noise(config: ExperimentConfig, *, cohort: float) -> tuple[float, float]:
-    """What the server's budget accounts, and what of it is on the updates: a count of unclipped ones has its share."""
+def _client_noise(config: ExperimentConfig, *, cohort: float) -> tuple[ServerBudget, float]:
+    """The server's budget, and what of its noise is on the updates: a count of unclipped ones has its share."""
     part = config.privacy.client
     try:
-        noise = ServerBudget(config).noise_multiplier
+        budget = ServerBudget(config)
         if part.clipping == "fixed":
-            return noise, noise
-        return noise, multiplier_of_updates(noise, count_noise(part.quantile_noise, cohort))
+            return budget, budget.noise_multiplier
+        return budget, multiplier_of_updates(budget.noise_multiplier, count_noise(part.quantile_noise, cohort))
     except PrivacyError as error:
         raise ConfigError(str(error)) from None
 
@@ -251,13 +255,21 @@ def landmarks(config: ExperimentConfig, *, parameters: int | None = None) -> tup
 
 
 def epsilon_marks(
-    config: ExperimentConfig, noise: float, *, sampling: float, steps_per_round: int
+    config: ExperimentConfig, noise: float, *, sampling: float, steps_per_round: int, groups: int = 1
 ) -> tuple[tuple[int, float], ...]:
-    """(rounds, epsilon) after 1 and 10 rounds, as far as there are so many, and after all."""
+    """(rounds, epsilon) after 1 and 10 rounds, as far as there are so many, and after all.
+
+    Args:
+        config: the experiment.
+        noise: noise multiplier.
+        sampling: of each step.
+        steps_per_round: of a unit that takes part in a round.
+        groups: of which each round asks one.
+    """
     privacy = config.privacy
 
     def spent(rounds: int) -> float:
-        events = [GaussianSteps(noise, sampling, steps_per_round * rounds)]
+        events = [GaussianSteps(noise, sampling, steps_per_round * math.ceil(rounds / groups))]
         return epsilon(events, privacy.target_delta, accountant=privacy.accountant)
 
     return tuple((rounds, spent(rounds)) for rounds in sorted({1, min(10, config.rounds), config.rounds}))
@@ -267,7 +279,7 @@ def _length(noise: float, *, cohort: float, parameters: int | None) -> float | N
     return None if parameters is None else math.sqrt(parameters) * noise / cohort
 
 
-def _stops(config: ExperimentConfig, spent: float, one_round: GaussianSteps) -> str:
+def _stops(config: ExperimentConfig, spent: float, one_round: GaussianSteps, *, groups: int = 1) -> str:
     """That noise which was given ends the run early; empty where all rounds fit, or nothing bounds them."""
     privacy = config.privacy
     if not privacy.target_epsilon or spent <= privacy.target_epsilon:
@@ -279,7 +291,8 @@ def _stops(config: ExperimentConfig, spent: float, one_round: GaussianSteps) -> 
         sampling=one_round.sampling,
         accountant=privacy.accountant,
     )
-    return f"stops after {steps // one_round.steps} of {config.rounds} rounds: the noise given is too little for more"
+    rounds = groups * (steps // one_round.steps)
+    return f"stops after {rounds} of {config.rounds} rounds: the noise given is too little for more"
 
 
 def _verdict(spent: float, grade: int | None) -> str:

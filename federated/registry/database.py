@@ -1,7 +1,7 @@
 """Where a registry lives and how its database is opened: places, engines, SQLite's settings.
 
 Knows nothing of versions. SQLite is one file beside the blobs (write-ahead log, full synchronisation, foreign
-keys on); any other SQLAlchemy URL works as its driver does.
+keys on). PostgreSQL is reached by its URL, through psycopg.
 """
 
 from __future__ import annotations
@@ -20,12 +20,24 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from federated.errors import RegistryError
 
-__all__ = ["BUSY_SECONDS", "DATABASE_NAME", "Place", "locate", "open_engine", "open_frozen", "prepare", "writing"]
+__all__ = [
+    "BUSY_SECONDS",
+    "DATABASE_NAME",
+    "Place",
+    "locate",
+    "lock_for_upgrade",
+    "open_engine",
+    "open_frozen",
+    "prepare",
+    "writing",
+]
 
 BUSY_SECONDS = 30.0
 """How long a writer waits for another one."""
 
 DATABASE_NAME = "registry.db"
+
+_UPGRADE_LOCK = 0x66706674  # any number that no other application in the database takes
 
 
 @dataclass(frozen=True)
@@ -34,43 +46,65 @@ class Place:
 
     Args:
         url: of the database.
-        blobs: folder of the blobs.
+        blobs: folder of the blobs, or their fsspec URL.
         label: how messages name it; without a password.
         file: the database file, where the database is SQLite.
     """
 
     url: URL
-    blobs: Path
+    blobs: Path | str
     label: str
     file: Path | None
+
+    @property
+    def disk(self) -> Path:
+        """The folder whose free space counts; the working directory where everything is elsewhere."""
+        if isinstance(self.blobs, Path):
+            return self.blobs
+        return Path() if self.file is None else self.file.parent
 
 
 def locate(location: str | Path, blobs: str | Path | None = None) -> Place:
     """Read a folder, or an SQLAlchemy URL with its blob folder.
 
     Raises:
-        RegistryError: if a URL comes without ``blobs`` or names a database in memory.
+        RegistryError: if a URL comes without ``blobs``, names a database in memory, or one that is not supported.
         sqlalchemy.exc.ArgumentError: if it is no URL at all.
     """
     if isinstance(location, str) and "://" in location:
         return _from_url(make_url(location), blobs)
     folder = Path(location).expanduser().absolute()
     file = folder / DATABASE_NAME
-    store = folder / "blobs" if blobs is None else Path(blobs).expanduser().absolute()
+    store = folder / "blobs" if blobs is None else _blobs_at(blobs)
     return Place(URL.create("sqlite", database=str(file)), store, str(folder), file)
 
 
 def _from_url(url: URL, blobs: str | Path | None) -> Place:
     label = url.render_as_string(hide_password=True)
     if blobs is None:
-        raise RegistryError(f"registry {label} is a URL and needs a folder for its blobs; pass blobs=FOLDER too")
-    store = Path(blobs).expanduser().absolute()
-    if url.get_backend_name() != "sqlite":
+        raise RegistryError(
+            f"registry {label} is a URL and needs a place for its blobs: pass blobs=FOLDER_OR_URL too (--blobs)"
+        )
+    store = _blobs_at(blobs)
+    if url.drivername == "postgresql":  # SQLAlchemy before 2.1 would take psycopg2
+        url = url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() == "postgresql":
         return Place(url, store, label, None)
+    if url.get_backend_name() != "sqlite":
+        raise RegistryError(
+            f"registry {label}: expected a folder, sqlite:///PATH or postgresql://USER@HOST/DATABASE, found a URL of "
+            f"{url.get_backend_name()!r}"
+        )
     database = url.database or ":memory:"
     if ":memory:" in database or database.startswith("file:"):
         raise RegistryError(f"registry {label} would not be kept in a plain file; use sqlite:///PATH or a folder")
     return Place(url, store, label, Path(database).absolute())
+
+
+def _blobs_at(blobs: str | Path) -> Path | str:
+    if isinstance(blobs, str) and "://" in blobs and not blobs.startswith("file://"):
+        return blobs
+    return Path(str(blobs).removeprefix("file://")).expanduser().absolute()
 
 
 def prepare(place: Place, *, create: bool) -> None:
@@ -81,7 +115,7 @@ def prepare(place: Place, *, create: bool) -> None:
     """
     if place.file is not None and not create and not place.file.is_file():
         raise RegistryError(f"there is no registry at {place.label}; check the path, or publish something there first")
-    for folder in {place.blobs} | ({place.file.parent} if place.file else set()):
+    for folder in [one for one in (place.blobs, place.file and place.file.parent) if isinstance(one, Path)]:
         if create:
             folder.mkdir(parents=True, exist_ok=True)
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
@@ -96,7 +130,6 @@ def open_engine(place: Place) -> Engine:
 
     Raises:
         RegistryError: if the database's driver is not installed.
-        sqlalchemy.exc.SQLAlchemyError: if SQLAlchemy does not know the dialect.
     """
     if place.file is None:
         return _server_engine(place)
@@ -129,16 +162,38 @@ def _has_bytes(path: Path) -> bool:
 
 def _server_engine(place: Place) -> Engine:
     try:
-        return create_engine(place.url)
+        engine = create_engine(place.url, pool_pre_ping=True)
     except ImportError as error:
+        extra = "; install federated-peft[postgres]" if error.name == "psycopg" else "; install it"
         raise RegistryError(
-            f"registry {place.label} needs the Python package {error.name!r}, which is not installed; install it"
+            f"registry {place.label} needs the Python package {error.name!r}, which is not installed{extra}"
         ) from error
+    event.listen(engine, "connect", _on_postgres)
+    return engine
+
+
+def _on_postgres(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    """Wait for another writer as long as on SQLite, and no longer."""
+    cursor: Any = connection.cursor()
+    try:
+        cursor.execute(f"SET lock_timeout = {int(BUSY_SECONDS * 1000)}")
+    finally:
+        cursor.close()
+    connection.commit()
 
 
 def writing(engine: Engine) -> Engine:
     """The same engine for transactions that write: they queue up at their start, not in the middle."""
     return engine.execution_options(registry_write=True)
+
+
+def lock_for_upgrade(connection: Connection) -> None:
+    """Let one process at a time change the schema, even while there is no table to lock, until the transaction ends.
+
+    SQLite's writers queue up anyhow.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_UPGRADE_LOCK})")
 
 
 def _on_connect(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:

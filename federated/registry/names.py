@@ -1,6 +1,7 @@
-"""From what people type to one version: ``latest``, ``v3``, ``RUN:v3``, a channel, a full id or its beginning.
+"""From what people type to one version: ``latest``, ``v3``, ``RUN:v3``, a channel, a tag, a full id or its beginning.
 
-Channel names that could be read as one of the others are refused when a channel is made, so no name is ambiguous.
+Names of channels and tags that could be read as one of the others are refused when they are made, so no name is
+ambiguous.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from federated.errors import RegistryError, VersionNotFound
-from federated.registry.schema import ChannelRow, VersionRow
+from federated.registry.schema import ChannelRow, TagRow, VersionRow
 
-__all__ = ["check_channel_name", "newest_run", "resolve"]
+__all__ = ["check_channel_name", "check_tag_name", "find", "newest_run", "resolve"]
 
 _NUMBER = re.compile(r"(?:(?P<run>.+):)?v(?P<number>[0-9]{1,9})")
 _PREFIX = re.compile(r"[0-9a-f]{6,64}")
 _CHANNEL = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+_LONGEST = 64
 
 
 def check_channel_name(channel: str) -> None:
@@ -30,11 +33,38 @@ def check_channel_name(channel: str) -> None:
         raise RegistryError(
             f"{channel!r} is no channel name; expected up to 64 of a-z, 0-9 and '-', a letter or digit first"
         )
-    if channel in ("latest", "null") or _NUMBER.fullmatch(channel) or _PREFIX.fullmatch(channel):
+    if _reads_otherwise(channel):
         raise RegistryError(
             f"{channel!r} cannot name a channel: it reads as a version number, a version id, 'latest' or 'null'; "
             f"choose a name such as dev, canary or stable"
         )
+
+
+def check_tag_name(tag: str) -> None:
+    """Refuse a tag that is malformed or means something else.
+
+    Raises:
+        RegistryError: naming the rule.
+    """
+    if not _TAG.fullmatch(tag) or len(tag) > _LONGEST:
+        raise RegistryError(
+            f"{tag!r} is no tag; expected up to {_LONGEST} letters, digits and any of . _ -, "
+            f"a letter or digit first and no '..'"
+        )
+    if _reads_otherwise(tag.lower()):
+        raise RegistryError(
+            f"{tag!r} cannot be a tag: it reads as a version number, a version id, 'latest' or 'null'; "
+            f"choose a name such as release-1.0"
+        )
+
+
+def _reads_otherwise(name: str) -> bool:
+    return bool(name in ("latest", "null") or _NUMBER.fullmatch(name) or _PREFIX.fullmatch(name))
+
+
+def find(session: Session, version_id: str) -> VersionRow | None:
+    """The version of a whole id, or None."""
+    return session.scalar(select(VersionRow).where(VersionRow.version_id == version_id))
 
 
 def resolve(session: Session, name: str) -> VersionRow:
@@ -50,11 +80,10 @@ def resolve(session: Session, name: str) -> VersionRow:
         return _numbered(session, int(numbered["number"]), run_id=numbered["run"])
     if _PREFIX.fullmatch(name.lower()):
         return _by_prefix(session, name.lower())
-    if _CHANNEL.fullmatch(name):
-        found = _in_channel(session, name)
-        if found is not None:
-            return found
-    raise _unknown(session, name)
+    found = _named(session, name) if _TAG.fullmatch(name) else None
+    if found is None:
+        raise _unknown(session, name)
+    return found
 
 
 _DEV = "dev"
@@ -77,6 +106,12 @@ def newest_run(session: Session) -> str | None:
 def _in_channel(session: Session, channel: str) -> VersionRow | None:
     pointed = select(VersionRow).join(ChannelRow, ChannelRow.version_id == VersionRow.version_id)
     return session.scalar(pointed.where(ChannelRow.name == channel))
+
+
+def _named(session: Session, name: str) -> VersionRow | None:
+    """Of a channel, else of a tag."""
+    tagged = select(VersionRow).join(TagRow, TagRow.version_id == VersionRow.version_id).where(TagRow.name == name)
+    return _in_channel(session, name) or session.scalar(tagged)
 
 
 def _latest(session: Session) -> VersionRow:
@@ -110,8 +145,9 @@ def _no_number(session: Session, number: int, *, run: str | None) -> str:
 
 
 def _by_prefix(session: Session, prefix: str) -> VersionRow:
-    begins = VersionRow.version_id.startswith(prefix)
-    rows = session.scalars(select(VersionRow).where(begins).order_by(VersionRow.sequence).limit(3)).all()
+    # A range, which an index answers, in place of a pattern; no hexadecimal digit comes after "f".
+    begins = VersionRow.version_id.between(prefix, f"{prefix}g")
+    rows = session.scalars(select(VersionRow).where(begins).order_by(VersionRow.version_id).limit(3)).all()
     if not rows:
         raise VersionNotFound(f"no version's id begins with {prefix!r}; list the versions to see their ids")
     if len(rows) > 1:
@@ -124,5 +160,5 @@ def _unknown(session: Session, name: str) -> VersionNotFound:
     channels = ", ".join(session.scalars(select(ChannelRow.name).order_by(ChannelRow.name))) or "none yet"
     return VersionNotFound(
         f"no version is named {name!r}; expected 'latest', a number such as v3 or RUN:v3, a channel ({channels}), "
-        f"or at least 6 hexadecimal characters of an id"
+        f"a tag, or at least 6 hexadecimal characters of an id"
     )

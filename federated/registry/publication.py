@@ -1,20 +1,23 @@
-"""What must hold before a version is published, and the one transaction that publishes it.
+"""What must hold before a version is published, and how it is published.
 
-Blobs first, then the row: the order on which the registry's promise rests.
+Bytes first, then the row: the order on which the registry's promise rests. Bytes are stored before the transaction, so
+that a slow upload holds nobody up, and looked for once more inside it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from functools import cached_property
+from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from federated.errors import BaseMismatch, RegistryError
 from federated.manifest import VersionManifest, sha256_hex
-from federated.registry.blobs import BlobStore
+from federated.registry.access import Transaction
+from federated.registry.blobs import Blobs
 from federated.registry.channels import point
+from federated.registry.names import find
 from federated.registry.records import manifest_text, row_of
 from federated.registry.schema import VersionRow
 
@@ -47,45 +50,89 @@ class Publication:
         """Size of the blobs in bytes."""
         return len(self.weights) + len(self.training_state or b"")
 
-    def carry_out(self, session: Session, blobs: BlobStore, *, now: datetime) -> str:
-        """Store the blobs, then the row, then the channel; returns the version id. The caller commits.
+    def check(self, session: Session) -> VersionRow | None:
+        """What must hold of the database; returns the version's row if it is published already.
 
         Raises:
-            RegistryError: if the parent, the training state or the channel's name does not fit.
-            BaseMismatch: if the parent or the channel belongs to another base model.
-            OSError: as the file system raises it.
+            RegistryError: if the parent or the training state does not fit.
+            BaseMismatch: if the parent belongs to another base model.
         """
-        text = manifest_text(self.manifest)
-        row = _find(session, sha256_hex(text.encode()))
+        row = find(session, self.version_id)
         if row is None:
             _check_parent(session, self.manifest)
         else:
             _check_state(row, self.training_state)
-        blobs.put(self.weights)
-        state_digest = None if self.training_state is None else blobs.put(self.training_state)
+        return row
+
+    def store(self, blobs: Blobs) -> None:
+        """Put the bytes where they belong; without a row they mean nothing yet.
+
+        Raises:
+            OSError: as the file system raises it.
+        """
+        for data in self._bytes:
+            blobs.put(data)
+
+    def carry_out(self, work: Transaction, *, action: str = "publish", **details: Any) -> str:
+        """Add the row, then move the channel; returns the version id. The bytes were stored before.
+
+        Raises:
+            RegistryError: see `check`; or the channel's name does not fit.
+            BaseMismatch: if the parent or the channel belongs to another base model.
+            NotApproved: if the channel requires approvals.
+            OSError: as the file system raises it.
+        """
+        row = self.check(work.session)
+        for data in self._bytes:
+            if not work.blobs.has(sha256_hex(data)):  # gc found them without a row, just before
+                work.blobs.put(data)
         if row is None:
-            row = row_of(self.manifest, text, state_digest=state_digest, now=now)
-            session.add(row)
-            session.flush()
+            row = row_of(self.manifest, self._text, state_digest=self._state_digest, now=work.now)
+            work.session.add(row)
+            work.session.flush()
+            work.note(action, row.version_id, **self._told(), **details)
         if self.channel is not None:
-            point(session, self.channel, row, now=now)
+            point(work, self.channel, row)
         return row.version_id
 
+    @cached_property
+    def version_id(self) -> str:
+        """The id that it will have."""
+        return sha256_hex(self._text.encode())
 
-def _find(session: Session, version_id: str) -> VersionRow | None:
-    return session.scalar(select(VersionRow).where(VersionRow.version_id == version_id))
+    @cached_property
+    def _text(self) -> str:
+        return manifest_text(self.manifest)
+
+    @property
+    def _bytes(self) -> tuple[bytes, ...]:
+        return (self.weights,) if self.training_state is None else (self.weights, self.training_state)
+
+    @property
+    def _state_digest(self) -> str | None:
+        return None if self.training_state is None else sha256_hex(self.training_state)
+
+    def _told(self) -> dict[str, Any]:
+        """What the audit log says besides the id; the training state's digest is in no manifest."""
+        one = self.manifest
+        return {"run_id": one.run_id, "round_number": one.round_number, "state_digest": self._state_digest}
 
 
 def _check_parent(session: Session, manifest: VersionManifest) -> None:
     if manifest.parent is None:
         return
-    parent = _find(session, manifest.parent)
+    parent = find(session, manifest.parent)
     if parent is None:
         raise RegistryError(f"the parent version {manifest.parent} is not in this registry; publish it first")
     if parent.base_digest != manifest.base_digest:
         raise BaseMismatch(
             f"the parent version {manifest.parent} belongs to base model {parent.base_digest}, "
             f"this one to {manifest.base_digest}; start a new run without a parent"
+        )
+    if manifest.release_counter and manifest.release_counter <= parent.release_counter:
+        raise RegistryError(
+            f"the release counter is {manifest.release_counter}, the parent version's {parent.release_counter}; "
+            f"it must grow along a lineage: take Registry.next_counter"
         )
 
 

@@ -11,12 +11,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from federated.errors import CorruptBlob, RegistryError
-from federated.manifest import VersionManifest, canonical_json, sha256_hex
+from federated.manifest import VersionManifest, canonical_json, digest_of, sha256_hex
+from federated.registry.manifest_schema import check_plain
 from federated.registry.schema import VersionRow
 
 __all__ = ["Fault", "VersionRecord", "manifest_text", "record_of", "row_of"]
 
 _LONGEST = 200
+_COLUMNS = (
+    "run_id",
+    "round_number",
+    "parent",
+    "base_digest",
+    "weights_digest",
+    "adapter_id",
+    "release_counter",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class VersionRecord:
         manifest: the immutable record.
         created_at: when it was published, UTC.
         channels: names that point at it now, sorted.
+        tags: names that stay at it, sorted.
     """
 
     version_id: str
@@ -36,6 +47,7 @@ class VersionRecord:
     manifest: VersionManifest
     created_at: datetime
     channels: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ def manifest_text(manifest: VersionManifest) -> str:
     _check_fields(manifest)
     try:
         text = canonical_json(manifest.to_dict()).decode()
+        check_plain(json.loads(text))
         again = VersionManifest.from_dict(json.loads(text))
     except (TypeError, ValueError, KeyError) as error:
         raise RegistryError(f"the manifest cannot be stored as JSON: {error}; use plain finite values") from error
@@ -75,9 +88,15 @@ def _check_fields(manifest: VersionManifest) -> None:
         value = getattr(manifest, name)
         if not (isinstance(value, str) and 0 < len(value) <= _LONGEST and value.isprintable()):
             raise RegistryError(f"the manifest's {name} is {value!r}; expected 1 to {_LONGEST} printable characters")
-    number = manifest.round_number
-    if type(number) is not int or not 0 <= number < 2**31:
-        raise RegistryError(f"the manifest's round_number is {number!r}; expected an integer from 0 to 2147483647")
+    for name in ("round_number", "participants", "release_counter"):
+        number = getattr(manifest, name)
+        if type(number) is not int or not 0 <= number < 2**31:
+            raise RegistryError(f"the manifest's {name} is {number!r}; expected an integer from 0 to 2147483647")
+    if manifest.base and digest_of(manifest.base) != manifest.base_digest:
+        raise RegistryError(
+            f"the manifest's base has the digest {digest_of(manifest.base)}, its base_digest is "
+            f"{manifest.base_digest}; they must be of one base model"
+        )
 
 
 def row_of(manifest: VersionManifest, text: str, *, state_digest: str | None, now: datetime) -> VersionRow:
@@ -92,11 +111,13 @@ def row_of(manifest: VersionManifest, text: str, *, state_digest: str | None, no
         state_digest=state_digest,
         manifest=text,
         created_at=now.astimezone(UTC).replace(tzinfo=None),
+        adapter_id=manifest.adapter_id,
+        release_counter=manifest.release_counter,
     )
 
 
-def record_of(row: VersionRow, channels: Sequence[str]) -> VersionRecord:
-    """The row's record.
+def record_of(row: VersionRow, channels: Sequence[str] = (), tags: Sequence[str] = ()) -> VersionRecord:
+    """The row's record, with the names that are at it.
 
     Raises:
         CorruptBlob: if the manifest does not have the digest that is its id, or a column contradicts it.
@@ -109,14 +130,15 @@ def record_of(row: VersionRow, channels: Sequence[str]) -> VersionRecord:
             f"the record of version {row.version_id} was changed: its SHA-256 is {found}; restore the database"
         )
     manifest = _parsed(text, row.version_id)
-    for name in ("run_id", "round_number", "parent", "base_digest", "weights_digest"):
+    for name in _COLUMNS:
         if getattr(row, name) != getattr(manifest, name):
             raise CorruptBlob(
                 f"the record of version {row.version_id} was changed: column {name} is {getattr(row, name)!r}, "
                 f"its manifest says {getattr(manifest, name)!r}; restore the database"
             )
     created = row.created_at.replace(tzinfo=UTC)
-    return VersionRecord(row.version_id, manifest.round_number, manifest, created, tuple(sorted(channels)))
+    names = tuple(sorted(channels)), tuple(sorted(tags))
+    return VersionRecord(row.version_id, manifest.round_number, manifest, created, *names)
 
 
 def _parsed(text: str, version_id: str) -> VersionManifest:

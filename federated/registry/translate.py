@@ -33,6 +33,16 @@ _SQLITE: Mapping[str, str] = {
     "SQLITE_CONSTRAINT": "another writer was there first; look again, then try again",
 }
 
+_SERVER_FULL = "53100"
+_POSTGRES: Mapping[str, str] = {
+    "55P03": _SQLITE["SQLITE_BUSY"],
+    "40": "another writer was in the way; try again",
+    "23": _SQLITE["SQLITE_CONSTRAINT"],
+    "42501": "this user may not do that; let the database's owner grant it",
+    "25006": "the server is open for reading only; use the primary one",
+}
+"""By SQLSTATE, or its class."""
+
 
 @contextmanager
 def translated(doing: str, where: str, *, folder: Path, needed: int = 0) -> Iterator[None]:
@@ -52,6 +62,11 @@ def translated(doing: str, where: str, *, folder: Path, needed: int = 0) -> Iter
         yield
     except (OSError, sqlite3.Error, SQLAlchemyError) as error:
         cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+        if _state(cause) == _SERVER_FULL:
+            raise StorageFull(
+                f"cannot {doing} in {where}: the database server's disk is full; everything published before is "
+                f"intact. Free some space there, then try again"
+            ) from error
         if _is_full(cause, folder):
             raise StorageFull(_full_message(doing, folder, needed)) from error
         raise RegistryError(f"cannot {doing} in {where}: {_advice(cause)}") from error
@@ -59,6 +74,10 @@ def translated(doing: str, where: str, *, folder: Path, needed: int = 0) -> Iter
 
 def _sqlite_name(cause: BaseException) -> str:
     return getattr(cause, "sqlite_errorname", "")
+
+
+def _state(cause: BaseException) -> str:
+    return getattr(cause, "sqlstate", None) or ""
 
 
 def _is_full(cause: BaseException, folder: Path) -> bool:
@@ -90,4 +109,5 @@ def _advice(cause: BaseException) -> str:
         return f"{cause.strerror or cause} ({cause.filename}); check that the folder exists and can be written to"
     name = _sqlite_name(cause)
     known = next((text for prefix, text in _SQLITE.items() if name.startswith(prefix)), None)
-    return known or f"the database says: {cause}"
+    known = known or next((text for prefix, text in _POSTGRES.items() if _state(cause).startswith(prefix)), None)
+    return known or f"the database says: {' '.join(str(cause).split())}"

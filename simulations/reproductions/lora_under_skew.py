@@ -20,12 +20,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,14 +31,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from federated.cli.apps import enter_app, load_client_app
 from federated.cli.compose import compose
 from federated.data import open_source
-from federated.flower import simulate
 from federated.plots import Series, grouped_bars
-from federated.tracking import read_events
+from simulations.reproductions.sweep import APP, Found, Sweep, last_round, markdown_table
 
-APP = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).resolve().parent / "lora_under_skew.jsonl"
 ARMS = ("fedit", "ffa", "rolora", "flora", "fedex", "flexlora", "fedsa", "fedsvd", "fedask")
 RATES = (0.01, 0.025, 0.06)
@@ -105,18 +99,18 @@ def main() -> None:
     """Run what is missing, as long as there is time, and show what there is."""
     options = _options()
     settings, seeds = (SETTINGS[3:4], SEEDS[:1]) if options.quick else (SETTINGS, SEEDS)
-    done = read(options.results)
+    sweep = Sweep(options.results, workers=options.workers, minutes=options.budget_minutes)
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
     with tempfile.TemporaryDirectory(prefix="posts-") as place:
         count = QUICK_POSTS if options.quick else POSTS
         posts = {half: write_posts(Path(place) / f"{half}.jsonl", search=half, count=count) for half in (True, False)}
         for setting in settings:
             wanted = [job for arm in options.arms for job in searches(arm, setting)]
-            run_missing(wanted, done, posts, options)
-            if all(job.key in done for job in wanted):
-                rates = {arm: best_rate(arm, setting, done) for arm in options.arms}
+            if sweep.run(run, works(wanted, posts, rounds)):
+                rates = {arm: best_rate(arm, setting, sweep.done) for arm in options.arms}
                 results = [Job(arm, setting, rates[arm], seed) for seed in seeds for arm in options.arms]
-                run_missing(results, done, posts, options)
-    found = summary(options.arms, settings, seeds, done)
+                sweep.run(run, works(results, posts, rounds))
+    found = summary(options.arms, settings, seeds, sweep.done)
     Console(stderr=True, width=140).print(table(found))
     if options.plot:
         options.plot.write_text(plot(found))
@@ -137,27 +131,12 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     options.results = None if options.quick else options.results or RESULTS
     options.arms = options.arms or (QUICK_ARMS if options.quick else ARMS)
-    options.end = time.monotonic() + 60 * options.budget_minutes
     return options
 
 
-def run_missing(
-    jobs: Sequence[Job], done: dict[str, dict[str, float]], posts: dict[bool, Path], options: argparse.Namespace
-) -> None:
-    """Run those jobs that are not done, several at a time, and write each down as soon as it is finished."""
-    rounds = QUICK_ROUNDS if options.quick else ROUNDS
-    missing = [Work(job, posts[job.seed == SEARCH_SEED], rounds) for job in jobs if job.key not in done]
-    if not missing or time.monotonic() > options.end:
-        return
-    # A fresh process now and then, so that nothing piles up over hundreds of runs.
-    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=20) as pool:
-        for job, found in pool.imap_unordered(run, missing):
-            done[job.key] = found
-            write(options.results, job, found)
-            print(f"{job.arm}, {job.setting.label}, {job.rate:g}, seed {job.seed}: {found}", file=sys.stderr)
-            if time.monotonic() > options.end:
-                print("out of time: start again to go on", file=sys.stderr)
-                break
+def works(jobs: Sequence[Job], posts: dict[bool, Path], rounds: int) -> dict[str, Work]:
+    """What worker processes are given, by the run's key."""
+    return {job.key: Work(job, posts[job.seed == SEARCH_SEED], rounds) for job in jobs}
 
 
 def searches(arm: str, setting: Setting) -> list[Job]:
@@ -165,38 +144,23 @@ def searches(arm: str, setting: Setting) -> list[Job]:
     return [Job(arm, setting, rate, SEARCH_SEED) for rate in RATES]
 
 
-def best_rate(arm: str, setting: Setting, done: dict[str, dict[str, float]]) -> float:
+def best_rate(arm: str, setting: Setting, done: dict[str, Found]) -> float:
     """The rate with the highest accuracy after the last round; the smaller one where two are equal."""
     return max(searches(arm, setting), key=lambda job: (done[job.key]["accuracy"], -job.rate)).rate
 
 
-def run(work: Work) -> tuple[Job, dict[str, float]]:
+def run(work: Work) -> tuple[str, Found]:
     """One federation: accuracy and loss after the last round, and the processor time."""
-    began, job, setting = time.process_time(), work.job, work.job.setting
-    folder = enter_app(APP)
-    with tempfile.TemporaryDirectory(prefix="skew-") as place:
-        config = compose(
-            folder,
-            [
-                "experiment=newsgroups", f"name=skew-{job.arm}", f"strategy={job.arm}", f"seed={job.seed}",
-                f"rounds={work.rounds}", "data=table", f"data.path={work.posts}", f"data.seed={job.seed}",
-                "data.partition.kind=dirichlet", f"data.partition.num_clients={setting.clients}",
-                f"data.partition.alpha={setting.skew}", f"adapter.rank={setting.rank}",
-                f"adapter.alpha={2.0 * setting.rank}", f"train.learning_rate={job.rate}", f"train.batch_size={BATCH}",
-                f"train.steps={max(1, STEPS // setting.clients)}", "data.max_test_per_client=0",
-                "data.max_train_per_client=0", "selection.min_clients=1", "strategy.weighted=false",
-                "tracking.progress=false", "engine.workers=1", "round.evaluate_every=0", f"run_dir={place}/run",
-            ],
-        )  # fmt: skip
-        made = simulate(config, load_client_app(folder))
-        (final,) = (event for event in read_events(made.run_dir / "metrics.jsonl") if event["event"] == "final")
-    evaluation = final["evaluation"]
-    return job, {
-        "accuracy": round(evaluation["accuracy"], 4),
-        "loss": round(evaluation["loss"], 4),
-        "examples": evaluation["num_examples"],
-        "cpu_seconds": round(time.process_time() - began, 1),
-    }
+    job, setting = work.job, work.job.setting
+    return job.key, last_round([
+        "experiment=newsgroups", f"name=skew-{job.arm}", f"strategy={job.arm}", f"seed={job.seed}",
+        f"rounds={work.rounds}", "data=table", f"data.path={work.posts}", f"data.seed={job.seed}",
+        "data.partition.kind=dirichlet", f"data.partition.num_clients={setting.clients}",
+        f"data.partition.alpha={setting.skew}", f"adapter.rank={setting.rank}",
+        f"adapter.alpha={2.0 * setting.rank}", f"train.learning_rate={job.rate}", f"train.batch_size={BATCH}",
+        f"train.steps={max(1, STEPS // setting.clients)}", "data.max_test_per_client=0",
+        "data.max_train_per_client=0", "selection.min_clients=1", "strategy.weighted=false",
+    ])  # fmt: skip
 
 
 def write_posts(path: Path, *, search: bool, count: int) -> Path:
@@ -215,23 +179,8 @@ def write_posts(path: Path, *, search: bool, count: int) -> Path:
     return path
 
 
-def read(path: Path | None) -> dict[str, dict[str, float]]:
-    """Finished runs by key."""
-    if path is None or not path.is_file():
-        return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["key"]: line["found"] for line in lines}
-
-
-def write(path: Path | None, job: Job, found: dict[str, float]) -> None:
-    """Add one finished run."""
-    if path is not None:
-        with path.open("a") as file:
-            file.write(json.dumps({"key": job.key, "found": found}) + "\n")
-
-
 def summary(
-    arms: Sequence[str], settings: Sequence[Setting], seeds: Sequence[int], done: dict[str, dict[str, float]]
+    arms: Sequence[str], settings: Sequence[Setting], seeds: Sequence[int], done: dict[str, Found]
 ) -> dict[str, Any]:
     """Mean and standard deviation of every arm in every setting that is finished."""
     rows: list[dict[str, Any]] = []
@@ -288,9 +237,8 @@ def markdown(found: dict[str, Any]) -> str:
     """The same table for a page."""
     cells = {(row["arm"], row["setting"]): f"{row['accuracy']:.1%} ({row['std']:.1%})" for row in found["rows"]}
     arms = list(dict.fromkeys(row["arm"] for row in found["rows"]))
-    rows = [["rule", *found["settings"]], ["---"] * (1 + len(found["settings"]))]
-    rows += [[f"`{arm}`", *(cells.get((arm, setting), "-") for setting in found["settings"])] for arm in arms]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    rows = [[f"`{arm}`", *(cells.get((arm, setting), "-") for setting in found["settings"])] for arm in arms]
+    return markdown_table(["rule", *found["settings"]], rows)
 
 
 if __name__ == "__main__":

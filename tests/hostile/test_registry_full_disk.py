@@ -75,7 +75,7 @@ def test_database_that_cannot_grow_is_refused(disk):
         first = registry.publish(manifest_of(b"one"), b"one", channel="dev")
         fill(disk)
         with pytest.raises(StorageFull):
-            registry.move_channel("stable", "v0", expected=None)
+            registry.channel("stable").promote("v0", expected=None)
         assert registry.channels() == {"dev": first}
 
 
@@ -86,7 +86,7 @@ def test_full_disk_can_be_opened_and_read_but_not_written(disk):
     with Registry.open(disk / "registry", create=False) as registry:
         assert registry.weights("latest") == b"one"
         with pytest.raises(StorageFull):
-            registry.move_channel("stable", "v0", expected=None)
+            registry.channel("stable").promote("v0", expected=None)
 
 
 def test_new_registry_on_a_full_disk(disk):

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from federated.registry import Registry
+from simulations.benchmarks.registry import OPERATIONS, kill_many
 
 PUBLISH = """
 import sys
@@ -90,7 +91,7 @@ with Registry.open(folder) as registry:
     while not Path(go).exists():
         pass
     try:
-        registry.move_channel("stable", target, expected=expected)
+        registry.channel("stable").promote(target, expected=expected)
         print("moved")
     except ChannelConflict:
         print("conflict")
@@ -103,7 +104,7 @@ def test_only_one_of_two_processes_moves_a_channel(tmp_path):
     with start(folder, "run-a", 3) as publisher:
         publisher.communicate(timeout=60)
     with Registry.open(folder) as registry:
-        seen = registry.move_channel("stable", "v0", expected=None).version_id
+        seen = registry.channel("stable").promote("v0", expected=None).version_id
     arguments = [[str(folder), str(go), seen, target] for target in ("v1", "v2")]
     processes = [
         subprocess.Popen([sys.executable, "-c", MOVE, *more], stdout=subprocess.PIPE, text=True) for more in arguments
@@ -113,3 +114,13 @@ def test_only_one_of_two_processes_moves_a_channel(tmp_path):
     go.touch()
     said = [process.communicate(timeout=60)[0].strip() for process in processes]
     assert sorted(said) == ["conflict", "moved"]
+
+
+@pytest.mark.slow
+def test_ten_kills_of_all_that_writes_lose_nothing_and_leave_no_half_state(tmp_path):
+    found = kill_many(tmp_path / "registry", kills=10, seed=20260101)
+    assert (found.lost, found.faults) == ([], [])
+    assert found.kills == 10
+    assert set(found.by_operation) == set(OPERATIONS)
+    assert min(found.by_operation.values()) >= 2
+    assert found.inside > 0

@@ -250,12 +250,19 @@ def test_a_section_checks_itself() -> None:
 
 
 def test_clients_are_not_told_the_server_s_places() -> None:
-    config = make(run_dir="/srv/runs/secret", registry="postgresql://user:password@host/db", resume=True, seed=7)
+    places = {"registry": "postgresql://user:password@host/db", "registry_blobs": "s3://secret-bucket"}
+    config = make(run_dir="/srv/runs/secret", **places, resume=True, seed=7)
     sent = config.for_clients()
     assert (sent.run_dir, sent.registry, sent.resume) == ("", "", False)
     assert "password" not in sent.to_json()
     assert "/srv/runs" not in sent.to_json()
-    assert dataclasses.replace(sent, run_dir=config.run_dir, registry=config.registry, resume=True) == config
+    assert "secret-bucket" not in sent.to_json()
+    assert dataclasses.replace(sent, run_dir=config.run_dir, **places, resume=True) == config
+
+
+def test_a_registry_with_a_url_needs_a_place_for_its_bytes() -> None:
+    with pytest.raises(ConfigError, match="give registry_blobs= a folder or an fsspec URL"):
+        make(registry="postgresql://host/db")
 
 
 def test_json_is_one_line_and_independent_of_the_order_of_keys() -> None:
@@ -325,3 +332,20 @@ def test_whatever_is_given_becomes_a_configuration_or_one_line(value: dict[str, 
         experiment_from(value)
     except ConfigError as error:
         assert str(error).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"privacy": {"example": {"enabled": True, "noise_multiplier": 1.0}}, "adapter": {"dropout": 0.1}},
+         r"adapter\.dropout = 0\.1: with privacy\.example"),
+        ({"privacy": {"example": {"clip_norm": 1e-45}}}, r"privacy\.example\.clip_norm"),
+        ({"privacy": {"client": {"clip_norm": 1e300}}}, r"privacy\.client\.clip_norm"),
+        ({"privacy": {"client": {"noise_multiplier": 1e-200}}}, r"privacy\.client\.noise_multiplier = 1e-200: exp"),
+        ({"privacy": {"client": {"quantile_noise": 1e-200}}}, r"privacy\.client\.quantile_noise = 1e-200"),
+        ({"privacy": {"example": {"noise_multiplier": 1e160}}}, r"privacy\.example\.noise_multiplier"),
+    ],
+)  # fmt: skip
+def test_privacy_that_rounding_or_masks_would_undo_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        experiment_from({"task": {"labels": ["a", "b"]}, **changes})

@@ -226,6 +226,10 @@ class TestVersionManifest:
             {"privacy": {"epsilon": 1.0}},
             {"servable": False},
             {"task": {"name": "causal_lm"}},
+            {"adapter_id": "support"},
+            {"release_counter": 1},
+            {"base": {"weights": "w"}},
+            {"licence": "MIT"},
         ],
         ids=str,
     )

@@ -11,6 +11,7 @@ from federated.config import AdapterConfig, ExamplePrivacyConfig, ModelConfig, P
 from federated.corrections import SHIFT
 from federated.errors import DataError, PrivacyError
 from federated.manifest import TrainPlan
+from federated.privacy.dp_sgd import PrivateSchedule
 from federated.state import AdapterState
 from federated.tasks import make_task
 from federated.training import LocalData, LocalTrainer, PrivateTask, private_schedule
@@ -256,7 +257,7 @@ class TestRefusals:
 @pytest.mark.parametrize("kind", ["lora", "ia3", "layernorm", "head", "prompt", "full", "lora_xs"])
 def test_every_kind_trains_privately_and_the_base_stays(kind):
     base = load_base(ModelConfig(source="tiny:bert"))
-    adapter = attach(base, AdapterConfig(kind=kind, dropout=0.1 if kind == "lora" else 0.0), TEXT, seed=1)
+    adapter = attach(base, AdapterConfig(kind=kind), TEXT, seed=1)
     task = make_task(TEXT, base.tokenizer)
     data = task.encode([{"text": f"{word} {word}", "label": at % 2} for at, word in enumerate(["a", "bc", "def"] * 2)])
     privacy = PrivacyConfig(example=ExamplePrivacyConfig(enabled=True, noise_multiplier=1.0))
@@ -266,3 +267,27 @@ def test_every_kind_trains_privately_and_the_base_stays(kind):
     assert all(one.any() for name, one in result.delta.items() if not name.endswith("factor_a"))
     assert base_digest(base.model, base.tokenizer) == base.base_digest
     assert not [module for module in adapter.model.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("method", ["fused", "hooks", "vmap"])
+def test_an_example_more_moves_the_clipped_sum_by_the_clipping_norm_at_most(method, monkeypatch):
+    """Sensitivity as it is, with all examples in the batch, whichever one is left out."""
+    monkeypatch.setattr("federated.training.private_schedule", lambda *_: PrivateSchedule(1.0, 1, 16))
+    trainer = trainer_of(steps=1, method=method, batch_size=16)
+    whole = data_of(trainer)
+
+    def clipped(kept):
+        _, (step,) = run(trainer, data=LocalData([whole.train[index] for index in kept]))
+        return step.clipped
+
+    total = clipped(range(12))
+    for out in range(12):
+        rest = clipped([index for index in range(12) if index != out])
+        moved = math.sqrt(sum(float(((total[name] - rest[name]).double() ** 2).sum()) for name in total))
+        assert moved <= 0.2 * (1 + 1e-4)
+
+
+def test_dropout_is_refused_its_masks_depend_on_who_is_in_a_batch():
+    with pytest.raises(PrivacyError, match=r"the adapter has dropout.*adapter\.dropout=0"):
+        trainer_of(adapter={"dropout": 0.1})
+    assert trainer_of(adapter={"dropout": 0.1}, enabled=False)

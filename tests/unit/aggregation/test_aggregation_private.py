@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from federated.aggregation import RULES, ClientView, NextPhase, make_rule
+from federated.aggregation import RULES, ClientView, NextPhase, check_combination, make_rule
 from federated.aggregation.private_mean import CLIP_NORM, PrivateMean, clip_norm_of
 from federated.config import experiment_from
 from federated.config.privacy import ClientPrivacyConfig
 from federated.delta import Update
-from federated.errors import AggregationError, PrivacyError
+from federated.errors import AggregationError, ConfigError, PrivacyError
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, ModuleSpec
 from federated.privacy.chance import NoiseSource
@@ -187,9 +187,6 @@ def test_a_saved_norm_that_bounds_nothing_is_refused(bad: float):
 
 
 def test_a_count_that_leaves_nothing_is_refused_where_the_cohort_is_known():
-    from federated.aggregation import check_combination
-    from federated.errors import ConfigError
-
     config = experiment_from(
         {
             "task": {"labels": ["a", "b"]},
@@ -201,3 +198,80 @@ def test_a_count_that_leaves_nothing_is_refused_where_the_cohort_is_known():
     check_combination(make_rule("fedit"), config, clients=100)
     with pytest.raises(ConfigError, match="quantile_noise"):
         check_combination(make_rule("fedit"), config, clients=8)
+
+
+# ---- correlated noise ------------------------------------------------------------------------------------------------
+
+
+def turns(name: str, fraction: float = 0.1) -> Any:
+    adapter = {"adapter": {"kind": "lora_xs"}} if make_rule(name).properties.adapter == "lora_xs" else {}
+    return experiment_from(
+        {
+            "task": {"labels": ["a", "b"]},
+            "strategy": {"rule": name, "weighted": False},
+            "selection": {"fraction": fraction},
+            "privacy": {"client": {"enabled": True, "noise_multiplier": 1.0, "mechanism": "banded"}},
+            **adapter,
+        }
+    )
+
+
+def adds_up(rule: Any, rounds: int = 4) -> bool:
+    """Whether all rounds' updates hold the same tensors, and the adapter moves by their mean and nothing else."""
+    state, layouts = start_of(rule), []
+    for seed in range(rounds):
+        plan, payload = rule.plan(state, ClientView("anybody"), 1)
+        layouts.append([(entry.name, entry.shape) for entry in layout(plan, payload)])
+        chance = torch.Generator().manual_seed(seed)
+        delta = {name: torch.randn(shape, generator=chance) for name, shape in layouts[-1]}
+        accumulator = rule.start(state, 1)
+        accumulator.add(Update("the noised mean", delta, num_examples=1), 1.0)
+        result = accumulator.finish()
+        moved_by = result.mean_delta or {}
+        if set(moved_by) != set(delta) or not all(torch.equal(moved_by[name], delta[name].double()) for name in delta):
+            return False
+        after, memory = moved(state, result)
+        tensors = {name: tensor.float() for name, tensor in after.items()}
+        state = GlobalState(AdapterState(state.adapter.spec, tensors), rule_state=memory)
+    return all(one == layouts[0] for one in layouts)
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_correlated_noise_goes_with_the_rules_whose_updates_add_up(name: str):
+    rule = make_rule(name)
+    properties = rule.properties
+    allowed = properties.fixed_space and not properties.alternates
+    if name != "fedsa":  # its clients send more than what is summed: their own B stays with them
+        assert adds_up(rule) == allowed
+    if allowed:
+        check_combination(rule, turns(name), clients=10)
+        return
+    with pytest.raises(ConfigError, match=f"mechanism = 'banded': {name} "):
+        check_combination(rule, turns(name))
+
+
+def test_both_kinds_of_rules_are_there():
+    assert {name for name in FREE if not make_rule(name).properties.fixed_space} == {"fedsvd"}
+    assert {name for name in FREE if make_rule(name).properties.alternates} == {"rolora"}
+
+
+def test_fewer_clients_than_groups_are_refused_where_they_are_known():
+    check_combination(make_rule("fedit"), turns("fedit"))
+    with pytest.raises(ConfigError, match="9 clients in 10 groups"):
+        check_combination(make_rule("fedit"), turns("fedit"), clients=9)
+
+
+@pytest.mark.parametrize("name", ["lora_a2", "rolora"])
+def test_a_rule_that_says_that_it_alternates_does(name: str):
+    rule = make_rule(name)
+    state = start_of(rule)
+    asked = []
+    for _ in range(2):
+        plan, payload = rule.plan(state, ClientView("anybody"), 1)
+        asked.append(set(plan.trainable))
+        zeros = {entry.name: torch.zeros(entry.shape) for entry in layout(plan, payload)}
+        accumulator = rule.start(state, 1)
+        accumulator.add(Update("client-0", zeros, num_examples=1, received=payload), 1.0)
+        state = GlobalState(state.adapter, rule_state=accumulator.finish().rule_state)
+    assert asked[0] != asked[1]
+    assert rule.properties.alternates

@@ -9,8 +9,22 @@ from typing import Any
 import pytest
 
 GROUPS = {
-    (): {"simulate", "train", "strategies", "report", "registry", "device", "assets", "privacy"},
-    ("registry",): {"list", "show", "lineage", "channels"},
+    (): {
+        "simulate",
+        "train",
+        "strategies",
+        "report",
+        "registry",
+        "channel",
+        "approve",
+        "audit",
+        "device",
+        "assets",
+        "privacy",
+    },
+    ("registry",): {"list", "show", "lineage", "channels", "init", "tag", "verify", "gc", "diff", "export", "import"},
+    ("channel",): {"list", "promote", "rollback", "require", "history"},
+    ("audit",): {"log", "verify"},
     ("device",): {"try"},
     ("assets",): {"fetch", "list"},
     ("privacy",): {"plan", "spent", "audit"},

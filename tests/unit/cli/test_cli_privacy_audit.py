@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from federated.privacy.accounting import GaussianSteps, epsilon
 from federated.privacy.client_level import Clipped, NoisySum
 from federated.tracking import read_events
 
@@ -30,6 +31,20 @@ def test_sampled_cohorts_are_audited_as_they_are_drawn(fedpeft: Callable[..., An
     assert done.out.count("nothing found") == 2
 
 
+def test_correlated_noise_is_audited_with_its_correlation_undone(
+    fedpeft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = ("privacy.client.mechanism=banded", "selection.fraction=0.5", "privacy.client.noise_multiplier=4")
+    options = (*CLIENT, *turns, "rounds=5", "--canaries=200", "--steps=3")
+    done = fedpeft("privacy", "audit", APP, *options)
+    assert done.out.count("nothing found") == 2
+    assert "200 canaries over 3 steps" in done.out
+    accounted = epsilon([GaussianSteps(4.0, 1.0, 2)], 1e-5)  # two participations in three rounds
+    assert done.out.count(f" {accounted:.3g} ") == 2
+    monkeypatch.setattr("federated.privacy.client_level.column_norm", lambda band: 1e-3)
+    assert "BROKEN" in fedpeft("privacy", "audit", APP, *options, code=1).out
+
+
 def test_both_units_are_audited_where_both_are_enabled(fedpeft: Callable[..., Any]) -> None:
     noise = ("privacy.client.noise_multiplier=2", "privacy.example.noise_multiplier=2")
     done = fedpeft("privacy", "audit", APP, "--quick", *CLIENT, "privacy=both", *noise)
@@ -37,9 +52,11 @@ def test_both_units_are_audited_where_both_are_enabled(fedpeft: Callable[..., An
     assert "example" in done.out
 
 
-def test_noise_that_each_client_solves_for_must_be_given(fedpeft: Callable[..., Any]) -> None:
-    done = fedpeft("privacy", "audit", APP, "--quick", "privacy=example_dp", code=2)
-    assert "give the one to be audited" in done.err
+def test_noise_that_is_not_given_is_solved_for_as_a_client_does(fedpeft: Callable[..., Any]) -> None:
+    done = fedpeft("privacy", "audit", APP, "--quick", "privacy=example_dp", "privacy.target_epsilon=3", "rounds=2")
+    rows = [[cell.strip() for cell in line.split("│")] for line in done.out.splitlines() if "│ example" in line]
+    assert len(rows) == 2
+    assert all(2.99 < float(row[4]) <= 3.0 for row in rows), "what is accounted is the target"
 
 
 def test_it_says_when_it_could_not_have_found_anything(fedpeft: Callable[..., Any]) -> None:

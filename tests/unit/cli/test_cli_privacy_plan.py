@@ -72,6 +72,28 @@ def test_the_tables_of_a_large_federation(fedpeft: Command) -> None:
     assert "the server is trusted" in out
 
 
+TURNS = ("privacy.client.mechanism=banded", "selection.fraction=0.1", "rounds=100", "--clients=1000")
+
+
+def test_correlated_noise_is_shown_beside_independent_noise(fedpeft: Command) -> None:
+    out = plan(fedpeft, *CLIENT, *TURNS, "--parameters=73728").out
+    assert "Correlated noise" in out
+    assert "rms, same groups" in out
+    assert "sampling: none: each client at most once in 10 rounds, by a fixed division" in out
+    assert "Length is of the noise on one round's mean update" in out
+    assert "with sqrt(T)" not in out
+    client = json.loads(plan(fedpeft, *CLIENT, *TURNS, "--parameters=73728", "--json").out)["client"]
+    assert (client["banded"]["groups"], client["banded"]["participations"], client["banded"]["band"]) == (10, 10, 10)
+    assert client["banded"]["noise_of_the_sums"] < 0.5 * client["banded"]["independent"]
+    assert client["banded"]["independent"] < 0.4 * client["banded"]["everybody"]
+
+
+def test_one_group_has_no_such_table(fedpeft: Command) -> None:
+    whole = ("privacy.client.mechanism=banded", "--clients=1000", "--parameters=100")
+    assert "Correlated noise" not in plan(fedpeft, *CLIENT, *whole).out
+    assert json.loads(plan(fedpeft, *CLIENT, *whole, "--json").out)["client"]["banded"] is None
+
+
 def test_both_units_in_one_plan(fedpeft: Command) -> None:
     both = ("privacy=both", "train.batch_size=8", "--parameters=100")
     plain = json.loads(plan(fedpeft, *both, "--examples=500", "--clients=50", "--json").out)
@@ -117,6 +139,8 @@ def test_a_test_seed_is_said_to_make_nothing_private(fedpeft: Command) -> None:
         (("--clients=1", *CLIENT), "expected at least two clients"),
         (("--clients=9", "privacy=client_dp", "strategy.weighted=true"), "set strategy.weighted=false"),
         (("--clients=9", *CLIENT, "strategy=flora"), "a rule whose result depends on the mean alone"),
+        ((*TURNS, *CLIENT, "--clients=9"), "9 clients in 10 groups would leave some empty"),
+        ((*TURNS, *CLIENT, "strategy=rolora"), "rolora asks for other tensors from round to round"),
     ],
 )
 def test_bad_input_is_one_clear_line(fedpeft: Command, arguments: tuple[str, ...], said: str) -> None:
@@ -144,6 +168,20 @@ def test_spent_shows_each_version_s_account(fedpeft: Command, here: Path) -> Non
     newest, first = (version["accounts"][0] for version in versions[:2])
     assert newest["epsilon"] > first["epsilon"] == pytest.approx(4.73, abs=0.01)
     assert (first["unit"], first["accountant"], first["private"]) == ("client", "rdp", True)
+
+
+def test_spent_shows_whose_turns_were_charged(fedpeft: Command, here: Path) -> None:
+    turns = ("privacy.client.mechanism=banded", "selection.fraction=0.5", "data.partition.num_clients=4")
+    noise = ("privacy.client.noise_multiplier=1", "privacy.target_epsilon=0", "rounds=3", "tracking.progress=false")
+    fedpeft("simulate", APP, *TINY, *CLIENT, *turns, *noise)
+    versions = json.loads(fedpeft("privacy", "spent", here / "out", "--json").out)["versions"]
+    spent = [version["accounts"][0]["epsilon"] for version in reversed(versions)]
+    assert spent == pytest.approx([0.0, 4.729, 4.729, 7.077], abs=0.01)
+    words = {version["accounts"][0]["sampling"] for version in versions}
+    assert words == {"none: each client at most once in 2 rounds, by a fixed division"}
+    assert "each client at most once" in fedpeft("privacy", "spent", here / "out").out
+    assert "epsilon, each client" in (here / "out" / "report.html").read_text()
+    assert (here / "out" / "noise.history").stat().st_mode & 0o777 == 0o600
 
 
 def test_spent_says_where_nothing_was_accounted(fedpeft: Command, finished: Path) -> None:

@@ -55,3 +55,4 @@ def test_every_rule_has_a_row(fedpeft: Callable[..., Any]) -> None:
     assert (rows["fedit"][9], rows["ffa"][9], rows["krum"][9]) == ("exposed", "refused", "immune")
     assert "all clients; n >= 4 f + 3 with f = strategy.options.byzantine = 1" in out
     assert "arXiv:2402.11505" in out
+    assert "add up in one space: fedit, fedprox, fedrot, fedsa, fedsb, ffa." in out

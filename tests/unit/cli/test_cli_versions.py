@@ -129,3 +129,31 @@ def test_device_says_that_a_sensor_version_takes_series(
         r"error: version v1 \(\w{12}\) answers task=sensor, which takes series of numbers, found texts", line
     )
     assert "--version" in line and "runtime.predict" in line
+
+
+def test_records_of_a_run_say_how_many_took_part_and_never_who(finished: Path) -> None:
+    with Registry.open(finished / "registry", create=False) as registry:
+        manifests = [record.manifest for record in registry.versions()]
+        log = registry.audit.entries()
+    assert [(one.adapter_id, one.release_counter, one.participants) for one in manifests] == [
+        ("tiny", 1, 0),
+        ("tiny", 2, 2),
+        ("tiny", 3, 2),
+    ]
+    assert manifests[0].base["class"] == "BertModel"
+    told = " ".join([*(str(one.to_dict()) for one in manifests), *(f"{entry}" for entry in log)])
+    assert "client-0" not in told
+    assert {entry.actor for entry in log} == {f"run {manifests[0].run_id}"}
+
+
+def test_a_gate_promotes_what_was_measured_well(fedpeft: Command, simulate: Callable[..., Path]) -> None:
+    gate = ("gate.enabled=true", "gate.metric=accuracy", "gate.min_improvement=-1")
+    folder = simulate("experiment=tiny", "data.partition.num_clients=2", "rounds=2", *gate)
+    with Registry.open(folder / "registry", create=False) as registry:
+        pointed = {name: registry.get(at).number for name, at in registry.channels().items()}
+        measured = [len(registry.evaluations(f"v{number}")) for number in range(3)]
+        moves = [registry.get(move.version_id).number for move in registry.channel("canary").history()]
+    assert pointed == {"canary": 2, "dev": 2}
+    assert (measured, moves) == ([1, 1, 1], [2, 1])
+    assert "measured later" in fedpeft("registry", "show", "v2", "--registry", folder / "registry").out
+    assert (folder / "report.html").is_file()

@@ -98,7 +98,9 @@ def test_a_flipped_bit_a_cut_and_garbage_are_one_clear_error(store: ClientStore)
     flipped[-3] ^= 1
     for data in (b"", b"garbage", whole[:-1], whole[:40], bytes(flipped), whole + b"\0"):
         damaged(store, data)
-        expected = r"the client's store in .* is damaged: its bytes are not those .*; remove it to start anew"
+        expected = (
+            r"the client's store in .* is damaged: its bytes are not those .*; set that folder aside to start anew"
+        )
         with pytest.raises(DataError, match=expected):
             recalled(store, PLAN, adapter(7.0), version_id="v1")
         assert (store.folder / "1" / "kept").read_bytes() == data
@@ -106,7 +108,7 @@ def test_a_flipped_bit_a_cut_and_garbage_are_one_clear_error(store: ClientStore)
 
 def test_a_record_in_another_format_is_the_same_error(store: ClientStore) -> None:
     damaged(store, sha256_hex(b"another format").encode() + b"another format")
-    with pytest.raises(DataError, match=r"is damaged: found .* remove it to start anew"):
+    with pytest.raises(DataError, match=r"is damaged: found .* set that folder aside to start anew"):
         recalled(store, PLAN, adapter(7.0), version_id="v1")
 
 
@@ -123,7 +125,7 @@ def test_another_adapter_s_tensors_are_not_taken(store: ClientStore) -> None:
     keep(store, 1.0, 2.0, number=1, version="v0")
     wider = replace(adapter(7.0), tensors={**adapter(7.0).tensors, "q.factor_b": torch.ones(2, 3)})
     for state, plan in ((wider, PLAN), (adapter(7.0), replace(PLAN, kept=("factor_b",)))):
-        with pytest.raises(DataError, match=r"holds another adapter's tensors; remove it to start anew"):
+        with pytest.raises(DataError, match=r"holds another adapter's tensors; set that folder aside to start anew"):
             recalled(store, plan, state, version_id="v1")
 
 

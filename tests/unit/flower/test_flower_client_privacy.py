@@ -297,3 +297,67 @@ def test_the_ledger_of_a_simulated_client_is_the_run_s(real_config: ExperimentCo
     path = store.folder / "privacy_ledger.jsonl"
     with pytest.raises(PrivacyError, match="client"):
         Ledger.open(path, subject="client-001", data_digest="d" * 64)
+
+
+def test_measurements_leave_a_client_with_limits_only_if_its_owner_says_so() -> None:
+    def made(**limits: Any) -> bool:
+        return ClientSite("a", store="s", **limits).measures
+
+    assert made()
+    assert not made(max_epsilon=8.0)
+    assert not made(least_noise=1.0)
+    assert made(max_epsilon=8.0, share_metrics=True)
+    assert not made(share_metrics=False)
+
+
+def test_a_client_that_measures_nothing_for_others_trains_all_the_same(
+    real_config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(experiment(real_config), rounds=1)
+    for measures in (True, False):
+        monkeypatch.setattr(ClientSite, "measures", measures)
+        _, tracker = run(config)
+        clients = [event for event in tracker.events if event["event"] == "client"]
+        assert {event["status"] for event in clients} == {"ok"}
+        assert all((event["evaluation"] is not None) == measures for event in clients)
+        final = [event for event in tracker.events if event["event"] == "final"]
+        assert all(bool(event.get("evaluation")) == measures for event in final)
+
+
+def test_an_update_that_came_counts_in_the_account_whether_a_version_comes_of_it_or_not(real_config: Any) -> None:
+    from federated.flower.round_book import Outcome
+
+    strategy, _ = run(replace(experiment(real_config), rounds=1))
+    server = strategy.server
+    server.note_spent([Outcome("client-000", "refused", metrics={"epsilon": 7.0}), Outcome("client-001", "refused")])
+    assert server.epsilons["client-000"] == 7.0
+    assert server.epsilons["client-001"] < 7.0
+    server.note_spent([Outcome("client-001", "late"), Outcome("client-002", "ok")])
+    assert server.epsilons["client-001"] < 7.0
+    assert server.epsilons["client-002"] == float("inf")
+
+
+def test_a_row_is_one_example_whatever_length_the_server_chooses(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    from federated.config import experiment_from
+
+    texts = [" ".join(["word"] * count) for count in (3, 40, 7, 90)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"client": "a", "text": text}) + "\n" for text in texts))
+    plain = {
+        "model": {"source": "tiny:llama"}, "task": {"name": "causal_lm", "max_length": 8}, "train": {"batch_size": 2},
+        "data": {"name": "table", "path": str(tmp_path / "rows.jsonl"), "test_fraction": 0.25},
+    }  # fmt: skip
+    loose = open_session(experiment_from(plain))
+    (client,) = loose.source.client_ids
+    assert len(loose.local_data(client).train) > 3
+    private = {**plain, "privacy": {"example": {"enabled": True, "noise_multiplier": 1.0}}}
+    found = {}
+    for length in (2, 8, 64):
+        config = experiment_from({**private, "task": {"name": "causal_lm", "max_length": length}})
+        data = open_session(config).local_data(client)
+        assert len(data.train) == len(data.rows) == 3
+        assert all(len(one["input_ids"]) <= length for one in data.train)
+        found[length] = data
+    assert "the first of each row's examples is trained on" in caplog.text
+    assert found[2].rows == found[64].rows, "what the ledger is bound to does not depend on it either"

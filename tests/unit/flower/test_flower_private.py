@@ -9,7 +9,10 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
+from federated.aggregation import make_rule
+from federated.aggregation.combine_privacy import check_client_privacy
 from federated.errors import ConfigError, PrivacyError
+from federated.flower.server_privacy import ServerPrivacy
 from federated.privacy.accounting import GaussianSteps, epsilon
 from federated.privacy.chance import NoiseSource
 
@@ -238,7 +241,14 @@ def test_an_empty_cohort_is_a_round_of_noise_alone(federation: Make, monkeypatch
         ({"strategy": {"weighted": True}}, "strategy.weighted = true"),
         ({"round": {"mode": "buffered"}}, "round.mode = 'buffered'"),
         ({"selection": {"policy": "availability"}}, "selection.policy"),
-        ({"client": {"mechanism": "tree"}}, "mechanism = 'tree'"),
+        ({"client": {"mechanism": "banded", "sampling": "poisson"}}, "nothing is drawn by chance"),
+        ({"client": {"mechanism": "banded", "clipping": "adaptive"}}, "may not follow the clipping norm"),
+        ({"client": {"mechanism": "banded"}, "strategy": {"rule": "rolora"}}, "rolora asks for other tensors"),
+        ({"client": {"mechanism": "banded"}, "strategy": {"rule": "fedsvd"}}, "fedsvd makes a new basis"),
+        ({"client": {"mechanism": "banded"}, "strategy": {"rule": "fednova"}}, "one by one"),
+        ({"client": {"mechanism": "banded"}, "strategy": {"weighted": True}}, "strategy.weighted = true"),
+        ({"client": {"mechanism": "banded"}, "selection": {"policy": "round_robin"}}, "banded has turns of its own"),
+        ({"client": {"mechanism": "banded"}, "round": {"mode": "buffered"}}, "round.mode = 'buffered'"),
         ({"strategy": {"rule": "flora"}}, "residual"),
         ({"strategy": {"rule": "median"}}, "single updates"),
         ({"strategy": {"rule": "fedask"}}, "second message"),
@@ -251,3 +261,25 @@ def test_what_noise_does_not_cover_is_refused_with_a_reason(federation: Make, ch
     client = changes.pop("client", {})
     with pytest.raises(ConfigError, match=words):
         federation(**private(client, **changes))
+
+
+def test_whoever_leaves_brings_nobody_in(config: Make) -> None:
+    """Without sampling that is claimed a cohort is public, and each client is in it or not by its own name alone."""
+    made = config(**private(selection={"fraction": 0.3}))
+    clients = [f"client-{number:03d}" for number in range(50)]
+    privacy = ServerPrivacy(made, make_rule("fedit", {}))
+    privacy.plan(clients)
+    assert privacy.planned == 15.0
+    cohort = privacy.draw(clients, 1)
+    without = privacy.draw([name for name in clients if name != cohort[0]], 1)
+    assert without == cohort[1:]
+
+
+def test_a_probability_that_gives_one_client_away_is_refused(config: Make, federation: Make) -> None:
+    made = config(**private(privacy={"target_delta": 0.2}))
+    rule = make_rule("fedit", {})
+    with pytest.raises(PrivacyError, match=r"target_delta = 0\.2 is not below 1 / 5 clients"):
+        ServerPrivacy(made, rule).plan([f"client-{number}" for number in range(5)])
+    with pytest.raises(ConfigError, match=r"target_delta = 0\.2 is not below 1 / 5 clients"):
+        check_client_privacy(rule, made, clients=5)
+    check_client_privacy(rule, made, clients=4)

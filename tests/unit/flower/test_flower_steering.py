@@ -132,14 +132,14 @@ def test_a_damaged_store_is_named(
     train(store, adapter(), number=1, taken=0, move=1.0)
     (path,) = store.folder.rglob("steering")
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(DataError, match=rf"{message}.*; remove it to start anew"):
+    with pytest.raises(DataError, match=rf"{message}.*; set that folder aside to start anew"):
         train(store, adapter(), number=2, taken=1, move=1.0)
 
 
 @pytest.mark.parametrize("other", [plan(1, "scaffold"), replace(plan(1), trainable=("factor_a",))], ids=str)
 def test_another_method_s_or_adapter_s_memory_is_named(store: ClientStore, adapter: Make, other: TrainPlan) -> None:
     train(store, adapter(), number=1, taken=0, move=1.0)
-    with pytest.raises(DataError, match="holds another adapter's memory; remove it to start anew"):
+    with pytest.raises(DataError, match="holds another adapter's memory; set that folder aside to start anew"):
         Steering(store, other, sent(adapter()), round_number=2)
 
 

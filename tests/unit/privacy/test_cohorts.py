@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from federated.errors import PrivacyError
-from federated.privacy.cohorts import PoissonCohorts
+from federated.privacy.cohorts import PoissonCohorts, open_cohort
 
 NAMES = [f"client-{number:03d}" for number in range(200)]
 
@@ -93,3 +93,20 @@ def test_a_file_that_cannot_be_read_or_written(tmp_path: Path):
     folder.mkdir()
     with pytest.raises(PrivacyError, match="cannot be drawn without it"):
         PoissonCohorts.of_run(folder, NAMES)
+
+
+def test_a_client_that_leaves_an_open_cohort_brings_nobody_in():
+    clients = [f"client-{number:03d}" for number in range(200)]
+    sizes = []
+    for number in range(1, 31):
+        cohort = open_cohort(clients, fraction=0.1, seed=3, round_number=number)
+        sizes.append(len(cohort))
+        assert cohort == tuple(sorted(cohort))
+        for gone in cohort:
+            left = [name for name in clients if name != gone]
+            assert set(open_cohort(left, fraction=0.1, seed=3, round_number=number)) == set(cohort) - {gone}
+    assert 17 < sum(sizes) / 30 < 23
+    assert open_cohort(clients, fraction=1.0, seed=3, round_number=1) == tuple(clients)
+    assert open_cohort(clients, fraction=0.1, seed=4, round_number=1) != open_cohort(
+        clients, fraction=0.1, seed=3, round_number=1
+    )

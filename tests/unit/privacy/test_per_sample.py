@@ -461,3 +461,39 @@ class TestNorms:
         with per_sample("fused", layer, dict(layer.named_parameters())) as made:
             found = made.gradients(lambda model, batch: model(batch["ids"]).sum((1, 2)), batch)["weight"]
         assert found.sum(-1).tolist() == [[0, 0, 3, 0, 0], [0, 0, 0, 6, 0]]
+
+
+@pytest.mark.parametrize("method", ["fused", "hooks"])
+@pytest.mark.parametrize("count", [4, 5])
+def test_steps_in_time_never_pass_for_examples(method, count):
+    """A layer that has time first sees as many rows as there are steps: also where that is the size of the batch."""
+
+    class TimeFirst(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = torch.nn.Linear(3, 2, bias=False)
+
+        def forward(self, x):
+            return self.q(x.transpose(0, 1)).transpose(0, 1).pow(2).sum((1, 2))
+
+    model = TimeFirst()
+    with (
+        per_sample(method, model, {"q": model.q.weight}) as made,
+        pytest.raises(PrivacyError, match=r"rows where the batch has|set privacy\.example\.per_sample"),
+    ):
+        made.gradients(lambda one, batch: one(batch["x"]), {"x": torch.randn(4, count, 3)})
+
+
+def test_a_batch_as_long_as_its_examples_has_the_same_gradients():
+    case = case_of("bert", "qv")
+    length = case.batch["input_ids"].shape[1]
+    batch = {name: torch.cat([one] * length)[:length] for name, one in case.batch.items()}
+    assert len(batch["input_ids"]) == batch["input_ids"].shape[1]
+    truth = case.truth()
+    with per_sample("fused", case.model, case.parameters) as made:
+        found = made.gradients(case.loss, batch)
+    count = len(case.batch["input_ids"])
+    for name, one in found.items():
+        assert len(one) == length
+        wanted = torch.stack([truth[name][row % count] for row in range(length)])
+        torch.testing.assert_close(one, wanted.to(one.dtype), rtol=1e-4, atol=1e-6)

@@ -10,6 +10,7 @@ from federated.errors import ConfigError
 from federated.privacy.accounting import GaussianSteps, epsilon
 from federated.privacy.dp_sgd import private_schedule
 from federated.privacy.plan import landmarks, plan_clients, plan_examples
+from federated.privacy.plan_banded import plan_banded
 from federated.privacy.server_budget import ServerBudget
 
 NUMBERS = 73_728
@@ -237,3 +238,45 @@ def test_landmarks_without_a_bound_are_for_epsilon_eight_and_without_parameters_
 def test_landmarks_that_cannot_be_kept_are_left_out() -> None:
     found = landmarks(of_clients(target=0.1, rounds=100_000))
     assert [mark.population for mark in found] == [1_000, 10_000, 1_000_000]
+
+
+def test_correlated_noise_is_planned_beside_independent_noise_of_equal_epsilon() -> None:
+    """Ten groups over 100 rounds: ten participations each; truth from dense matrices in tests of the mechanism."""
+    config = of_clients(2.0, target=0, fraction=0.1, mechanism="banded")
+    plan = plan_clients(config, 1000, cohort=100.0, parameters=NUMBERS)
+    banded = plan.banded
+    assert banded is not None
+    assert (banded.groups, banded.participations, banded.band) == (10, 10, 10)
+    assert banded.column_norm == pytest.approx(1.338, abs=1e-3)
+    assert banded.noise_of_a_round == pytest.approx(2 * 1.527, rel=1e-3)
+    assert banded.noise_of_the_last_sum == pytest.approx(2 * 4.047, rel=1e-3)
+    assert banded.noise_of_the_sums == pytest.approx(2 * 3.039, rel=1e-3)
+    assert banded.independent == pytest.approx(2 * math.sqrt(101 / 2))
+    everybody = of_clients(2.0 * math.sqrt(10), target=0)  # charged in each round, at the same epsilon
+    assert plan_clients(everybody, 1000, cohort=100.0).epsilons[-1] == pytest.approx(plan.epsilons[-1])
+    assert banded.everybody == pytest.approx(2 * math.sqrt(10) * math.sqrt(101 / 2))
+    assert plan.noise_length == pytest.approx(math.sqrt(NUMBERS) * banded.noise_of_a_round / 100)
+    assert plan.epsilons == tuple(
+        (at, epsilon([GaussianSteps(2.0, 1.0, of)], 1e-5)) for at, of in ((1, 1), (10, 1), (100, 10))
+    )
+
+
+def test_the_verdict_on_correlated_noise_is_by_what_is_left_of_it() -> None:
+    """Independent noise in the same groups would be doubtful, at 0.42 of what the clients can agree on."""
+    config = of_clients(2.0, target=0, fraction=0.1, mechanism="banded")
+    plan = plan_clients(config, 1300, cohort=130.0, parameters=NUMBERS)
+    assert plan.banded is not None
+    left = math.sqrt(NUMBERS) * plan.banded.noise_of_the_last_sum / 130 / 100
+    assert left < 0.3 < math.sqrt(NUMBERS) * 2.0 / 130 / math.sqrt(100)
+    assert plan.verdict == "can be useful"
+
+
+def test_turns_that_do_not_fit_are_said_in_rounds() -> None:
+    """Two times at a noise multiplier of 1 cost 7.08, three 9.01: eight rounds of four groups."""
+    plan = plan_clients(of_clients(1.0, fraction=0.25, mechanism="banded"), 1000, cohort=250.0)
+    assert plan.verdict == "stops after 8 of 100 rounds: the noise given is too little for more"
+
+
+def test_without_turns_there_is_no_such_plan() -> None:
+    assert plan_clients(of_clients(mechanism="banded"), 1000, cohort=1000.0).banded is None
+    assert plan_banded(ServerBudget(of_clients()), 100) is None

@@ -6,6 +6,19 @@ from typer.testing import CliRunner
 from federated.cli.registry import app
 from federated.errors import RegistryError
 
+PRIVACY = {
+    "accounts": [
+        {
+            "unit": "client",
+            "epsilon": 3.0,
+            "target_delta": 1e-5,
+            "accountant": "rdp",
+            "private": True,
+            "not_protected": [],
+        }
+    ]
+}
+
 
 @pytest.fixture
 def invoke(monkeypatch):
@@ -42,7 +55,7 @@ def test_show_gives_whole_digests(invoke, filled):
 
 
 def test_show_says_what_privacy_was_spent(invoke, registry, publish, location):
-    publish(b"one", privacy={"epsilon": 3.0, "privacy_unit": "client"}, servable=False, code_version="0.1.0")
+    publish(b"one", privacy=PRIVACY, servable=False, code_version="0.1.0")
     registry.close()
     assert '"epsilon": 3.0' in invoke("show", "latest", "--registry", str(location)).stdout
 

@@ -131,9 +131,16 @@ def test_url_without_blobs_hides_the_password():
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["://", "nonsense://host/db"])
-def test_url_that_sqlalchemy_does_not_know(url, tmp_path):
-    with pytest.raises(RegistryError, match="cannot open the registry"):
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("://", "cannot open the registry"),
+        ("nonsense://host/db", "found a URL of 'nonsense'"),
+        ("mysql://h/d", "'mysql'"),
+    ],
+)
+def test_url_of_no_known_database(url, message, tmp_path):
+    with pytest.raises(RegistryError, match=message):
         Registry.open(url, blobs=tmp_path)
 
 
@@ -206,7 +213,7 @@ def test_full_disk_opens_for_reading(location, manifest_for, monkeypatch):
     with Registry.open(location) as registry:
         assert registry.weights("latest") == b"one"
         with pytest.raises(RegistryError, match="open for reading only"):
-            registry.move_channel("stable", "v0", expected=None)
+            registry.channel("stable").promote("v0", expected=None)
 
 
 def test_full_disk_makes_no_new_registry(location, monkeypatch):
@@ -218,3 +225,59 @@ def test_full_disk_makes_no_new_registry(location, monkeypatch):
 def test_library_needs_no_torch():
     code = "import sys; sys.modules['torch'] = None; import federated.registry"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_postgresql_is_reached_by_psycopg(tmp_path):
+    engine = database.open_engine(database.locate("postgresql://host/db", tmp_path))
+    assert engine.url.drivername == "postgresql+psycopg"
+    engine.dispose()
+
+
+def test_missing_psycopg_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(RegistryError, match=r"install federated-peft\[postgres\]"):
+        Registry.open("postgresql://host/db", blobs=tmp_path)
+
+
+class Server:
+    """What is asked of a PostgreSQL connection."""
+
+    def __init__(self, dialect="postgresql"):
+        self.said, self.committed, self.dialect = [], False, self
+        self.name = dialect
+
+    def cursor(self):
+        return self
+
+    def execute(self, statement):
+        self.said.append(statement)
+
+    exec_driver_sql = execute
+
+    def close(self):
+        self.said.append("close")
+
+    def commit(self):
+        self.committed = True
+
+
+def test_writers_wait_on_postgresql_as_long_as_on_sqlite():
+    server = Server()
+    database._on_postgres(server, None)
+    assert (server.said, server.committed) == (["SET lock_timeout = 30000", "close"], True)
+
+
+@pytest.mark.parametrize(("dialect", "locks"), [("postgresql", 1), ("sqlite", 0)])
+def test_one_process_at_a_time_changes_the_schema(dialect, locks):
+    server = Server(dialect)
+    database.lock_for_upgrade(server)
+    assert [said.startswith("SELECT pg_advisory_xact_lock(") for said in server.said] == [True] * locks
+
+
+@pytest.mark.parametrize(
+    ("location", "blobs", "disk"),
+    [("{0}", None, "{0}/blobs"), ("{0}", "memory://x", "{0}"), ("postgresql://host/db", "memory://x", ".")],
+)
+def test_the_disk_whose_space_counts(tmp_path, location, blobs, disk):
+    place = database.locate(location.format(tmp_path), blobs)
+    assert str(place.disk) == disk.format(tmp_path)

@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 import pytest
 
 from federated.errors import BaseMismatch, RegistryError
-from federated.manifest import AdapterSpec
+from federated.manifest import AdapterSpec, digest_of
 from federated.registry import Registry
 
 
@@ -13,10 +13,10 @@ def test_id_is_the_manifests_digest(registry, manifest_for):
 
 
 def test_record_carries_the_manifest_and_the_time(registry, manifest_for):
-    manifest = manifest_for(b"one", round_number=7, metrics={"train_loss": 0.25}, privacy={"epsilon": 3.0})
+    manifest = manifest_for(b"one", round_number=7, metrics={"train_loss": 0.25}, privacy={"accounts": []})
     record = registry.get(registry.publish(manifest, b"one"))
     assert (record.manifest, record.number) == (manifest, 7)
-    assert record.created_at == datetime(2026, 1, 1, 0, 0, 1, tzinfo=UTC)
+    assert record.created_at == datetime(2026, 1, 1, 0, 0, 2, tzinfo=UTC)  # the first was init
 
 
 def test_weights_and_training_state_come_back(registry, publish):
@@ -95,6 +95,20 @@ def test_refused_channel_publishes_nothing(registry, publish):
         {"metrics": {"loss": float("nan")}},
         {"metrics": {"loss": object()}},
         {"metrics": {1: 2.0, "a": 3.0}},
+        {"metrics": {"client-007": 1.0}},
+        {"metrics": {"loss": "low"}},
+        {"participants": -1},
+        {"participants": 1.5},
+        {"participants": ["client-007"]},
+        {"release_counter": -1},
+        {"adapter_id": "../other"},
+        {"adapter_id": "/etc"},
+        {"base": {"weights": "a" * 64}},
+        {"parent": "v1"},
+        {"privacy": {"epsilon": 3.0}},
+        {"privacy": {"accounts": [{"epsilon": 3.0, "target_delta": 1e-5}]}},
+        {"servable": 1},
+        {"licence": "x" * 201},
         {"method": "\ud800"},
         {"spec": None},
         {"spec": AdapterSpec("lora", 2, 4.0, False, (), head={})},
@@ -134,3 +148,47 @@ def test_require_base(registry, publish):
     registry.require_base("b" * 64)
     with pytest.raises(BaseMismatch, match="not of " + "c" * 64):
         registry.require_base("c" * 64)
+
+
+PARTS = {"class": "Tiny", "config": None, "tokenizer": None, "weights": "a" * 64}
+
+
+def test_a_whole_record_comes_back(registry, manifest_for):
+    account = {"unit": "client", "epsilon": 3.0, "target_delta": 1e-5, "accountant": "rdp", "private": True}
+    manifest = manifest_for(
+        b"one",
+        base=PARTS,
+        base_digest=digest_of(PARTS),
+        adapter_id="support-1.x",
+        release_counter=7,
+        licence="Apache-2.0",
+        privacy={"accounts": [{**account, "not_protected": []}]},
+    )
+    assert registry.get(registry.publish(manifest, b"one")).manifest == manifest
+
+
+def test_parts_of_another_base_are_refused(registry, manifest_for):
+    with pytest.raises(RegistryError, match="must be of one base model"):
+        registry.publish(manifest_for(b"one", base=PARTS), b"one")
+
+
+def test_release_counters_grow_along_a_lineage(registry, publish):
+    assert registry.next_counter("support") == 1
+    first = publish(b"one", adapter_id="support", release_counter=1)
+    for counter in (1, 2):
+        if counter == 1:
+            with pytest.raises(RegistryError, match="must grow along a lineage"):
+                publish(b"two", parent=first, adapter_id="support", release_counter=counter)
+        else:
+            publish(b"two", parent=first, adapter_id="support", release_counter=counter)
+    assert (registry.next_counter("support"), registry.next_counter("other")) == (3, 1)
+
+
+def test_an_error_names_the_place_in_the_record(registry, manifest_for):
+    with pytest.raises(RegistryError, match=r"schema at metrics.loss: 'low' is not of type 'number'; see docs/"):
+        registry.publish(manifest_for(b"one", metrics={"loss": "low"}), b"one")
+
+
+def test_a_long_value_is_cut_in_the_error(registry, manifest_for):
+    with pytest.raises(RegistryError, match=r"x{100}.*\.\.\.; see docs/"):
+        registry.publish(manifest_for(b"one", licence="x" * 9999), b"one")

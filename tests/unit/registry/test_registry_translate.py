@@ -67,3 +67,33 @@ def test_own_errors_pass(tmp_path):
 
 def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path):
     assert translate._free_bytes(tmp_path / "not" / "yet") > 0
+
+
+class ServerError(Exception):
+    """As psycopg's: an SQLSTATE, or None."""
+
+    def __init__(self, sqlstate, text="the server's\n  own words"):
+        super().__init__(text)
+        self.sqlstate = sqlstate
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("55P03", "another process has been writing"),
+        ("40P01", "another writer was in the way"),
+        ("23505", "another writer was there first"),
+        ("42501", "let the database's owner grant it"),
+        ("25006", "use the primary one"),
+        (None, "the database says: the server's own words$"),
+        ("XX000", "the database says: the server's own words$"),
+    ],
+)
+def test_a_server_s_errors_say_what_to_do(tmp_path, state, message):
+    with pytest.raises(RegistryError, match=f"cannot do it in the registry: .*{message}"):
+        run(DBAPIError("INSERT", None, ServerError(state)), tmp_path)
+
+
+def test_a_full_server_is_a_full_disk_elsewhere(tmp_path):
+    with pytest.raises(StorageFull, match="the database server's disk is full"):
+        run(DBAPIError("INSERT", None, ServerError("53100")), tmp_path)

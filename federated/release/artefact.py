@@ -71,12 +71,6 @@ class Artefact:
         """Digest of the manifest."""
         return self.manifest.version_id
 
-    @property
-    def release_counter(self) -> int:
-        """The manifest's own counter; 0 where it has none, and the repository counts."""
-        counter = self.manifest.to_dict().get("release_counter", 0)
-        return int(counter)
-
     def contents(self) -> dict[str, bytes]:
         """Everything as files, the record's bytes being those that its id is the digest of."""
         return {MANIFEST: canonical_json(self.manifest.to_dict()), WEIGHTS: self.weights, **self.files}

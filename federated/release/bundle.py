@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from federated.errors import BelowSecurityFloor, NotReleased, ReleaseError
+from federated.errors import NotReleased, ReleaseError
 from federated.release import shelf
 from federated.release.disk import translated, write_file
 from federated.release.edition import Edition
@@ -47,9 +47,7 @@ def write_bundle(
     record = shelf.current(edition, channel)
     if record is None:
         raise NotReleased(f"channel {channel} is empty: publish a version there first")
-    least = shelf.floor(edition)
-    if record.release_counter < least:
-        raise BelowSecurityFloor(f"channel {channel} points below the security floor {least}: publish a newer version")
+    shelf.require_allowed(edition, record)
     with translated("look at the bundle's folder"):
         if into.exists() and any(into.iterdir()):
             raise ReleaseError(f"{into} is not empty; choose a new folder for the bundle")

@@ -45,7 +45,7 @@ def found(ring: KeyRing, plan: Plan) -> Edition:
     for channel in plan.channels:
         one = shelf.new_channel(days=plan.days_of(channel), bins=plan.bins, bins_past=plan.bins_past)
         edition.change(channel, one)
-    shelf.set_floor(edition, 0)
+    shelf.sign_floors(edition, {})
     return edition
 
 

@@ -12,6 +12,7 @@ SQLAlchemy; installs nothing, `federated.device` does.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -22,10 +23,10 @@ from pathlib import Path
 from tuf.api.metadata import TargetFile
 
 from federated.errors import BelowSecurityFloor, NotReleased, ReleaseError, WrongContent
-from federated.manifest import VersionManifest
+from federated.manifest import VersionManifest, canonical_json
 from federated.release.disk import locked, read_file, translated, write_file
-from federated.release.records import ReleaseRecord, floor_of
-from federated.release.roles import FLOOR, MANIFEST, WEIGHTS, check_channel, current_path, target_path
+from federated.release.records import ReleaseRecord, floors_of, to_floors
+from federated.release.roles import FLOORS, MANIFEST, WEIGHTS, check_channel, current_path, target_path
 from federated.release.source import Source, open_source
 from federated.release.store import Store
 from federated.release.transfer import digest_of_target, holds, transfer
@@ -108,16 +109,16 @@ class ReleaseClient:
         self._last: Workflow | None = None
 
     @property
-    def security_floor(self) -> int:
-        """The least release counter that may run here, as of the last `refresh` that succeeded; needs no source.
+    def security_floors(self) -> dict[str, int]:
+        """By adapter, the least release counter that may run here, as of the last `refresh`; needs no source.
 
         Raises:
             ReleaseError: if the state cannot be read.
         """
-        with translated("read the security floor"):
+        with translated("read the security floors"):
             data = read_file(self._floor_file)
         try:
-            return 0 if data is None else floor_of(json.loads(data))
+            return {} if data is None else floors_of(json.loads(data))
         except ValueError as error:
             raise WrongContent(f"{self._floor_file} is damaged ({error}); delete it and refresh") from error
 
@@ -161,11 +162,12 @@ class ReleaseClient:
             BelowSecurityFloor: if it was.
             ReleaseError: if the state cannot be read.
         """
-        floor = self.security_floor
+        floor = self.security_floors.get(record.adapter_id, 0)
         if record.release_counter < floor:
             raise BelowSecurityFloor(
                 f"version {record.version_id[:12]} was revoked: its release counter is {record.release_counter}, the "
-                f"signed security floor is {floor}; keep what runs, or serve the base model alone"
+                f"signed security floor of adapter {record.adapter_id!r} is {floor}; keep what runs, or serve the base "
+                f"model alone"
             )
 
     def download(self, version: ReleasedVersion) -> Download:
@@ -181,8 +183,15 @@ class ReleaseClient:
         """
         manifest = self._manifest(version)
         record = version.record
-        found = (manifest.version_id, manifest.base_digest, manifest.weights_digest)
-        if found != (record.version_id, record.base_digest, record.weights_digest):
+        told = dataclasses.replace(
+            record,
+            version_id=manifest.version_id,
+            base_digest=manifest.base_digest,
+            weights_digest=manifest.weights_digest,
+            adapter_id=manifest.adapter_id,
+            release_counter=manifest.release_counter or record.release_counter,  # 0: the repository counted
+        )
+        if told != record:
             raise WrongContent(
                 f"the signed record of {record.version_id[:12]} and its manifest ({manifest.version_id[:12]}) "
                 f"contradict each other; tell the publisher"
@@ -213,16 +222,16 @@ class ReleaseClient:
 
     @property
     def _floor_file(self) -> Path:
-        return self._folder / FLOOR
+        return self._folder / FLOORS
 
     def _refreshed(self) -> Workflow:
         with locked(self._folder):
             fresh = Workflow(self._root, self._source, self._store, now=self._clock(), limits=self._limits)
             fresh.refresh()
-            signed = fresh.targets.targets.get(FLOOR)
-            floor = floor_of(None if signed is None else signed.custom)
-            with translated("write the security floor"):
-                write_file(self._floor_file, json.dumps({"least_release_counter": floor}).encode())
+            signed = fresh.targets.targets.get(FLOORS)
+            floors = floors_of(None if signed is None else signed.custom)
+            with translated("write the security floors"):
+                write_file(self._floor_file, canonical_json(to_floors(floors)))
             self._last = fresh
         return fresh
 

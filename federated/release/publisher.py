@@ -170,7 +170,7 @@ class Publisher:
             return names
 
     def revoke_version(self, version_id: str) -> int:
-        """Raise the security floor above a version: it and all that were released before it are refused from now on.
+        """Raise an adapter's security floor above a version: it and all before it are refused from now on.
 
         Needs the targets' keys and the online ones.
 
@@ -184,18 +184,18 @@ class Publisher:
             record = shelf.known(edition, version_id, edition.channels)
             if record is None:
                 raise ReleaseError(f"no channel has version {version_id}; give a released version's whole id")
-            least = max(shelf.floor(edition), record.release_counter + 1)
-            shelf.set_floor(edition, least)
+            least = max(shelf.floors(edition).get(record.adapter_id, 0), record.release_counter + 1)
+            shelf.set_floor(edition, record.adapter_id, least)
             return least
 
-    def set_floor(self, least: int) -> None:
-        """Sign a security floor, also a lower one: after somebody with the targets' keys drove it up.
+    def set_floor(self, least: int, *, adapter_id: str = "") -> None:
+        """Sign an adapter's security floor, also a lower one: after somebody with the targets' keys drove it up.
 
         Raises:
             ReleaseError: if it is no release counter, or see `publish`.
         """
         with self._changing() as edition:
-            shelf.set_floor(edition, least)
+            shelf.set_floor(edition, adapter_id, least)
 
     def status(self) -> Status:
         """What is signed now, until when, and by which keys; needs none.

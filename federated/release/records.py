@@ -15,10 +15,11 @@ from federated.errors import ReleaseError, WrongContent
 from federated.manifest import canonical_json
 from federated.release.roles import check_file
 
-__all__ = ["LARGEST", "ReleaseRecord", "floor_of"]
+__all__ = ["LARGEST", "ReleaseRecord", "floors_of", "to_floors"]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LONGEST = 200
+_FLOORS = "least_release_counters"
 LARGEST = 2**53
 """Release counters stay below; every JSON reader holds such numbers exactly."""
 
@@ -29,9 +30,11 @@ class ReleaseRecord:
 
     Args:
         version_id: digest of the manifest.
-        release_counter: grows by each new version, whatever its channel; the security floor is one of these numbers.
+        release_counter: grows by each new version of an adapter, whatever its channel; a security floor is one of
+            these numbers.
         base_digest: of the base model that it is for.
         weights_digest: of the reconstructed weights, however they travel.
+        adapter_id: which adapter this is a version of.
         audit_head: the registry's audit log at that time, as it was given; ``""`` where there was none.
         files: what else the version has (variants, diffs, exports), sorted.
     """
@@ -40,6 +43,7 @@ class ReleaseRecord:
     release_counter: int
     base_digest: str
     weights_digest: str
+    adapter_id: str = ""
     audit_head: str = ""
     files: tuple[str, ...] = ()
 
@@ -76,7 +80,7 @@ class ReleaseRecord:
                 raise ValueError(f"{name} is no SHA-256")
         if type(self.release_counter) is not int or not 0 < self.release_counter < LARGEST:
             raise ValueError(f"release_counter is {self.release_counter!r}")
-        for name in ("base_digest", "audit_head"):
+        for name in ("base_digest", "adapter_id", "audit_head"):
             text = getattr(self, name)
             if not (len(text) <= _LONGEST and text.isprintable()):
                 raise ValueError(f"{name} is not printable, or too long")
@@ -84,13 +88,22 @@ class ReleaseRecord:
             check_file(file)
 
 
-def floor_of(custom: Any) -> int:
-    """The least release counter that a top-level target names.
+def floors_of(custom: Any) -> dict[str, int]:
+    """The least release counter of each adapter that has one, as a top-level target names them.
 
     Raises:
         WrongContent: if it names none.
     """
-    floor = custom.get("least_release_counter") if isinstance(custom, Mapping) else None
-    if type(floor) is not int or not 0 <= floor < LARGEST:
-        raise WrongContent(f"the signed security floor is {floor!r}; expected a release counter")
-    return floor
+    floors = custom.get(_FLOORS) if isinstance(custom, Mapping) else None
+    if not isinstance(floors, Mapping) or not all(map(_is_floor, floors, floors.values())):
+        raise WrongContent(f"the signed security floors are {floors!r}; expected a release counter for each adapter")
+    return dict(floors)
+
+
+def to_floors(floors: Mapping[str, int]) -> dict[str, Any]:
+    """What `floors_of` reads."""
+    return {_FLOORS: dict(floors)}
+
+
+def _is_floor(adapter_id: Any, least: Any) -> bool:
+    return isinstance(adapter_id, str) and type(least) is int and 0 <= least < LARGEST

@@ -18,7 +18,7 @@ from federated.errors import ReleaseError
 
 __all__ = [
     "CURRENT",
-    "FLOOR",
+    "FLOORS",
     "MANIFEST",
     "ONLINE",
     "ROOT",
@@ -49,8 +49,8 @@ CURRENT = "current.json"
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 """Under a version: its record, whose SHA-256 is the version's id, and the full canonical weights."""
 
-FLOOR = "security-floor.json"
-"""The top-level target that carries the least release counter that may still be installed."""
+FLOORS = "security-floors.json"
+"""The top-level target that carries the least release counters that may still be installed."""
 
 _CHANNEL = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _READS_AS_VERSION = re.compile(r"v[0-9]{1,9}|[0-9a-f]{6,64}|latest|null")

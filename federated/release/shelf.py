@@ -13,23 +13,27 @@ from securesystemslib.signer import Key
 from tuf.api.metadata import Delegations, SuccinctRoles, TargetFile, Targets
 
 from federated.errors import BelowSecurityFloor, NotReleased, ReleaseError
+from federated.manifest import canonical_json
 from federated.release.artefact import Artefact
 from federated.release.documents import days_of, new, note, noted
 from federated.release.edition import Edition
-from federated.release.records import LARGEST, ReleaseRecord, floor_of
-from federated.release.roles import FLOOR, MANIFEST, TARGETS, WEIGHTS, bin_prefix, current_path, target_path
+from federated.release.records import LARGEST, ReleaseRecord, floors_of, to_floors
+from federated.release.roles import FLOORS, MANIFEST, TARGETS, WEIGHTS, bin_prefix, current_path, target_path
 
 __all__ = [
     "add",
     "clear",
     "current",
     "files_of",
-    "floor",
+    "floors",
+    "is_revoked",
     "known",
     "new_channel",
     "point",
+    "require_allowed",
     "roles_of",
     "set_floor",
+    "sign_floors",
     "use_keys",
 ]
 
@@ -46,23 +50,46 @@ def new_channel(*, days: int, bins: int, bins_past: int) -> Targets:
     return role
 
 
-def floor(edition: Edition) -> int:
-    """The security floor that is signed now."""
-    signed = edition.role(TARGETS).targets.get(FLOOR)
-    return floor_of(None if signed is None else signed.custom)
+def floors(edition: Edition) -> dict[str, int]:
+    """The security floors that are signed now, by adapter."""
+    signed = edition.role(TARGETS).targets.get(FLOORS)
+    return floors_of(None if signed is None else signed.custom)
 
 
-def set_floor(edition: Edition, least: int) -> None:
-    """Sign a security floor.
+def is_revoked(edition: Edition, record: ReleaseRecord) -> bool:
+    """Whether a version is below its adapter's floor."""
+    return record.release_counter < floors(edition).get(record.adapter_id, 0)
+
+
+def require_allowed(edition: Edition, record: ReleaseRecord) -> None:
+    """Check that a version is not below its adapter's floor.
+
+    Raises:
+        BelowSecurityFloor: if it is.
+    """
+    if is_revoked(edition, record):
+        raise BelowSecurityFloor(
+            f"version {record.version_id[:12]} was revoked: its release counter is {record.release_counter}, the "
+            f"security floor of adapter {record.adapter_id!r} is {floors(edition)[record.adapter_id]}; publish a newer "
+            f"version"
+        )
+
+
+def set_floor(edition: Edition, adapter_id: str, least: int) -> None:
+    """Sign an adapter's security floor, beside those of the others.
 
     Raises:
         ReleaseError: if no version could ever reach it.
     """
     if not 0 <= least < LARGEST:
         raise ReleaseError(f"a security floor of {least}; expected a release counter, from 0 to {LARGEST - 1}")
-    custom = {"least_release_counter": least}
-    data = f'{{"least_release_counter":{least}}}'.encode()
-    edition.change(TARGETS).targets[FLOOR] = edition.add_file(FLOOR, data, custom)
+    sign_floors(edition, floors(edition) | {adapter_id: least})
+
+
+def sign_floors(edition: Edition, least: Mapping[str, int]) -> None:
+    """Sign all security floors."""
+    custom = to_floors(least)
+    edition.change(TARGETS).targets[FLOORS] = edition.add_file(FLOORS, canonical_json(custom), custom)
 
 
 def add(edition: Edition, channel: str, artefacts: Iterable[Artefact], *, audit_head: str = "") -> list[ReleaseRecord]:
@@ -95,7 +122,7 @@ def point(edition: Edition, channel: str, version_id: str) -> ReleaseRecord:
     record = known(edition, version_id, [channel])
     if record is None:
         raise NotReleased(f"channel {channel} has no version {version_id}: publish it there")
-    _require_allowed(edition, record)
+    require_allowed(edition, record)
     _show(edition, channel, record, files_of(edition, channel, record))
     return record
 
@@ -160,38 +187,31 @@ def use_keys(edition: Edition, channel: str) -> None:
 
 def _record(edition: Edition, channel: str, artefact: Artefact, audit_head: str) -> ReleaseRecord:
     before = known(edition, artefact.version_id, edition.channels)
-    own, role = artefact.release_counter, edition.change(channel)
+    one, role = artefact.manifest, edition.change(channel)
+    own = one.release_counter
     if before is not None and own not in (0, before.release_counter):
         raise ReleaseError(
             f"version {artefact.version_id[:12]} was released with counter {before.release_counter}, and its manifest "
             f"says {own}"
         )
-    counter = before.release_counter if before is not None else own or _next_counter(edition)
+    counter = before.release_counter if before is not None else own or _next_counter(edition, one.adapter_id)
     if not counter < LARGEST:
         raise ReleaseError(
             f"release counter {counter} is too large: somebody with a channel's key drove it up; revoke that key"
         )
     note(role, _COUNTER, max(counter, noted(role, _COUNTER, 0)))
-    one = artefact.manifest
+    files = tuple(sorted(artefact.files))
     record = ReleaseRecord(
-        one.version_id, counter, one.base_digest, one.weights_digest, audit_head, tuple(sorted(artefact.files))
+        one.version_id, counter, one.base_digest, one.weights_digest, one.adapter_id, audit_head, files
     )
-    _require_allowed(edition, record)
+    require_allowed(edition, record)
     return record
 
 
-def _next_counter(edition: Edition) -> int:
+def _next_counter(edition: Edition, adapter_id: str) -> int:
+    """Larger than all that were ever used here, whatever their adapter."""
     used = [noted(edition.role(channel), _COUNTER, 0) for channel in edition.channels]
-    return max(*used, floor(edition) - 1, 0) + 1
-
-
-def _require_allowed(edition: Edition, record: ReleaseRecord) -> None:
-    least = floor(edition)
-    if record.release_counter < least:
-        raise BelowSecurityFloor(
-            f"version {record.version_id[:12]} was revoked: its release counter is {record.release_counter}, the "
-            f"security floor is {least}; publish a newer version"
-        )
+    return max(*used, floors(edition).get(adapter_id, 0) - 1) + 1
 
 
 def _files(edition: Edition, channel: str, artefact: Artefact, record: ReleaseRecord) -> Files:

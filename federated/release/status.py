@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -44,7 +45,7 @@ class ChannelStatus:
     Args:
         name: of the channel.
         current: what it points at; None where nothing was published.
-        revoked: whether that is below the security floor: devices refuse it.
+        revoked: whether that is below its security floor: devices refuse it.
     """
 
     name: str
@@ -54,22 +55,21 @@ class ChannelStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A repository: its roles, its channels and the security floor."""
+    """A repository: its roles, its channels, and the security floors by adapter."""
 
     roles: tuple[RoleStatus, ...]
     channels: tuple[ChannelStatus, ...]
-    floor: int
+    floors: Mapping[str, int]
 
 
 def status_of(edition: Edition, ring: KeyRing, now: datetime) -> Status:
     """Look at an edition."""
     names = (ROOT, TARGETS, SNAPSHOT, TIMESTAMP, *edition.channels)
-    least = shelf.floor(edition)
     channels = [(name, shelf.current(edition, name)) for name in edition.channels]
     return Status(
         tuple(_role(edition, name, ring, now) for name in names),
-        tuple(ChannelStatus(name, one, one is not None and one.release_counter < least) for name, one in channels),
-        least,
+        tuple(ChannelStatus(name, one, one is not None and shelf.is_revoked(edition, one)) for name, one in channels),
+        shelf.floors(edition),
     )
 
 

@@ -73,6 +73,7 @@ class Scene:
             "release_counter": 99,
             "base_digest": EVIL.manifest.base_digest,
             "weights_digest": weights,
+            "adapter_id": "",
             "audit_head": "",
             "files": [],
         }
@@ -476,7 +477,7 @@ def test_a_floor_that_is_gone(scene: Scene) -> None:
     """The targets' key was stolen, and the floor taken out."""
     scene.thief.forge("targets", lambda signed: signed["targets"].clear(), keys=["targets-1"])
     scene.thief.relink("targets", keys=ONLINE)
-    with pytest.raises(WrongContent, match="the signed security floor is None"):
+    with pytest.raises(WrongContent, match="the signed security floors are None"):
         scene.install()
 
 

@@ -23,7 +23,7 @@ from federated.errors import (
 )
 from federated.manifest import VersionManifest, canonical_json
 from federated.release import Limits, Publisher, ReleaseClient
-from federated.testing.releases import Mirror
+from federated.testing.releases import Mirror, Thief
 from tests.unit.release.conftest import START, Clock, artefact_of
 
 Device = Callable[..., ReleaseClient]
@@ -206,8 +206,6 @@ def test_clock_a_year_behind(mirror: Mirror, device: Device, clock: Clock, tmp_p
 
 def test_metadata_of_another_program_may_not_say_when(publisher: Publisher, device: Device, ring: object) -> None:
     """Without the time of signing there is no clock to compare with; expiry is checked all the same."""
-    from federated.testing.releases import Thief
-
     mirror = Mirror.of(publisher.folder)
     for value in (None, 5, "yesterday"):
         Thief(mirror, ring).forge(
@@ -236,14 +234,14 @@ def test_trusted_root_of_somebody_else(publisher: Publisher, device: Device, mak
 
 
 def test_floor_is_known_without_a_network(publisher: Publisher, device: Device, tmp_path: Path) -> None:
-    assert device().security_floor == 0
+    assert device().security_floors == {}
     publisher.set_floor(3)
     device().refresh()
     nowhere = device(source=tmp_path / "nowhere")
-    assert nowhere.security_floor == 3
-    (tmp_path / "device" / "security-floor.json").write_bytes(b"{")
+    assert nowhere.security_floors == {"": 3}
+    (tmp_path / "device" / "security-floors.json").write_bytes(b"{")
     with pytest.raises(WrongContent, match=r"is damaged .* delete it and refresh"):
-        _ = nowhere.security_floor
+        _ = nowhere.security_floors
 
 
 def test_state_that_cannot_be_written(publisher: Publisher, clock: Clock, tmp_path: Path) -> None:
@@ -300,6 +298,21 @@ def test_record_and_manifest_that_contradict_each_other(mirror: Mirror, device: 
         client.download(other)
 
 
+@pytest.mark.parametrize("change", [{"release_counter": 6}, {"adapter_id": "other"}, {"weights_digest": "0" * 64}])
+def test_record_that_is_not_its_manifests(publisher: Publisher, device: Device, ring: object, change: dict) -> None:
+    """Somebody with the channel's key signed it, to get below a floor for instance."""
+    one = artefact_of(b"1", adapter_id="reviews", release_counter=5)
+    publisher.publish("stable", one)
+    mirror = Mirror.of(publisher.folder)
+    thief = Thief(mirror, ring)
+    thief.forge(
+        "stable", lambda signed: signed["targets"]["stable/current.json"]["custom"].update(change), keys=["stable-1"]
+    )
+    thief.relink("stable", keys=["snapshot-1", "timestamp-1"])
+    with pytest.raises(WrongContent, match=r"contradict each other|its record says"):
+        _download(device(source=mirror))
+
+
 def test_threads_share_a_device(publisher: Publisher, device: Device) -> None:
     publisher.publish("stable", artefact_of(b"1"))
     client, found = device(), []
@@ -324,6 +337,6 @@ def test_state_is_plain_files(mirror: Mirror, device: Device, tmp_path: Path) ->
     assert names == [
         f"files/{version}/manifest.json",
         *(f"metadata/{role}.json" for role in ("snapshot", "stable", "targets", "timestamp")),
-        "security-floor.json",
+        "security-floors.json",
     ]
-    assert json.loads((tmp_path / "device" / "security-floor.json").read_bytes()) == {"least_release_counter": 0}
+    assert json.loads((tmp_path / "device" / "security-floors.json").read_bytes()) == {"least_release_counters": {}}

@@ -17,10 +17,11 @@ from federated.errors import (
     WrongContent,
     WrongSignature,
 )
-from federated.manifest import VersionManifest, canonical_json, sha256_hex
+from federated.manifest import canonical_json, sha256_hex
 from federated.registry import Registry
-from federated.release import Artefact, KeyRing, Publisher, ReleaseClient
-from federated.release.records import ReleaseRecord, floor_of
+from federated.release import Artefact, KeyRing, Publisher, ReleaseClient, shelf
+from federated.release.edition import Edition
+from federated.release.records import ReleaseRecord, floors_of, to_floors
 from tests.unit.release.conftest import BASE, SPEC, START, Clock, artefact_of, ring_of
 
 Device = Callable[..., ReleaseClient]
@@ -40,7 +41,7 @@ def test_layout_of_the_folder(publisher: Publisher) -> None:
     publisher.publish("dev", one)
     files = {path.relative_to(publisher.folder).as_posix() for path in publisher.folder.rglob("*") if path.is_file()}
     version, weights = one.version_id, one.manifest.weights_digest
-    record = ReleaseRecord(version, 1, BASE, weights, "", ("probes.json",))
+    record = ReleaseRecord(version, 1, BASE, weights, files=("probes.json",))
     assert {name for name in files if name.startswith("targets/dev")} == {
         f"targets/dev/{version}/{version}.manifest.json",
         f"targets/dev/{version}/{weights}.weights.safetensors",
@@ -58,7 +59,7 @@ def test_layout_of_the_folder(publisher: Publisher) -> None:
 def test_what_is_signed_of_a_version(publisher: Publisher) -> None:
     one = artefact_of(b"one")
     (record,) = publisher.publish("dev", one, audit_head=HEAD)
-    assert record == ReleaseRecord(one.version_id, 1, BASE, one.manifest.weights_digest, HEAD)
+    assert record == ReleaseRecord(one.version_id, 1, BASE, one.manifest.weights_digest, audit_head=HEAD)
     targets = signed(publisher.folder, "2.dev.json")["targets"]
     assert targets.keys() == {
         "dev/current.json",
@@ -96,31 +97,41 @@ def test_a_version_keeps_its_counter_on_every_channel(publisher: Publisher) -> N
     assert publisher.publish("canary", two)[0].release_counter == 2
 
 
-def test_a_manifest_may_bring_its_counter(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = VersionManifest.to_dict
-    counters = {b"1": 41, b"2": 0, b"3": 41}
-    weights = {sha256_hex(data): number for data, number in counters.items()}
-    monkeypatch.setattr(
-        VersionManifest, "to_dict", lambda self: plain(self) | {"release_counter": weights[self.weights_digest]}
-    )
-    records = publisher.publish("dev", artefact_of(b"1"), artefact_of(b"2"))
+def test_a_manifest_brings_its_counter(publisher: Publisher) -> None:
+    counted = artefact_of(b"1", release_counter=41)
+    records = publisher.publish("dev", counted, artefact_of(b"2"))
     assert [record.release_counter for record in records] == [41, 42]
-    weights[sha256_hex(b"1")] = 41
-    assert publisher.publish("stable", artefact_of(b"1"))[0].release_counter == 41
+    assert publisher.publish("stable", counted)[0].release_counter == 41
 
 
-def test_a_manifest_cannot_bring_another_counter(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = artefact_of(b"1")
-    publisher.publish("dev", one)
-    monkeypatch.setattr(Artefact, "release_counter", 7)
-    with pytest.raises(ReleaseError, match="was released with counter 1, and its manifest says 7"):
-        publisher.publish("stable", one)
+def test_a_manifest_cannot_bring_another_counter(publisher: Publisher, ring: KeyRing) -> None:
+    """Somebody with a channel's key signed another one."""
+    counted = artefact_of(b"1", release_counter=41)
+    publisher.publish("dev", counted)
+    edition = Edition.open(publisher.folder, ring)
+    edition.change("dev").targets[f"dev/{counted.version_id}/manifest.json"].custom["release_counter"] = 7
+    edition.commit(publisher.folder, ring, START)
+    with pytest.raises(ReleaseError, match="was released with counter 7, and its manifest says 41"):
+        publisher.publish("stable", counted)
 
 
-def test_counters_end(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Artefact, "release_counter", 2**53)
+def test_counters_end(publisher: Publisher) -> None:
     with pytest.raises(ReleaseError, match="somebody with a channel's key drove it up; revoke that key"):
-        publisher.publish("dev", artefact_of(b"1"))
+        publisher.publish("dev", artefact_of(b"1", release_counter=2**53))
+
+
+def test_each_adapter_has_a_floor_of_its_own(publisher: Publisher, device: Device) -> None:
+    mine, other = (artefact_of(name.encode(), adapter_id=name, release_counter=1) for name in ("mine", "other"))
+    publisher.publish("dev", mine)
+    publisher.publish("stable", other)
+    assert publisher.revoke_version(mine.version_id) == 2
+    assert device().resolve("stable").record.adapter_id == "other"
+    with pytest.raises(BelowSecurityFloor, match="the signed security floor of adapter 'mine' is 2"):
+        device().resolve("dev")
+    assert publisher.revoke_version(other.version_id) == 2
+    assert publisher.status().floors == {"mine": 2, "other": 2}
+    publisher.set_floor(1, adapter_id="mine")
+    assert device().resolve("dev").record.adapter_id == "mine"
 
 
 def test_version_of_a_registry(publisher: Publisher, tmp_path: Path) -> None:
@@ -186,9 +197,6 @@ def test_rollback_to_what_was_never_there(publisher: Publisher) -> None:
 
 def test_rollback_to_a_version_whose_files_are_not_all_signed(publisher: Publisher, ring: KeyRing, place: Path) -> None:
     """A channel's role that another program changed."""
-    from federated.release import shelf
-    from federated.release.edition import Edition
-
     one, two = artefact_of(b"1"), artefact_of(b"2")
     publisher.publish("dev", one, two)
     edition = Edition.open(publisher.folder, ring)
@@ -216,7 +224,9 @@ def test_a_revoked_version_is_out_of_reach(publisher: Publisher, device: Device)
             attempt()
     client = device()
     client.refresh()
-    with pytest.raises(BelowSecurityFloor, match="its release counter is 2, the signed security floor is 3"):
+    with pytest.raises(
+        BelowSecurityFloor, match="its release counter is 2, the signed security floor of adapter '' is 3"
+    ):
         client.require_allowed(held.record)
     with pytest.raises(BelowSecurityFloor):
         client.download(held)
@@ -229,7 +239,7 @@ def test_the_floor_can_be_lowered_on_purpose(publisher: Publisher) -> None:
     publisher.publish("stable", artefact_of(b"1"))
     publisher.set_floor(2**53 - 1)
     publisher.set_floor(0)
-    assert publisher.status().floor == 0
+    assert publisher.status().floors == {"": 0}
     with pytest.raises(ReleaseError, match="a security floor of -1; expected a release counter"):
         publisher.set_floor(-1)
 
@@ -272,7 +282,7 @@ def test_an_abandoned_repository_can_be_taken_up_again(publisher: Publisher, clo
 
 def test_status_of_a_new_repository(publisher: Publisher, place: Path, clock: Clock) -> None:
     status = publisher.status()
-    assert (status.floor, {one.current for one in status.channels}) == (0, {None})
+    assert (status.floors, {one.current for one in status.channels}) == ({}, {None})
     assert [one.held for one in status.roles] == [one.keys for one in status.roles]
     away = Publisher(place / "releases", ring_of(place / "away"), clock=clock)
     (place / "away" / "trusted").mkdir(parents=True)
@@ -425,22 +435,26 @@ def test_what_others_put_into_the_folder_is_not_signed(publisher: Publisher) -> 
 
 @pytest.mark.parametrize(
     "custom",
-    [None, 5, {}, {"version_id": "x"}, {"release_counter": 0}, {"release_counter": "1"}, {"release_counter": 2**53},
+    [None, 5, {}, {"adapter_id": 3}, {"version_id": "x"}, {"release_counter": 0}, {"release_counter": "1"},
+     {"release_counter": 2**53},
      {"audit_head": "a\nb"}, {"audit_head": "a" * 201}, {"base_digest": 5}, {"base_digest": ["x"]}, {"files": ["../x"]},
      {"weights_digest": "A" * 64}, {"version_id": 5}],
 )  # fmt: skip
 def test_record_that_is_none(custom: object) -> None:
-    good = ReleaseRecord("0" * 64, 1, BASE, "1" * 64, HEAD, ("a.bin",))
+    good = ReleaseRecord("0" * 64, 1, BASE, "1" * 64, "reviews", HEAD, ("a.bin",))
     value = good.to_custom() | custom if isinstance(custom, dict) and custom else custom
     with pytest.raises(WrongContent, match="what is signed for dev/x is no record of a release"):
         ReleaseRecord.from_custom(value, "dev/x")
     assert ReleaseRecord.from_custom(good.to_custom() | {"field of tomorrow": 1}, "dev/x") == good
 
 
-@pytest.mark.parametrize("custom", [None, {}, {"least_release_counter": -1}, {"least_release_counter": True}, [1]])
-def test_floor_that_is_none(custom: object) -> None:
-    with pytest.raises(WrongContent, match="the signed security floor is"):
-        floor_of(custom)
+@pytest.mark.parametrize("floors", [None, 5, {"a": -1}, {"a": True}, {"a": 2**53}, {5: 1}, ["a"]])
+def test_floors_that_are_none(floors: object) -> None:
+    with pytest.raises(WrongContent, match="the signed security floors are"):
+        floors_of({"least_release_counters": floors})
+    with pytest.raises(WrongContent, match="the signed security floors are None"):
+        floors_of(floors)
+    assert floors_of(to_floors({"a": 3})) == {"a": 3}
 
 
 def test_spec_is_what_the_tests_say() -> None:

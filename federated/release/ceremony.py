@@ -28,7 +28,10 @@ def found(ring: KeyRing, plan: Plan) -> Edition:
     Raises:
         SigningKeyError: if a key cannot be made.
     """
-    keys = {role: _keys(ring, role, plan.quorum(role).keys) for role in (*TOP, *plan.channels)}
+    keys = {
+        role: [_key(ring, role, number) for number in range(1, plan.quorum(role).keys + 1)]
+        for role in (*TOP, *plan.channels)
+    }
     root = new(Root(consistent_snapshot=True), days=plan.days_of(ROOT))
     for role in TOP:
         root.roles[role].threshold = plan.quorum(role).threshold
@@ -52,6 +55,8 @@ def found(ring: KeyRing, plan: Plan) -> Edition:
 def replace_keys(edition: Edition, ring: KeyRing, role: str, key: str | None = None) -> list[str]:
     """Replace the keys of a role, and sign again what they signed.
 
+    The next numbers are taken: keys of the ring that have these names (added ahead, from hardware), else new ones.
+
     Args:
         edition: changed.
         ring: gets the new keys.
@@ -68,9 +73,12 @@ def replace_keys(edition: Edition, ring: KeyRing, role: str, key: str | None = N
     if role not in TOP:
         edition.channel(role)
     delegator = edition.change_root() if role in TOP else edition.change(TARGETS)
+    keys = edition.needs(role)[1]
+    used = {one.keyid for one in keys}
+    newer = (_key(ring, role, number) for number in count(1 + max(map(_number, keys))))
     names = []
-    for old in _chosen(edition.needs(role)[1], role, key):
-        fresh = ring.make(_free_name(ring, role), group_of(role))
+    for old in _chosen(keys, role, key):
+        fresh = next(one for one in newer if one.keyid not in used)
         delegator.revoke_key(old.keyid, role)
         delegator.add_key(fresh, role)
         names.append(name_of(fresh))
@@ -81,9 +89,15 @@ def replace_keys(edition: Edition, ring: KeyRing, role: str, key: str | None = N
     return names
 
 
-def _keys(ring: KeyRing, role: str, wanted: int) -> list[Key]:
-    names = [f"{role}-{number}" for number in range(1, wanted + 1)]
-    return [ring.named(name) or ring.make(name, group_of(role)) for name in names]
+def _key(ring: KeyRing, role: str, number: int) -> Key:
+    name = f"{role}-{number}"
+    return ring.named(name) or ring.make(name, group_of(role))
+
+
+def _number(key: Key) -> int:
+    """The number in a key's name; 0 where another program named it."""
+    number = name_of(key).rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def _delegated(channel: str, keys: list[Key], plan: Plan) -> DelegatedRole:
@@ -96,10 +110,6 @@ def _chosen(keys: Sequence[Key], role: str, key: str | None) -> list[Key]:
     if not chosen:
         raise ReleaseError(f"role {role} has no key {key!r}; it has {', '.join(map(label_of, keys))}")
     return chosen
-
-
-def _free_name(ring: KeyRing, role: str) -> str:
-    return next(name for name in (f"{role}-{number}" for number in count(1)) if ring.named(name) is None)
 
 
 def _nothing(name: str, _: str) -> Targets:

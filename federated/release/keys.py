@@ -30,7 +30,7 @@ from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, Si
 from federated.errors import SigningKeyError
 from federated.manifest import canonical_json
 from federated.release.disk import translated, write_file
-from federated.release.pem import COST, encrypted_pem
+from federated.release.pem import encrypted_pem
 
 __all__ = ["KeyRecord", "KeyRing", "Passphrase", "label_of", "name_of"]
 
@@ -80,14 +80,14 @@ class KeyRing:
     Args:
         folders: looked through with all below them; new keys go into the first.
         passphrase: asked when a key is opened or made, once for each key.
-        cost: scrypt's N for new keys; see `federated.release.pem`.
+        cost: scrypt's N for new keys; default: see `federated.release.pem`.
 
     Raises:
         SigningKeyError: if a record cannot be read.
         ReleaseError: if a folder cannot be read.
     """
 
-    def __init__(self, *folders: Path, passphrase: Passphrase, cost: int = COST) -> None:
+    def __init__(self, *folders: Path, passphrase: Passphrase, cost: int | None = None) -> None:
         self.folders = folders
         self._passphrase = passphrase
         self._cost = cost

@@ -33,14 +33,15 @@ _AES256_CBC = bytes.fromhex("060960864801650304012a")
 _INTEGER, _OCTETS, _SEQUENCE = 0x02, 0x04, 0x30
 
 
-def encrypted_pem(pkcs8: bytes, passphrase: bytes, *, cost: int = COST) -> bytes:
+def encrypted_pem(pkcs8: bytes, passphrase: bytes, *, cost: int | None = None) -> bytes:
     """A PEM file of an encrypted private key.
 
     Args:
         pkcs8: the key as DER.
         passphrase: not empty.
-        cost: scrypt's N, a power of two; smaller only where a test must be quick.
+        cost: scrypt's N, a power of two; default `COST`, smaller only where a test must be quick.
     """
+    cost = cost or COST
     salt, iv = os.urandom(_BLOCK), os.urandom(_BLOCK)
     derivation = _tlv(_SEQUENCE, _tlv(_OCTETS, salt), *map(_integer, (cost, _R, _P)))
     scheme = _tlv(_SEQUENCE, _tlv(_SEQUENCE, _SCRYPT, derivation), _tlv(_SEQUENCE, _AES256_CBC, _tlv(_OCTETS, iv)))

@@ -75,8 +75,29 @@ def test_a_lost_root_key_is_replaced_by_the_others(
         (place / "keys" / "root" / name).unlink()
     first = publisher.trusted_root.read_bytes()
     again = Publisher(place / "releases", ring_of(place / "keys"), clock=clock)
-    assert again.rotate("root", key="root-2") == ["root-2"]  # the name is free in this ring
+    assert again.rotate("root", key="root-2") == ["root-4"]
     device(root=first).refresh()
+
+
+def test_a_replaced_key_never_comes_back(publisher: Publisher) -> None:
+    assert [publisher.rotate("dev") for _ in range(3)] == [["dev-2"], ["dev-3"], ["dev-4"]]
+
+
+def test_a_failed_ceremony_leaves_keys_for_the_next(publisher: Publisher, place: Path, clock: Clock) -> None:
+    (place / "keys" / "targets").rename(place / "stick")
+    with pytest.raises(SigningKeyError, match="targets needs 1 of the keys"):
+        Publisher(place / "releases", ring_of(place / "keys"), clock=clock).rotate("dev")
+    again = Publisher(place / "releases", ring_of(place / "keys", place / "stick"), clock=clock)
+    assert again.rotate("dev") == ["dev-2"]
+
+
+def test_keys_of_other_names(publisher: Publisher, ring: KeyRing) -> None:
+    """Another program made the repository's keys."""
+    edition = Edition.open(publisher.folder, ring)
+    for key in edition.change("targets").delegations.keys.values():
+        key.unrecognized_fields.clear()
+    edition.commit(publisher.folder, ring, START)
+    assert publisher.rotate("dev") == ["dev-2"]
 
 
 def test_too_few_root_keys(publisher: Publisher, place: Path, clock: Clock) -> None:
@@ -112,21 +133,28 @@ def test_the_root_that_devices_get_stays_good(publisher: Publisher, device: Devi
 
 def test_keys_that_are_there_already_are_used(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hardware key for the root, added before the repository is made."""
-    hardware = CryptoSigner.generate_ecdsa()
+    hardware = {uri: CryptoSigner.generate_ecdsa() for uri in ("token:9", "token:10")}
 
     class Token(CryptoSigner):
         @classmethod
         def from_priv_key_uri(cls, uri: str, key: object, secrets_handler: object = None) -> CryptoSigner:
-            return CryptoSigner(hardware._private_key, key)
+            return CryptoSigner(hardware[uri]._private_key, key)
 
     monkeypatch.setitem(SIGNER_FOR_URI_SCHEME, "token", Token)
     ring = KeyRing(tmp_path / "keys", passphrase=passphrase, cost=2)
-    pem = hardware._private_key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    ring.add("root-2", "root", uri="token:9", public_pem=pem)
+
+    def add(name: str, uri: str) -> None:
+        public = hardware[uri]._private_key.public_key()
+        pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        ring.add(name, "root", uri=uri, public_pem=pem)
+
+    add("root-2", "token:9")
     publisher = Publisher.create(tmp_path / "releases", ring, clock=clock)
     assert keys_of(publisher, "root") == ["root-1", "root-2", "root-3"]
     assert not (tmp_path / "keys" / "root" / "root-2.pem").exists()
+    add("root-5", "token:10")  # ahead of the next rotation
     assert publisher.rotate("root") == ["root-4", "root-5", "root-6"]
+    assert not (tmp_path / "keys" / "root" / "root-5.pem").exists()
 
 
 def test_real_clock(tmp_path: Path) -> None:

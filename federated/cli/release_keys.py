@@ -57,10 +57,10 @@ def init(
     ] = None,
     bins: Annotated[
         int, typer.Option("--bins", metavar="N", help="Hash bins of a large channel, a power of two.")
-    ] = 256,
+    ] = 64,
     bins_past: Annotated[
         int, typer.Option("--bins-past", metavar="N", help="Files of a channel from which on it has bins.")
-    ] = 500,
+    ] = 40,
     releases: ReleasesOption = RELEASES,
     keys: KeysOption = None,
     passphrase_file: PassphraseOption = None,

@@ -246,7 +246,7 @@ def _shelve(edition: Edition, channel: str, files: Files) -> None:
 def _split(edition: Edition, channel: str, role: Targets) -> None:
     """Move all files of a channel into new hash bins."""
     threshold, keys = edition.needs(channel)
-    bits = noted(role, _BINS, 256).bit_length() - 1
+    bits = noted(role, _BINS, 64).bit_length() - 1
     bins = SuccinctRoles([key.keyid for key in keys], threshold, bits, bin_prefix(channel))
     _delegate(role, bins, keys)
     for name in bins.get_roles():

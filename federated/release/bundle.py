@@ -18,7 +18,8 @@ from federated.release.disk import translated, write_file
 from federated.release.edition import Edition
 from federated.release.keys import KeyRing
 from federated.release.records import ReleaseRecord
-from federated.release.roles import SNAPSHOT, TARGETS
+from federated.release.roles import SNAPSHOT, TARGETS, file_name
+from federated.release.transfer import digest_of_target
 
 __all__ = ["Bundle", "write_bundle"]
 
@@ -65,11 +66,8 @@ def write_bundle(
 
 
 def _targets(edition: Edition, channel: str, record: ReleaseRecord) -> list[str]:
-    names = []
-    for file in shelf.files_of(edition, channel, record).values():
-        folder, _, name = file.path.rpartition("/")
-        names.append(f"targets/{folder}/{file.hashes['sha256']}.{name}")
-    return names
+    files = shelf.files_of(edition, channel, record).values()
+    return [file_name(file.path, digest_of_target(file)) for file in files]
 
 
 def _metadata(edition: Edition, channel: str) -> list[str]:

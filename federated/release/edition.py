@@ -21,7 +21,7 @@ from federated.errors import ReleaseError
 from federated.release.disk import read_file, translated, write_file
 from federated.release.documents import days_of, mark, sign
 from federated.release.keys import KeyRing
-from federated.release.roles import ONLINE, ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP, channel_of
+from federated.release.roles import ONLINE, ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP, channel_of, file_name
 from federated.release.source import FolderSource
 from federated.release.store import Store
 from federated.release.workflow import Limits, Workflow
@@ -144,8 +144,7 @@ class Edition:
     def add_file(self, path: str, data: bytes, custom: Any = None) -> TargetFile:
         """A file that is written with this edition; what is signed of it."""
         digest = hashlib.sha256(data).hexdigest()
-        folder, _, name = path.rpartition("/")
-        self._files["/".join(("targets", folder, f"{digest}.{name}")).replace("//", "/")] = data
+        self._files[file_name(path, digest)] = data
         return TargetFile(len(data), {"sha256": digest}, path, {} if custom is None else {"custom": custom})
 
     def needs(self, role: str) -> Need:

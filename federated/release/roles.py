@@ -34,6 +34,7 @@ __all__ = [
     "check_channel",
     "check_file",
     "current_path",
+    "file_name",
     "group_of",
     "patterns_of",
     "target_path",
@@ -157,6 +158,12 @@ def current_path(channel: str) -> str:
 def target_path(channel: str, version_id: str, name: str) -> str:
     """A file of a version on a channel."""
     return f"{channel}/{version_id}/{name}"
+
+
+def file_name(path: str, digest: str) -> str:
+    """Where a target's bytes lie in the folder: each content under a name of its own (consistent snapshots)."""
+    folder, slash, name = path.rpartition("/")
+    return f"targets/{folder}{slash}{digest}.{name}"
 
 
 def patterns_of(channel: str) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
@@ -38,7 +38,7 @@ class Source(Protocol):
         """The file's bytes in pieces; closing the generator ends the transfer.
 
         Args:
-            name: with ``/`` between its parts, relative to the release's folder.
+            name: path below the release's folder, quoted as in a URL.
 
         Raises:
             MissingFile: if there is no such file.
@@ -60,7 +60,7 @@ class FolderSource:
 
     def read(self, name: str) -> Generator[bytes, None, None]:
         """See `Source.read`."""
-        path = self._folder / name
+        path = self._folder / unquote(name)
         if ".." in path.parts[len(self._folder.parts) :]:
             raise MissingFile(f"{name} is no file of {self.label}")
         try:
@@ -101,7 +101,7 @@ class HttpSource:
     def read(self, name: str) -> Generator[bytes, None, None]:
         """See `Source.read`."""
         try:
-            response = self._pool.request("GET", f"{self._base}/{quote(name)}", preload_content=False)
+            response = self._pool.request("GET", f"{self._base}/{name}", preload_content=False)
             try:
                 self._check(response.status, name)
                 yield from response.stream(CHUNK)

@@ -7,11 +7,13 @@ import os
 import secrets
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 from tuf.api.metadata import TargetFile
 
 from federated.errors import EndlessData, WrongContent
 from federated.release.disk import translated
+from federated.release.roles import file_name
 from federated.release.source import CHUNK, Source, chunks_of
 
 __all__ = ["digest_of_target", "holds", "transfer"]
@@ -60,12 +62,11 @@ def transfer(source: Source, target: TargetFile, path: Path, *, limit: int) -> N
     digest = digest_of_target(target)
     if target.length > limit:
         raise EndlessData(f"{target.path} has {target.length} bytes, and this device takes at most {limit} at once")
-    folder, _, name = target.path.rpartition("/")
     beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     with translated(f"write {path.name}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write(source, f"targets/{folder}/{digest}.{name}", beside, target)
+            _write(source, quote(file_name(target.path, digest)), beside, target)
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)

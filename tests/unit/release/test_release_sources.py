@@ -92,6 +92,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_odd_names(folder: Path) -> None:
+    """As a web server would find them."""
+    (folder / "metadata" / "odd name?.json").write_bytes(ROLE)
+    assert read_all(FolderSource(folder), "metadata/odd%20name%3F.json", 10_000) == ROLE
+
+
 def test_both_give_the_same(folder: Path, url: str) -> None:
     for source in (FolderSource(folder), HttpSource(url)):
         assert read_all(source, "metadata/role.json", 10_000) == ROLE
@@ -100,7 +106,7 @@ def test_both_give_the_same(folder: Path, url: str) -> None:
 
 def test_the_web_server_is_asked_politely(url: str) -> None:
     Handler.seen.clear()
-    read_all(HttpSource(url + "/"), "metadata/a b%/role.json", 10_000)
+    read_all(HttpSource(url + "/"), "metadata/a%20b%25/role.json", 10_000)
     assert Handler.seen == [("/releases/metadata/a%20b%25/role.json", "federated-peft")]
 
 
@@ -163,7 +169,7 @@ def test_proxy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["metadata/nothing.json", "metadata", "../secret", "metadata/role.json/x", "a/../../x"]
+    "name", ["metadata/nothing.json", "metadata", "../secret", "metadata/role.json/x", "a/../../x", "%2e%2e/secret"]
 )
 def test_file_that_a_folder_does_not_have(folder: Path, name: str) -> None:
     (folder.parent / "secret").write_bytes(b"secret")

@@ -14,7 +14,7 @@ from tuf.api.metadata import DelegatedRole, Delegations, Root, Snapshot, Targets
 
 from federated.errors import ReleaseError
 from federated.release import shelf
-from federated.release.documents import new
+from federated.release.documents import BINS, BINS_PAST, DAYS
 from federated.release.edition import Edition
 from federated.release.keys import KeyRing, label_of, name_of
 from federated.release.roles import ONLINE, ROOT, SNAPSHOT, TARGETS, TOP, Plan, group_of, patterns_of
@@ -32,27 +32,31 @@ def found(ring: KeyRing, plan: Plan) -> Edition:
         role: [_key(ring, role, number) for number in range(1, plan.quorum(role).keys + 1)]
         for role in (*TOP, *plan.channels)
     }
-    root = new(Root(consistent_snapshot=True), days=plan.days_of(ROOT))
+    root = Root(consistent_snapshot=True)
     for role in TOP:
         root.roles[role].threshold = plan.quorum(role).threshold
+        root.roles[role].unrecognized_fields[DAYS] = plan.days_of(role)
         for key in keys[role]:
             root.add_key(key, role)
-    targets = new(Targets(), days=plan.days_of(TARGETS))
+    targets = Targets()
     targets.delegations = Delegations(
         {key.keyid: key for channel in plan.channels for key in keys[channel]},
         {channel: _delegated(channel, keys[channel], plan) for channel in plan.channels},
     )
-    online = (new(Timestamp(), days=plan.days_of("timestamp")), new(Snapshot(), days=plan.days_of(SNAPSHOT)))
-    edition = Edition(root, *online, targets, load=_nothing)
+    parts = (root, Timestamp(), Snapshot(meta={}), targets)
+    for part in parts:
+        part.version = 0  # nothing is signed yet
+    edition = Edition(*parts, load=_nothing)
     edition.change_root()
     for channel in plan.channels:
-        one = shelf.new_channel(days=plan.days_of(channel), bins=plan.bins, bins_past=plan.bins_past)
-        edition.change(channel, one)
+        edition.start(channel)
     shelf.sign_floors(edition, {})
     return edition
 
 
-def replace_keys(edition: Edition, ring: KeyRing, role: str, key: str | None = None) -> list[str]:
+def replace_keys(
+    edition: Edition, ring: KeyRing, role: str, key: str | None = None, *, empty: bool = False
+) -> list[str]:
     """Replace the keys of a role, and sign again what they signed.
 
     The next numbers are taken: keys of the ring that have these names (added ahead, from hardware), else new ones.
@@ -62,6 +66,7 @@ def replace_keys(edition: Edition, ring: KeyRing, role: str, key: str | None = N
         ring: gets the new keys.
         role: one of the top-level roles, or a channel.
         key: the name of one key; None replaces all of the role.
+        empty: take everything off a channel, in place of signing it again.
 
     Returns:
         The new keys' names.
@@ -83,7 +88,7 @@ def replace_keys(edition: Edition, ring: KeyRing, role: str, key: str | None = N
         delegator.add_key(fresh, role)
         names.append(name_of(fresh))
     if role not in TOP:
-        shelf.use_keys(edition, role)
+        (shelf.clear if empty else shelf.use_keys)(edition, role)
     elif role != ROOT:
         edition.renew(SNAPSHOT if role in ONLINE else role)
     return names
@@ -101,8 +106,15 @@ def _number(key: Key) -> int:
 
 
 def _delegated(channel: str, keys: list[Key], plan: Plan) -> DelegatedRole:
-    keyids = [key.keyid for key in keys]
-    return DelegatedRole(channel, keyids, plan.quorum(channel).threshold, True, patterns_of(channel))
+    terms = {DAYS: plan.days_of(channel), BINS: plan.bins, BINS_PAST: plan.bins_past}
+    return DelegatedRole(
+        channel,
+        [key.keyid for key in keys],
+        plan.quorum(channel).threshold,
+        terminating=True,
+        paths=patterns_of(channel),
+        unrecognized_fields=terms,
+    )
 
 
 def _chosen(keys: Sequence[Key], role: str, key: str | None) -> list[Key]:

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tuf.api.metadata import TargetFile
+from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from federated.errors import BelowSecurityFloor, NotReleased, ReleaseError, WrongContent
-from federated.manifest import VersionManifest, canonical_json
-from federated.release.disk import locked, read_file, translated, write_file
-from federated.release.records import ReleaseRecord, floors_of, to_floors
-from federated.release.roles import FLOORS, MANIFEST, WEIGHTS, check_channel, current_path, target_path
+from federated.manifest import VersionManifest
+from federated.release.disk import locked, translated
+from federated.release.records import ReleaseRecord, floors_of
+from federated.release.refusals import TUF_ERRORS
+from federated.release.roles import MANIFEST, TARGETS, WEIGHTS, check_channel, current_path, target_path
 from federated.release.source import Source, open_source
 from federated.release.store import Store
 from federated.release.transfer import digest_of_target, holds, transfer
@@ -115,12 +116,13 @@ class ReleaseClient:
         Raises:
             ReleaseError: if the state cannot be read.
         """
-        with translated("read the security floors"):
-            data = read_file(self._floor_file)
+        kept = self._store.role(TARGETS)
+        if kept is None:
+            return {}
         try:
-            return {} if data is None else floors_of(json.loads(data))
-        except ValueError as error:
-            raise WrongContent(f"{self._floor_file} is damaged ({error}); delete it and refresh") from error
+            return floors_of(Metadata[Targets].from_bytes(kept).signed)
+        except TUF_ERRORS as error:
+            raise WrongContent(f"the state in {self._folder} is damaged ({error}); refresh to mend it") from error
 
     def refresh(self) -> None:
         """Fetch and verify what is new; nothing that was verified before is lost if that fails.
@@ -220,18 +222,11 @@ class ReleaseClient:
                 transfer(self._source, target, path, limit=self._limits.file)
         return path
 
-    @property
-    def _floor_file(self) -> Path:
-        return self._folder / FLOORS
-
     def _refreshed(self) -> Workflow:
         with locked(self._folder):
             fresh = Workflow(self._root, self._source, self._store, now=self._clock(), limits=self._limits)
             fresh.refresh()
-            signed = fresh.targets.targets.get(FLOORS)
-            floors = floors_of(None if signed is None else signed.custom)
-            with translated("write the security floors"):
-                write_file(self._floor_file, canonical_json(to_floors(floors)))
+            floors_of(fresh.targets)
             self._last = fresh
         return fresh
 

@@ -1,47 +1,36 @@
-"""Signed documents: make, sign, read, and what this library writes into them besides TUF's own fields.
+"""Signed documents: mark, sign, read, and what this library writes into them besides TUF's own fields.
 
-``x-fedpeft-days`` says how long a role's signatures last, so that a repository needs no settings of its own;
-``x-fedpeft-signed`` says when: a clock that is behind it is wrong. Both are signed, and other TUF clients ignore them.
+What holds for a role stands where the role is delegated, signed by who delegates: ``x-fedpeft-days``, how long its
+signatures last, and a channel's ``x-fedpeft-bins`` and ``x-fedpeft-bins-past``. So a repository needs no settings of
+its own, and who steals a role's key does not decide them. ``x-fedpeft-signed`` says when a document was signed: a
+clock that is behind it is wrong. Other TUF clients ignore these fields.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from securesystemslib.signer import Key, Signer
-from tuf.api.metadata import Metadata, Root, Signed, Snapshot, Targets, Timestamp
+from tuf.api.metadata import Metadata, Signed
 
 from federated.errors import SigningKeyError, WrongContent
 from federated.release.keys import KeyRing, label_of
 
-__all__ = ["days_of", "mark", "new", "note", "noted", "sign", "signed_at"]
+__all__ = ["BINS", "BINS_PAST", "COUNTER", "DAYS", "mark", "number", "sign", "signed_at"]
 
-S = TypeVar("S", Root, Timestamp, Snapshot, Targets)
-
-_DAYS, _SIGNED = "x-fedpeft-days", "x-fedpeft-signed"
-_NOTE = "x-fedpeft-"
-
-
-def new(signed: S, *, days: int) -> S:
-    """A document whose signatures will last so many days; its first `mark` makes it version 1. Returns it."""
-    signed.unrecognized_fields[_DAYS] = days
-    signed.version = 0
-    return signed
+DAYS, BINS, BINS_PAST = "x-fedpeft-days", "x-fedpeft-bins", "x-fedpeft-bins-past"
+COUNTER = "x-fedpeft-counter"
+_SIGNED = "x-fedpeft-signed"
 
 
-def mark(signed: Signed, now: datetime, *, days: int | None = None) -> None:
-    """Make it the next version, signed now, lasting as long as its role's signatures last, or ``days``."""
+def mark(signed: Signed, now: datetime, *, days: int) -> None:
+    """Make it the next version, signed now, lasting so many days."""
     moment = now.astimezone(UTC).replace(microsecond=0)
     signed.version += 1
-    signed.expires = moment + timedelta(days=days_of(signed) if days is None else days)
+    signed.expires = moment + timedelta(days=days)
     signed.unrecognized_fields[_SIGNED] = moment.isoformat()
-
-
-def days_of(signed: Signed) -> int:
-    """How long a signature of this role lasts."""
-    return _number(signed, _DAYS, 1)
 
 
 def signed_at(signed: Signed) -> datetime | None:
@@ -52,24 +41,15 @@ def signed_at(signed: Signed) -> datetime | None:
         return None
 
 
-def note(signed: Signed, name: str, value: int) -> None:
-    """Write a number of this library's into a document."""
-    signed.unrecognized_fields[_NOTE + name] = value
-
-
-def noted(signed: Signed, name: str, default: int) -> int:
-    """A number that `note` wrote.
+def number(fields: Mapping[str, Any], name: str, default: int) -> int:
+    """A number of this library's in signed metadata.
 
     Raises:
         WrongContent: if somebody wrote something else there.
     """
-    return _number(signed, _NOTE + name, default)
-
-
-def _number(signed: Signed, name: str, default: int) -> int:
-    value = signed.unrecognized_fields.get(name, default)
+    value = fields.get(name, default)
     if type(value) is not int or not 0 <= value < 2**63:
-        raise WrongContent(f"signed metadata ({signed.type}) say {name} = {value!r}; expected a whole number")
+        raise WrongContent(f"signed metadata say {name} = {value!r}; expected a whole number")
     return value
 
 

@@ -19,7 +19,7 @@ from tuf.api.metadata import Delegations, Metadata, MetaFile, Root, Snapshot, Ta
 
 from federated.errors import ReleaseError
 from federated.release.disk import read_file, translated, write_file
-from federated.release.documents import days_of, mark, sign
+from federated.release.documents import DAYS, mark, number, sign
 from federated.release.keys import KeyRing
 from federated.release.roles import ONLINE, ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP, channel_of, file_name
 from federated.release.source import FolderSource
@@ -112,19 +112,23 @@ class Edition:
             raise ReleaseError(f"there is no channel {name!r} in this repository; there are {', '.join(self.channels)}")
         return self.role(name)
 
-    def change(self, name: str, new: Targets | None = None) -> Targets:
-        """A targets role, for changing: it is signed with this edition.
-
-        Args:
-            name: of the role.
-            new: a role that was not there before.
-        """
-        if new is not None:
-            self._roles[name] = new
-        elif name not in self._changed:
+    def change(self, name: str) -> Targets:
+        """A targets role, for changing: it is signed with this edition."""
+        if name not in self._changed:
             self._roles[name] = deepcopy(self.role(name))
         self._changed.add(name)
         return self._roles[name]
+
+    def start(self, name: str) -> Targets:
+        """A targets role with nothing in it, for changing: a new one, or one whose content is not to be trusted.
+
+        Its versions go on from those that devices have seen.
+        """
+        role, seen = Targets(), self.snapshot.meta.get(f"{name}.json")
+        role.version = 0 if seen is None else seen.version
+        self._roles[name] = role
+        self._changed.add(name)
+        return role
 
     def change_root(self) -> Root:
         """The root, for changing: it is signed with the old keys and the new ones."""
@@ -140,6 +144,15 @@ class Edition:
             self._changed.add(name)
         else:
             self.change(name)
+
+    def term(self, role: str, name: str, default: int) -> int:
+        """A number that stands where a role (or the channel of a hash bin) is delegated; see `documents`.
+
+        Raises:
+            WrongContent: if it is none.
+        """
+        delegated = self.root.roles[role] if role in TOP else (self.delegations.roles or {})[channel_of(role)]
+        return number(delegated.unrecognized_fields, name, default)
 
     def add_file(self, path: str, data: bytes, custom: Any = None) -> TargetFile:
         """A file that is written with this edition; what is signed of it."""
@@ -203,7 +216,7 @@ class Edition:
     def _sign(
         self, role: str, signed: Root | Timestamp | Snapshot | Targets, ring: KeyRing, now: datetime, *, days: int = 0
     ) -> bytes:
-        mark(signed, now, days=max(days, days_of(signed)))
+        mark(signed, now, days=max(days, self.term(role, DAYS, 1)))
         document: Metadata[Any] = Metadata(signed)
         needs = [self.needs(role)]
         if role == ROOT and self._before is not None:

@@ -22,7 +22,7 @@ from federated.release.artefact import Artefact
 from federated.release.bundle import Bundle, write_bundle
 from federated.release.ceremony import found, replace_keys
 from federated.release.disk import locked, translated, write_file
-from federated.release.documents import days_of, signed_at
+from federated.release.documents import DAYS, signed_at
 from federated.release.edition import Edition, trusted_root_of
 from federated.release.keys import KeyRing
 from federated.release.records import ReleaseRecord
@@ -164,10 +164,7 @@ class Publisher:
             SigningKeyError, WrongClock, ReleaseError, UntrustedRelease: see `publish`.
         """
         with self._changing() as edition:
-            names = replace_keys(edition, self._ring, role, key)
-            if role not in TOP:
-                shelf.clear(edition, role)
-            return names
+            return replace_keys(edition, self._ring, role, key, empty=True)
 
     def revoke_version(self, version_id: str) -> int:
         """Raise an adapter's security floor above a version: it and all before it are refused from now on.
@@ -243,4 +240,4 @@ class Publisher:
 
     def _is_old(self, edition: Edition) -> bool:
         left = edition.snapshot.expires - self._clock()
-        return left < timedelta(days=days_of(edition.snapshot)) / 2
+        return left < timedelta(days=edition.term(SNAPSHOT, DAYS, 1)) / 2

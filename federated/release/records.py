@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from tuf.api.metadata import Targets
+
 from federated.errors import ReleaseError, WrongContent
 from federated.manifest import canonical_json
-from federated.release.roles import check_file
+from federated.release.roles import FLOORS, check_file
 
 __all__ = ["LARGEST", "ReleaseRecord", "floors_of", "to_floors"]
 
@@ -88,12 +90,14 @@ class ReleaseRecord:
             check_file(file)
 
 
-def floors_of(custom: Any) -> dict[str, int]:
-    """The least release counter of each adapter that has one, as a top-level target names them.
+def floors_of(targets: Targets) -> dict[str, int]:
+    """The least release counter of each adapter that has one, as the top-level targets sign them.
 
     Raises:
-        WrongContent: if it names none.
+        WrongContent: if they do not.
     """
+    signed = targets.targets.get(FLOORS)
+    custom = None if signed is None else signed.custom
     floors = custom.get(_FLOORS) if isinstance(custom, Mapping) else None
     if not isinstance(floors, Mapping) or not all(map(_is_floor, floors, floors.values())):
         raise WrongContent(f"the signed security floors are {floors!r}; expected a release counter for each adapter")
@@ -101,7 +105,7 @@ def floors_of(custom: Any) -> dict[str, int]:
 
 
 def to_floors(floors: Mapping[str, int]) -> dict[str, Any]:
-    """What `floors_of` reads."""
+    """What `floors_of` reads, for the target's ``custom``."""
     return {_FLOORS: dict(floors)}
 
 

@@ -15,7 +15,7 @@ from tuf.api.metadata import Delegations, SuccinctRoles, TargetFile, Targets
 from federated.errors import BelowSecurityFloor, NotReleased, ReleaseError
 from federated.manifest import canonical_json
 from federated.release.artefact import Artefact
-from federated.release.documents import days_of, new, note, noted
+from federated.release.documents import BINS, BINS_PAST, COUNTER, number
 from federated.release.edition import Edition
 from federated.release.records import LARGEST, ReleaseRecord, floors_of, to_floors
 from federated.release.roles import FLOORS, MANIFEST, TARGETS, WEIGHTS, bin_prefix, current_path, target_path
@@ -28,7 +28,6 @@ __all__ = [
     "floors",
     "is_revoked",
     "known",
-    "new_channel",
     "point",
     "require_allowed",
     "roles_of",
@@ -37,23 +36,13 @@ __all__ = [
     "use_keys",
 ]
 
-_COUNTER, _BINS, _BINS_PAST = "counter", "bins", "bins-past"
-
 Files = Mapping[str, TargetFile]
-
-
-def new_channel(*, days: int, bins: int, bins_past: int) -> Targets:
-    """An empty channel's role, with what it must know of itself later."""
-    role = new(Targets(), days=days)
-    note(role, _BINS, bins)
-    note(role, _BINS_PAST, bins_past)
-    return role
+_BELIEVED = 2**40
 
 
 def floors(edition: Edition) -> dict[str, int]:
     """The security floors that are signed now, by adapter."""
-    signed = edition.role(TARGETS).targets.get(FLOORS)
-    return floors_of(None if signed is None else signed.custom)
+    return floors_of(edition.role(TARGETS))
 
 
 def is_revoked(edition: Edition, record: ReleaseRecord) -> bool:
@@ -169,9 +158,13 @@ def roles_of(edition: Edition, channel: str) -> Iterator[str]:
 
 
 def clear(edition: Edition, channel: str) -> None:
-    """Take everything off a channel: whatever somebody with its keys put there is gone."""
-    for name in roles_of(edition, channel):
-        edition.change(name).targets.clear()
+    """Take everything off a channel: whatever somebody with its keys put there is gone, hash bins too.
+
+    Counting goes on, unless that somebody wrote a number that no repository counts to.
+    """
+    counted = edition.channel(channel).unrecognized_fields.get(COUNTER)
+    believed = type(counted) is int and 0 <= counted < _BELIEVED
+    edition.start(channel).unrecognized_fields[COUNTER] = counted if believed else 0
 
 
 def use_keys(edition: Edition, channel: str) -> None:
@@ -199,7 +192,7 @@ def _record(edition: Edition, channel: str, artefact: Artefact, audit_head: str)
         raise ReleaseError(
             f"release counter {counter} is too large: somebody with a channel's key drove it up; revoke that key"
         )
-    note(role, _COUNTER, max(counter, noted(role, _COUNTER, 0)))
+    role.unrecognized_fields[COUNTER] = max(counter, _counted(role))
     files = tuple(sorted(artefact.files))
     record = ReleaseRecord(
         one.version_id, counter, one.base_digest, one.weights_digest, one.adapter_id, audit_head, files
@@ -210,8 +203,12 @@ def _record(edition: Edition, channel: str, artefact: Artefact, audit_head: str)
 
 def _next_counter(edition: Edition, adapter_id: str) -> int:
     """Larger than all that were ever used here, whatever their adapter."""
-    used = [noted(edition.role(channel), _COUNTER, 0) for channel in edition.channels]
+    used = [_counted(edition.role(channel)) for channel in edition.channels]
     return max(*used, floors(edition).get(adapter_id, 0) - 1) + 1
+
+
+def _counted(role: Targets) -> int:
+    return number(role.unrecognized_fields, COUNTER, 0)
 
 
 def _files(edition: Edition, channel: str, artefact: Artefact, record: ReleaseRecord) -> Files:
@@ -239,18 +236,18 @@ def _shelve(edition: Edition, channel: str, files: Files) -> None:
         _distribute(edition, bins, files)
         return
     role.targets.update(files)
-    if len(role.targets) > noted(role, _BINS_PAST, 0):
+    if len(role.targets) > edition.term(channel, BINS_PAST, 0):
         _split(edition, channel, role)
 
 
 def _split(edition: Edition, channel: str, role: Targets) -> None:
     """Move all files of a channel into new hash bins."""
     threshold, keys = edition.needs(channel)
-    bits = noted(role, _BINS, 64).bit_length() - 1
+    bits = edition.term(channel, BINS, 64).bit_length() - 1
     bins = SuccinctRoles([key.keyid for key in keys], threshold, bits, bin_prefix(channel))
     _delegate(role, bins, keys)
     for name in bins.get_roles():
-        edition.change(name, new(Targets(), days=days_of(role)))
+        edition.start(name)
     files = {path: file for path, file in role.targets.items() if path != current_path(channel)}
     _distribute(edition, bins, files)
 

@@ -109,8 +109,9 @@ def test_revoking_empties_the_bins(make: Callable[..., Publisher], client: Calla
     for artefact in artefacts(3):
         with pytest.raises(NotReleased):
             device.resolve("dev", artefact.version_id)
-    publisher.publish("dev", *artefacts(1, start=9))
+    publisher.publish("dev", *artefacts(4, start=6))  # in bins again, whose versions go on
     device, _ = client(publisher)
+    assert device.resolve("dev", next(artefacts(1, start=6)).version_id)
     assert device.download(device.resolve("dev")).weights.read_bytes() == b"9"
 
 

@@ -184,6 +184,18 @@ def test_numbers_that_somebody_with_a_channels_key_made_up(publisher: Publisher,
     edition.commit(publisher.folder, ring, START)
     with pytest.raises(WrongContent, match=r"say x-fedpeft-counter = .*; expected a whole number"):
         publisher.publish("dev", artefact_of(b"1"))
+    publisher.revoke("canary")
+    assert publisher.publish("dev", artefact_of(b"1"))[0].release_counter == 1
+
+
+def test_a_roles_thief_does_not_decide_how_long_its_signatures_last(publisher: Publisher, ring: KeyRing) -> None:
+    edition = Edition.open(publisher.folder, ring)
+    for signed in (edition.change("canary"), edition.snapshot, edition.timestamp):
+        signed.unrecognized_fields["x-fedpeft-days"] = 10**6
+    edition.commit(publisher.folder, ring, START)
+    publisher.renew("canary")
+    days = {role.name: (role.expires - START).days for role in publisher.status().roles}
+    assert (days["canary"], days["snapshot"], days["timestamp"]) == (90, 14, 3)
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """The device's side: what it fetches, keeps and refuses when nobody attacks; attacks are in tests/hostile."""
 
 import dataclasses
-import json
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -239,9 +238,12 @@ def test_floor_is_known_without_a_network(publisher: Publisher, device: Device, 
     device().refresh()
     nowhere = device(source=tmp_path / "nowhere")
     assert nowhere.security_floors == {"": 3}
-    (tmp_path / "device" / "security-floors.json").write_bytes(b"{")
-    with pytest.raises(WrongContent, match=r"is damaged .* delete it and refresh"):
-        _ = nowhere.security_floors
+    for damaged in (b"{", publisher.trusted_root.read_bytes()):
+        (tmp_path / "device" / "metadata" / "targets.json").write_bytes(damaged)
+        with pytest.raises(WrongContent, match=r"the state in .* is damaged .* refresh to mend it"):
+            _ = nowhere.security_floors
+    device().refresh()
+    assert nowhere.security_floors == {"": 3}
 
 
 def test_state_that_cannot_be_written(publisher: Publisher, clock: Clock, tmp_path: Path) -> None:
@@ -337,6 +339,4 @@ def test_state_is_plain_files(mirror: Mirror, device: Device, tmp_path: Path) ->
     assert names == [
         f"files/{version}/manifest.json",
         *(f"metadata/{role}.json" for role in ("snapshot", "stable", "targets", "timestamp")),
-        "security-floors.json",
     ]
-    assert json.loads((tmp_path / "device" / "security-floors.json").read_bytes()) == {"least_release_counters": {}}

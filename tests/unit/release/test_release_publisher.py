@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tuf.api.metadata import TargetFile, Targets
 
 from federated.errors import (
     BelowSecurityFloor,
@@ -450,11 +451,16 @@ def test_record_that_is_none(custom: object) -> None:
 
 @pytest.mark.parametrize("floors", [None, 5, {"a": -1}, {"a": True}, {"a": 2**53}, {5: 1}, ["a"]])
 def test_floors_that_are_none(floors: object) -> None:
+    def signed(custom: object) -> Targets:
+        file = TargetFile(0, {"sha256": ""}, "security-floors.json", {"custom": custom})
+        return Targets(targets={file.path: file})
+
     with pytest.raises(WrongContent, match="the signed security floors are"):
-        floors_of({"least_release_counters": floors})
-    with pytest.raises(WrongContent, match="the signed security floors are None"):
-        floors_of(floors)
-    assert floors_of(to_floors({"a": 3})) == {"a": 3}
+        floors_of(signed({"least_release_counters": floors}))
+    for targets in (signed(floors), Targets()):
+        with pytest.raises(WrongContent, match="the signed security floors are None"):
+            floors_of(targets)
+    assert floors_of(signed(to_floors({"a": 3}))) == {"a": 3}
 
 
 def test_spec_is_what_the_tests_say() -> None:

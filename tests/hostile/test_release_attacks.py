@@ -460,6 +460,29 @@ def test_a_channel_that_delegates_to_itself_ends(scene: Scene) -> None:
     assert scene.install() == b"new"
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_who_comes_later_does_not_speak_for_a_channel(scene: Scene, nested: bool) -> None:
+    """A terminating delegation ends the search, its own or one below it: who has the same paths is not asked."""
+
+    def overlap(signed: Signed) -> None:
+        roles = {role["name"]: role for role in signed["delegations"]["roles"]}
+        roles["canary"]["paths"] += roles["stable"]["paths"]
+        roles["stable"]["terminating"] = not nested
+        signed["delegations"]["roles"] = [roles["stable"], roles["canary"]]
+
+    above = scene.thief.signed("targets")["delegations"]
+    below = {"keys": above["keys"], "roles": [role for role in above["roles"] if role["name"] == "stable"]}
+    scene.thief.forge("targets", overlap, keys=["targets-1"])
+    if nested:
+        scene.thief.forge("stable", lambda signed: signed.update(delegations=below), keys=["stable-1"])
+        scene.thief.relink("stable", keys=ONLINE)
+    scene.lists("canary", "stable", keys=["canary-1"])
+    scene.thief.relink("targets", "canary", keys=ONLINE)
+    client = scene.device()
+    with pytest.raises(NotReleased):
+        client.resolve("stable", EVIL.version_id)
+
+
 def test_a_channel_of_two_people_needs_both(tmp_path: Path) -> None:
     clock, ring = Clock(), ring_of(tmp_path / "keys")
     plan = Plan(channels=("stable",), quorums={"root": Quorum(), "stable": Quorum(2, 2)})

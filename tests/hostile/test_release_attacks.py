@@ -510,3 +510,11 @@ def test_an_unknown_root_key_type_is_refused(scene: Scene) -> None:
         key["keytype"] = "none"
     with pytest.raises(WrongContent, match="Unsupported public key"):
         ReleaseClient(canonical_json(root), scene.mirror, scene.folder / "new", clock=scene.clock).refresh()
+
+
+def test_the_docs_have_the_same_table() -> None:
+    text = (ROOT / "docs" / "release.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (.+?) \| `(\w+)` \|$", text.split("| attack | refused as |")[1].split("\n\n")[0], re.MULTILINE
+    )
+    assert rows == [(title, kind.__name__) for title, (_, kind) in ATTACKS.items()]

@@ -6,6 +6,7 @@ no files of updates, no network and no server.
 
 from federated.adapters.base import BaseKind, BaseModel, base_from_module, load_base
 from federated.adapters.model import AdapterModel, attach, null_model, share, shell
+from federated.adapters.peft_folder import read_peft
 from federated.adapters.spec import check_spec, spec_for
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "check_spec",
     "load_base",
     "null_model",
+    "read_peft",
     "share",
     "shell",
     "spec_for",

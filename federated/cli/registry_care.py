@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from federated.cli.registry import (
 )
 from federated.cli.tables import say
 from federated.errors import ConfigError, RegistryError
+
+if TYPE_CHECKING:
+    from federated.registry import Registry, VersionRecord
 
 __all__ = ["COMMANDS"]
 
@@ -102,15 +105,34 @@ def export(
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="As export wrote it.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="As export wrote it, or a PEFT folder.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OVERRIDES]...", help="Of a PEFT folder, as for simulate: model=..., task=..."),
+    ] = None,
     registry: RegistryOption = None,
     blobs: BlobsOption = None,
     name: AsOption = None,
+    app_dir: Annotated[Path, typer.Option("--app", metavar="DIR", help="App folder, for a PEFT folder.")] = Path(),
 ) -> None:
-    """Publish a version with its lineage from such a folder; no channel moves."""
+    """Publish a version with its lineage from a folder, or a PEFT adapter as version 1; no channel moves."""
     with open_registry(registry, blobs, name) as store:
-        records = store.import_folder(folder)
+        if (folder / "adapter_config.json").is_file():
+            records = _import_peft(store, folder.absolute(), list(overrides or []), app_dir)
+        elif overrides:
+            raise ConfigError(f"{overrides[0]}: overrides say what a PEFT folder is for, and {folder} is none")
+        else:
+            records = store.import_folder(folder)
     say(f"v{records[0].number} ({records[0].version_id}) and {len(records) - 1} ancestors are in {store.location}")
+
+
+def _import_peft(store: Registry, folder: Path, overrides: list[str], app_dir: Path) -> list[VersionRecord]:
+    from federated.cli.apps import enter_app
+    from federated.cli.compose import compose
+    from federated.flower.imports import import_peft
+
+    manifest = import_peft(store, folder, compose(enter_app(app_dir), overrides))
+    return store.lineage(manifest.version_id)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -43,7 +43,7 @@ class ExperimentConfig:
 
     Args:
         name: of the experiment; part of the run folder's name and of the run's id.
-        adapter_id: name of the adapter that the run makes versions of, the same over runs; empty: ``name``.
+        adapter_id: name of the adapter that the run makes versions of, the same over runs; empty: made from ``name``.
         licence: of the adapter, as an SPDX expression such as ``Apache-2.0``; goes into each version's record.
         rounds: federated rounds.
         seed: seeds the adapter's first weights, cohorts and data order.
@@ -93,12 +93,11 @@ class ExperimentConfig:
         return self
 
     @model_validator(mode="after")
-    def _names_are_no_paths(self) -> Self:
-        key = "adapter_id" if self.adapter_id else "name"
-        if not _NAME.fullmatch(self.adapter_name):
+    def _adapter_has_a_name(self) -> Self:
+        if self.adapter_id and not _NAME.fullmatch(self.adapter_id):
             raise ValueError(
-                f"{key}: expected 1 to 100 letters, digits and any of . _ -, a letter or digit first and no '..', "
-                f"found {self.adapter_name!r}"
+                f"adapter_id: expected 1 to 100 letters, digits and any of . _ -, a letter or digit first and no '..', "
+                f"found {self.adapter_id!r}"
             )
         return self
 
@@ -140,8 +139,9 @@ class ExperimentConfig:
 
     @property
     def adapter_name(self) -> str:
-        """Name of the adapter that the run makes versions of."""
-        return self.adapter_id or self.name
+        """Name of the adapter that the run makes versions of: letters and digits of ``name``, where nobody gave one."""
+        made = re.sub(r"[^A-Za-z0-9_]+", "-", self.name).strip("-_")[:100]
+        return self.adapter_id or made or "unnamed"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: dicts, lists and scalars."""

@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -94,9 +94,8 @@ class DeltaStrategy(Strategy):
         self.server = ServerState(initial, rule=self.rule, optimizer=config.strategy.server_optimizer)
         if resume is not None:
             self.server.take_up(*resume)
-        publisher = publisher or RegistryPublisher(
-            registry, config, run_id=self.run_id, base_digest=base_digest, method=self.method
-        )
+        names: Any = {"run_id": self.run_id, "base_digest": base_digest}
+        publisher = publisher or RegistryPublisher(registry, config, **names, method=self.method)
         self._tracker = tracker or MultiTracker([])
         self._privacy = privacy or ServerPrivacy.of(config, self.rule)
         self.stopped = ""
@@ -106,7 +105,7 @@ class DeltaStrategy(Strategy):
         )
         self._directory = Directory(config, least=clients_needed(self.rule, config.selection.fraction))
         key = secret or secrets.token_bytes(32)
-        self._writer = TaskWriter(config, rule=self.rule, run_id=self.run_id, base_digest=base_digest, secret=key)
+        self._writer = TaskWriter(config, rule=self.rule, **names, secret=key)
         self._book: RoundBook | None = None
         self._grid: Grid | None = None
 

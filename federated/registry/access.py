@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from federated.errors import RegistryError
 from federated.registry.audit_log import append, head_of
 from federated.registry.blobs import Blobs
-from federated.registry.database import Place, writing
+from federated.registry.database import Place, reading, writing
 from federated.registry.translate import translated
 
 __all__ = ["Access", "Transaction", "utc"]
@@ -79,7 +79,7 @@ class Access:
     @contextmanager
     def reading(self, doing: str) -> Iterator[Session]:
         """A session that only reads, and sees one state of the database throughout."""
-        with self.translated(doing), Session(self._opened()) as session:
+        with self.translated(doing), Session(reading(self._opened())) as session:
             yield session
 
     @contextmanager

@@ -29,6 +29,7 @@ __all__ = [
     "open_engine",
     "open_frozen",
     "prepare",
+    "reading",
     "writing",
 ]
 
@@ -185,6 +186,16 @@ def _on_postgres(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> No
 def writing(engine: Engine) -> Engine:
     """The same engine for transactions that write: they queue up at their start, not in the middle."""
     return engine.execution_options(registry_write=True)
+
+
+def reading(engine: Engine) -> Engine:
+    """The same engine for sessions that only read, and see one state of the database throughout.
+
+    SQLite's transactions do anyhow.
+    """
+    if engine.dialect.name != "postgresql":
+        return engine
+    return engine.execution_options(isolation_level="REPEATABLE READ")
 
 
 def lock_for_upgrade(connection: Connection) -> None:

@@ -15,7 +15,7 @@ from federated.registry.audit_log import check_person
 from federated.registry.database import locate, open_engine, open_frozen, prepare
 from federated.registry.remote_blobs import open_blobs
 from federated.registry.translate import translated
-from federated.registry.upgrades import upgrade
+from federated.registry.upgrades import holds_registry, upgrade
 
 __all__ = ["open_access"]
 
@@ -38,7 +38,7 @@ def open_access(
             engine = upgraded(open_engine(place), create=create)
     except StorageFull:
         frozen = open_frozen(place)
-        if frozen is None:
+        if frozen is None or not holds_registry(frozen):
             raise
         with translated("open the registry", place.label, folder=place.disk):
             engine = upgraded(frozen, create=False)

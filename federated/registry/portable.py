@@ -28,17 +28,12 @@ from federated.wire import decode_tensors
 if TYPE_CHECKING:
     from federated.registry.access import Access
 
-__all__ = ["FORMAT", "export_lineage", "import_lineage", "is_lineage"]
+__all__ = ["FORMAT", "export_lineage", "import_lineage"]
 
 FORMAT = "federated-peft lineage 1"
 """What ``lineage.json`` says that it is."""
 
 _INDEX = "lineage.json"
-
-
-def is_lineage(folder: Path) -> bool:
-    """Whether a folder says that it holds a lineage."""
-    return (folder / _INDEX).is_file()
 
 
 def export_lineage(records: Sequence[VersionRecord], access: Access, folder: Path) -> None:

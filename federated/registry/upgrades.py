@@ -23,7 +23,7 @@ from federated.registry.audit_log import begin
 from federated.registry.database import lock_for_upgrade, writing
 from federated.registry.schema import HEAD, SCHEMA_TABLE, ChannelRow, VersionRow
 
-__all__ = ["MIGRATIONS", "upgrade"]
+__all__ = ["MIGRATIONS", "holds_registry", "upgrade"]
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 """Folder of the Alembic scripts."""
@@ -57,6 +57,12 @@ def upgrade(engine: Engine, *, create: bool, label: str, now: datetime, actor: s
         with Session(connection, join_transaction_mode="rollback_only") as session:
             begin(session, now=now, actor=actor, **_first_row(session, current))
             session.commit()
+
+
+def holds_registry(engine: Engine) -> bool:
+    """Whether the database has a registry's schema, of whatever age."""
+    with engine.connect() as connection:
+        return _revision(connection) is not None
 
 
 def _first_row(session: Session, before: str | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     python simulations/benchmarks/registry.py [--quick] [--seed N] [--versions N] [--kills N]
 
-Times are medians on a registry of 10,000 versions (a hundred runs of a hundred rounds; with ``--quick`` 1,000): list
+Times are medians on a registry of 10,000 versions (a hundred runs of a hundred rounds; with ``--quick`` 500): list
 all of them, list the newest 20, find one by each kind of name, follow a lineage of a hundred, publish 5 MB, check the
 audit log. All versions are put in by the code that publishes, in one transaction.
 
@@ -257,13 +257,13 @@ def _folder(keep: str | None) -> Iterator[Path]:
 def main() -> None:
     """Measure, kill, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under a minute: 1,000 versions and 10 kills")
+    parser.add_argument("--quick", action="store_true", help="under a minute: 500 versions and 10 kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--versions", type=int, help="default 10,000, with --quick 1,000")
+    parser.add_argument("--versions", type=int, help="default 10,000, with --quick 500")
     parser.add_argument("--kills", type=int, help="default 200, with --quick 10")
     parser.add_argument("--folder", help="work there and leave it, for a look afterwards")
     options = parser.parse_args()
-    versions = options.versions or (1_000 if options.quick else 10_000)
+    versions = options.versions or (500 if options.quick else 10_000)
     kills = options.kills or (10 if options.quick else 200)
     with _folder(options.folder) as folder:
         found = times(folder / "many", versions, random.Random(options.seed))  # noqa: S311

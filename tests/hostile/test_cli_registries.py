@@ -1,6 +1,7 @@
 """Registries that do not fit, are damaged or not there, and versions that nobody published."""
 
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,3 +97,70 @@ def test_no_registry_at_all(refused: Refused, command: tuple[str, ...]) -> None:
 def test_report_of_a_folder_without_a_run(refused: Refused, folder: str) -> None:
     Path("empty").mkdir()
     assert refused("report", folder).startswith(f"cannot read {folder}/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ("channel", "promote", "v1", "--to", "stabel"),
+            "there is no channel 'stabel'; expected one of canary, dev, stable",
+        ),
+        (("channel", "promote", "v1", "--to", "../up"), "is no channel name"),
+        (("channel", "promote", "v1", "--to", "/etc", "--expect", "nothing"), "is no channel name"),
+        (("channel", "promote", "../../etc", "--to", "stable"), "no version is named '../../etc'"),
+        (("channel", "promote", "v1", "--to", "dev", "--expect", "v0"), "moved meanwhile"),
+        (("channel", "rollback", "stable"), "points at nothing yet"),
+        (("channel", "rollback", "nowhere"), "there is no channel 'nowhere'"),
+        (("channel", "require", "dev", "--approvals", "2"), "runs move it by themselves"),
+        (("channel", "require", "stable", "--approvals", "-1"), "expected 0 to 100"),
+        (("approve", "v1", "--for", "stabel", "--as", "Ann"), "there is no channel 'stabel'"),
+        (("approve", "v1", "--for", "stable", "--as", " "), "1 to 200 printable characters"),
+        (("registry", "tag", "v1", "../up"), "is no tag"),
+        (("registry", "tag", "v1", "dev"), "is a channel"),
+        (("registry", "tag", "--remove", "nothing"), "there is no tag 'nothing'"),
+        (("registry", "show", "/etc/passwd"), "no version is named '/etc/passwd'"),
+        (("registry", "diff", "v0", "v9"), "has no v9"),
+        (("registry", "export", "v1", "--to", "."), "not an empty folder"),
+        (("registry", "import", "nowhere"), "is missing"),
+        (("audit", "verify", "--head", "latest"), "expected NUMBER:DIGEST"),
+        (("audit", "verify", "--head", f"99:{'a' * 64}"), "tampered with at row"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_done_is_one_clear_error(
+    refused: Refused, versions: Path, command: tuple[str, ...], message: str
+) -> None:
+    Path("here").touch()
+    assert message in refused(*command, "--registry", versions)
+
+
+def test_rotten_blob_and_edited_manifest_are_named(refused: Refused, copy: Path) -> None:
+    _damage(copy)
+    assert "faults; what is named above" in refused("registry", "verify", "--registry", copy)
+    assert "is damaged: its SHA-256 is" in refused("registry", "export", "v1", "--to", "out", "--registry", copy)
+
+
+def test_manifest_edited_by_hand(refused: Refused, copy: Path) -> None:
+    raw = sqlite3.connect(copy / "registry.db")
+    raw.execute("UPDATE registry_versions SET manifest = replace(manifest, 'fedit', 'fedex')")
+    raw.commit()
+    raw.close()
+    for command in (("registry", "show", "v1"), ("registry", "list"), ("channel", "promote", "v1", "--to", "stable")):
+        assert "was changed: its SHA-256 is" in refused(*command, "--registry", copy)
+
+
+def test_newer_schema(refused: Refused, copy: Path) -> None:
+    raw = sqlite3.connect(copy / "registry.db")
+    raw.execute("UPDATE registry_schema SET version_num = '9999'")
+    raw.commit()
+    raw.close()
+    assert "has schema 9999, newer than this library's" in refused("channel", "list", "--registry", copy)
+
+
+def test_pickled_peft_folder(refused: Refused, versions: Path) -> None:
+    Path("peft").mkdir()
+    Path("peft", "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    Path("peft", "adapter_model.bin").write_bytes(b"\x80\x04N.")
+    line = refused("registry", "import", "peft", f"--app={ROOT}", "--registry", versions)
+    assert "only pickled weights (adapter_model.bin), which can run code" in line

@@ -72,14 +72,16 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def place(server: str, tmp_path: Path) -> tuple[str, Path]:
+def place(server: str, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """URL of an empty database, and a folder for bytes."""
     import psycopg
 
     name = f"test_{os.urandom(6).hex()}"
     with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
-    return f"{server}/{name}", tmp_path / "blobs"
+    yield f"{server}/{name}", tmp_path / "blobs"
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

@@ -349,3 +349,21 @@ def test_whatever_is_given_becomes_a_configuration_or_one_line(value: dict[str, 
 def test_privacy_that_rounding_or_masks_would_undo_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         experiment_from({"task": {"labels": ["a", "b"]}, **changes})
+
+
+@pytest.mark.parametrize("name", ["", "..", "../up", "/etc", "a b", "-x", "x" * 101, "a..b"])
+def test_an_adapter_s_name_is_no_path(name: str) -> None:
+    if name:
+        with pytest.raises(ConfigError, match="adapter_id: expected 1 to 100 letters"):
+            make(adapter_id=name)
+    made = make(name=name).adapter_name
+    assert make(adapter_id=made).adapter_name == made
+
+
+def test_an_adapter_s_name_is_made_from_the_experiment_s() -> None:
+    assert [make(name=name).adapter_name for name in ("airlines", "my run!", "../..", "")] == [
+        "airlines",
+        "my-run",
+        "unnamed",
+        "unnamed",
+    ]

@@ -157,3 +157,32 @@ def test_a_gate_promotes_what_was_measured_well(fedpeft: Command, simulate: Call
     assert (measured, moves) == ([1, 1, 1], [2, 1])
     assert "measured later" in fedpeft("registry", "show", "v2", "--registry", folder / "registry").out
     assert (folder / "report.html").is_file()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's, with transformers
+def test_a_peft_folder_becomes_version_1_and_answers(fedpeft: Command, here: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from federated.adapters.tiny import tiny_model
+
+    config = LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
+    get_peft_model(tiny_model("bert")[0], config).save_pretrained(here / "peft")
+    fedpeft("registry", "init", "store")
+    fedpeft("registry", "import", "peft", "name=support", "licence=MIT", f"--app={ROOT}", "--registry", here / "store")
+    with Registry.open(here / "store", create=False) as registry:
+        record = registry.get("v1")
+        assert (record.manifest.method, record.manifest.adapter_id, record.manifest.licence) == (
+            "import",
+            "support",
+            "MIT",
+        )
+        assert (record.manifest.spec.rank, record.manifest.parent, registry.channels()) == (4, None, {})
+        assert registry.verify() == []
+    done = fedpeft("device", "try", "--text=hi", "--version=v1", "--registry", here / "store", f"--app={ROOT}")
+    assert "Answers of v1" in done.out
+
+
+def test_overrides_are_for_peft_folders_alone(fedpeft: Command, here: Path) -> None:
+    fedpeft("registry", "init", "store")
+    done = fedpeft("registry", "import", "store", "name=x", "--registry", here / "store", code=2)
+    assert "overrides say what a PEFT folder is for" in done.err

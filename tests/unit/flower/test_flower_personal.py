@@ -327,7 +327,10 @@ def test_a_damaged_store_is_one_client_s_clear_refusal(
         "client-000": "ok", "client-001": "failed", "client-002": "ok",
     }  # fmt: skip
     assert outcomes["client-001"]["reason"] == "DataError"
-    assert "is damaged: its bytes are not those that were written; remove it to" in outcomes["client-001"]["message"]
+    assert (
+        "is damaged: its bytes are not those that were written; set that folder aside"
+        in outcomes["client-001"]["message"]
+    )
     assert str(tmp_path) not in outcomes["client-001"]["message"]
     assert [event["client_id"] for event in tracker.of("final")[0]["refused"]] == ["client-001"]
 

@@ -264,7 +264,9 @@ class TestPacketOf:
 
 class TestTask:
     def test_a_task_holds_assignment_experiment_and_packet(self, config: Make):
-        sent: ExperimentConfig = config(run_dir="/srv/secret", registry="sqlite:////srv/registry")
+        sent: ExperimentConfig = config(
+            run_dir="/srv/secret", registry="sqlite:////srv/registry", registry_blobs="/srv/blobs"
+        )
         received = message(task_content(TASK, sent, b"packed"))
         assert assignment_of(received) == TASK
         assert packet_of(received.content) == b"packed"

@@ -230,6 +230,7 @@ def test_library_needs_no_torch():
 def test_postgresql_is_reached_by_psycopg(tmp_path):
     engine = database.open_engine(database.locate("postgresql://host/db", tmp_path))
     assert engine.url.drivername == "postgresql+psycopg"
+    assert database.reading(engine).get_execution_options()["isolation_level"] == "REPEATABLE READ"
     engine.dispose()
 
 

@@ -1,5 +1,7 @@
 """A database that the library made in its first form opens, keeps everything, and goes on."""
 
+import importlib
+import io
 import json
 import sqlite3
 import subprocess
@@ -7,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
 
 from federated.manifest import sha256_hex
 from federated.registry import Registry
@@ -102,3 +106,15 @@ def test_a_log_that_is_there_is_not_begun_again(location, monkeypatch):
     monkeypatch.setattr(upgrades, "HEAD", "as if there were a third form")
     with Registry.open(location) as registry:
         assert len(registry.audit.entries()) == 1
+
+
+@pytest.mark.parametrize(("dialect", "frozen"), [("sqlite", 2), ("postgresql", 1), ("mysql", 0)])
+def test_what_freezes_the_audit_log_is_in_each_database_s_own_words(dialect, frozen):
+    """Run on SQLite above and on PostgreSQL under `make test-interop`; here as text."""
+    written = io.StringIO()
+    context = MigrationContext.configure(dialect_name=dialect, opts={"as_sql": True, "output_buffer": written})
+    module = importlib.import_module("federated.registry.migrations.versions.r0002_audit_approvals_tags")
+    with Operations.context(context):
+        module._audit()
+    assert written.getvalue().count("CREATE TRIGGER") == frozen
+    assert written.getvalue().count("the audit log is append-only") == frozen

@@ -126,7 +126,7 @@ def _audit() -> None:
         sa.Column("digest", sa.String(64), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_registry_audit_head"),
     )
-    dialect = op.get_bind().dialect.name
+    dialect = op.get_context().dialect.name
     if dialect == "sqlite":
         for what in ("UPDATE", "DELETE"):
             op.execute(

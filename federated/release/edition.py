@@ -17,7 +17,7 @@ from typing import Any
 from securesystemslib.signer import Key
 from tuf.api.metadata import Delegations, Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
-from federated.errors import ReleaseError
+from federated.errors import ReleaseError, WrongContent
 from federated.release.disk import read_file, translated, write_file
 from federated.release.documents import DAYS, mark, number, sign
 from federated.release.keys import KeyRing
@@ -161,15 +161,19 @@ class Edition:
         return TargetFile(len(data), {"sha256": digest}, path, {} if custom is None else {"custom": custom})
 
     def needs(self, role: str) -> Need:
-        """What a role's signatures must be."""
-        if role in TOP:
-            top = self.root.roles[role]
-            return top.threshold, [self.root.keys[keyid] for keyid in top.keyids]
-        delegations = self.delegations if role in self.channels else self.role(channel_of(role)).delegations
-        if delegations is None:
-            raise ReleaseError(f"nobody delegates to {role}")
-        below = delegations.succinct_roles or (delegations.roles or {})[role]
-        return below.threshold, [delegations.keys[keyid] for keyid in below.keyids]
+        """What a role's signatures must be.
+
+        Raises:
+            WrongContent: if nobody delegates to it, or to keys that are not there.
+        """
+        delegator: Root | Targets = self.root
+        if role not in TOP:
+            delegator = self.role(TARGETS if role in self.channels else channel_of(role))
+        try:
+            delegated = delegator.get_delegated_role(role)
+            return delegated.threshold, [delegator.get_key(keyid) for keyid in delegated.keyids]
+        except ValueError as error:
+            raise WrongContent(f"nobody delegates to {role} as it must be ({error})") from error
 
     def signed(self, ring: KeyRing, now: datetime, *, days: int = 0) -> dict[str, bytes]:
         """Sign what changed, and what must follow; the files by name, in the order in which they must be written.

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from securesystemslib.signer import Key
 from tuf.api.metadata import Delegations, SuccinctRoles, TargetFile, Targets
 
-from federated.errors import BelowSecurityFloor, NotReleased, ReleaseError
+from federated.errors import BelowSecurityFloor, NotReleased, ReleaseError, WrongContent
 from federated.manifest import canonical_json
 from federated.release.artefact import Artefact
 from federated.release.documents import BINS, BINS_PAST, COUNTER, number
@@ -38,6 +38,7 @@ __all__ = [
 
 Files = Mapping[str, TargetFile]
 _BELIEVED = 2**40
+_MOST_BITS = 20
 
 
 def floors(edition: Edition) -> dict[str, int]:
@@ -270,4 +271,9 @@ def _find(edition: Edition, channel: str, path: str) -> TargetFile | None:
 
 
 def _bins(role: Targets) -> SuccinctRoles | None:
-    return None if role.delegations is None else role.delegations.succinct_roles
+    bins = None if role.delegations is None else role.delegations.succinct_roles
+    if bins is not None and bins.bit_length > _MOST_BITS:
+        raise WrongContent(
+            f"a channel's metadata name 2**{bins.bit_length} hash bins: somebody with its key did; revoke it"
+        )
+    return bins

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from federated.errors import MixAndMatch, NotReleased
+from federated.errors import MixAndMatch, NotReleased, WrongContent, WrongSignature
 from federated.release import Artefact, Publisher, ReleaseClient
+from federated.release.edition import Edition
 from federated.testing.releases import Mirror, Thief
 from tests.unit.release.conftest import Clock, artefact_of, ring_of
 
@@ -113,6 +114,25 @@ def test_revoking_empties_the_bins(make: Callable[..., Publisher], client: Calla
     device, _ = client(publisher)
     assert device.resolve("dev", next(artefacts(1, start=6)).version_id)
     assert device.download(device.resolve("dev")).weights.read_bytes() == b"9"
+
+
+@pytest.mark.parametrize("broken", ["keys", "count"])
+def test_a_channels_thief_breaks_its_bins(
+    make: Callable[..., Publisher], tmp_path: Path, clock: Clock, broken: str
+) -> None:
+    publisher, ring = make(channels=("dev",), bins=4, bins_past=0), ring_of(tmp_path / "made-keys")
+    publisher.publish("dev", *artefacts(2))
+    edition = Edition.open(publisher.folder, ring)
+    delegations = edition.change("dev").delegations
+    if broken == "keys":
+        delegations.keys.clear()
+    else:
+        delegations.succinct_roles.bit_length = 32
+    edition.commit(publisher.folder, ring, clock.now)
+    with pytest.raises(WrongSignature if broken == "keys" else WrongContent):
+        publisher.publish("dev", *artefacts(1, start=5))
+    publisher.revoke("dev")
+    publisher.publish("dev", *artefacts(2))
 
 
 def test_bins_are_renewed_with_their_channel(make: Callable[..., Publisher], client: Callable, clock: Clock) -> None:

@@ -171,7 +171,7 @@ def test_a_role_is_signed_once_however_often_it_is_named(publisher: Publisher) -
 
 
 def test_roles_that_there_are_not(publisher: Publisher, ring: KeyRing, tmp_path: Path) -> None:
-    with pytest.raises(ReleaseError, match=r"nobody delegates to dev\.bin-0"):
+    with pytest.raises(WrongContent, match=r"nobody delegates to dev\.bin-0 as it must be"):
         Edition.open(publisher.folder, ring).needs("dev.bin-0")
     with pytest.raises(ReleaseError, match=r"there is no role dev\.bin-0 yet"):
         found(ring_of(tmp_path / "new"), Plan()).role("dev.bin-0")

@@ -17,6 +17,21 @@
     │   └── StorageFull
     ├── PrivacyError             an account, a ledger or a protection that cannot be what it says
     │   └── BudgetExhausted      what was asked would spend more than may be spent
+    ├── ReleaseError             keys, publishing and checking signed releases
+    │   ├── SigningKeyError      a private key that is missing, or does not open
+    │   ├── WrongClock           a clock that is behind what was signed
+    │   ├── Unreachable          the source of releases does not answer
+    │   │   └── MissingFile      it answers, and has no such file
+    │   └── UntrustedRelease     what a source offers is refused
+    │       ├── WrongSignature   too few valid signatures of the role's keys
+    │       ├── WrongContent     bytes that are not what was signed, or contradict it
+    │       ├── ExpiredMetadata
+    │       │   └── FreezeAttack what a publisher renews all the time is out of date
+    │       ├── RollbackAttack   older than what was seen before
+    │       ├── MixAndMatch      genuine parts that do not belong together
+    │       ├── EndlessData      more bytes than were signed or are allowed
+    │       ├── NotReleased      nobody who may signed such a version
+    │       └── BelowSecurityFloor
     ├── DeviceError              slots, activation, serving
     └── RunInterrupted           the user stopped a run (finished rounds are safe)
 
@@ -43,6 +58,21 @@ __all__ = [
     "StorageFull",
     "PrivacyError",
     "BudgetExhausted",
+    "ReleaseError",
+    "SigningKeyError",
+    "WrongClock",
+    "Unreachable",
+    "MissingFile",
+    "UntrustedRelease",
+    "WrongSignature",
+    "WrongContent",
+    "ExpiredMetadata",
+    "FreezeAttack",
+    "RollbackAttack",
+    "MixAndMatch",
+    "EndlessData",
+    "NotReleased",
+    "BelowSecurityFloor",
     "DeviceError",
     "RunInterrupted",
 ]
@@ -127,6 +157,66 @@ class PrivacyError(FederatedError):
 
 class BudgetExhausted(PrivacyError):
     """What was asked would spend more than may be spent; what was made so far stays."""
+
+
+class ReleaseError(FederatedError):
+    """A release cannot be signed, published, fetched or checked."""
+
+
+class SigningKeyError(ReleaseError):
+    """A private key that is missing, does not open, or is not the one that it should be."""
+
+
+class WrongClock(ReleaseError):
+    """The clock is behind what was signed already: expiry means nothing by such a clock."""
+
+
+class Unreachable(ReleaseError):
+    """The source of releases does not answer; what was verified before stays."""
+
+
+class MissingFile(Unreachable):
+    """The source answers, and has no such file."""
+
+
+class UntrustedRelease(ReleaseError):
+    """What a source offers is refused; nothing of it was installed."""
+
+
+class WrongSignature(UntrustedRelease):
+    """Fewer valid signatures than the role's threshold."""
+
+
+class WrongContent(UntrustedRelease):
+    """Bytes that are not what was signed, or signed statements that contradict each other."""
+
+
+class ExpiredMetadata(UntrustedRelease):
+    """Signed metadata that are out of date."""
+
+
+class FreezeAttack(ExpiredMetadata):
+    """Out of date is what a publisher renews all the time: somebody holds the news back, or the publisher stopped."""
+
+
+class RollbackAttack(UntrustedRelease):
+    """Metadata that are older than what this device has seen."""
+
+
+class MixAndMatch(UntrustedRelease):
+    """Genuine metadata that do not belong together."""
+
+
+class EndlessData(UntrustedRelease):
+    """More bytes than were signed, or than are allowed."""
+
+
+class NotReleased(UntrustedRelease):
+    """Nobody who may sign for this channel signed such a version."""
+
+
+class BelowSecurityFloor(UntrustedRelease):
+    """A version that was revoked: its release counter is below the signed security floor."""
 
 
 class DeviceError(FederatedError):

@@ -24,7 +24,19 @@ from click.exceptions import Abort, ClickException, Exit
 from rich.console import Console
 
 from federated import __version__
-from federated.cli import assets, audit, channel, device, privacy, registry, registry_care, registry_diff
+from federated.cli import (
+    assets,
+    audit,
+    channel,
+    device,
+    privacy,
+    registry,
+    registry_care,
+    registry_diff,
+    release,
+    release_keys,
+    release_look,
+)
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 
 __all__ = ["app", "exit_code", "main"]
@@ -41,6 +53,10 @@ app.add_typer(registry.app, name="registry")
 app.add_typer(channel.app, name="channel")
 app.command("approve")(channel.approve)
 app.add_typer(audit.app, name="audit")
+release.app.add_typer(release_keys.app, name="keys")
+for name, command in (release_keys.COMMANDS | release_look.COMMANDS).items():
+    release.app.command(name)(command)
+app.add_typer(release.app, name="release")
 app.add_typer(device.app, name="device")
 app.add_typer(assets.app, name="assets")
 app.add_typer(privacy.app, name="privacy")

@@ -10,17 +10,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from federated.errors import RegistryError
+from federated.manifest import canonical_json
 from federated.registry.access import Access
 from federated.registry.audit_log import FIRST, AuditEntry, entry_of, head_of
 from federated.registry.schema import AuditHeadRow, AuditRow
 
-__all__ = ["AuditFault", "AuditHead", "AuditLog", "check_chain", "verify_log"]
+__all__ = ["OUTSIDE", "AuditFault", "AuditHead", "AuditLog", "check_chain", "verify_log"]
+
+OUTSIDE = ("keys", "release", "revoke", "rotate")
+"""Actions that happen elsewhere: to a repository of signed releases and its keys."""
 
 _HEAD = re.compile(r"(?P<number>[0-9]{1,18}):(?P<digest>[0-9a-f]{64})")
 
@@ -80,6 +84,26 @@ class AuditLog:
         query = select(AuditRow).order_by(AuditRow.number.desc()).limit(newest)
         with self._access.reading("read the audit log") as session:
             return [entry_of(row) for row in session.scalars(query)][::-1]
+
+    def note(self, action: str, subject: str, **details: Any) -> None:
+        """Write down what was done outside of the registry, such as a release or a new key.
+
+        Args:
+            action: one of `OUTSIDE`; the registry's own are written by what they record.
+            subject: what it was done to.
+            details: plain data.
+
+        Raises:
+            RegistryError: if it is another action, or the details are not plain.
+        """
+        if action not in OUTSIDE:
+            raise RegistryError(f"{action!r} cannot be noted from outside; expected one of {', '.join(OUTSIDE)}")
+        try:
+            canonical_json(details)
+        except (TypeError, ValueError) as error:
+            raise RegistryError(f"the audit log cannot hold these details: {error}; use plain finite values") from error
+        with self._access.writing("write the audit log") as work:
+            work.note(action, subject, **details)
 
     def verify(self, head: AuditHead | None = None) -> list[AuditFault]:
         """Check every row; an empty list is good news.

@@ -37,7 +37,8 @@ class AuditEntry:
         at: when, UTC, ISO 8601.
         actor: who, as they said: the log proves what was written, not who typed it.
         action: ``publish``, ``promote``, ``rollback``, ``approve``, ``require``, ``tag``, ``untag``, ``evaluate``,
-            ``device``, ``gc``, ``import``, ``init`` or ``upgrade``.
+            ``device``, ``gc``, ``import``, ``init`` or ``upgrade``; ``keys``, ``release``, ``revoke`` and ``rotate``
+            are of signed releases.
         subject: what it was done to: a version's id, a channel, a tag, a device.
         details: canonical JSON.
         previous: digest of the row before.

@@ -18,6 +18,7 @@ GROUPS = {
         "channel",
         "approve",
         "audit",
+        "release",
         "device",
         "assets",
         "privacy",
@@ -25,6 +26,8 @@ GROUPS = {
     ("registry",): {"list", "show", "lineage", "channels", "init", "tag", "verify", "gc", "diff", "export", "import"},
     ("channel",): {"list", "promote", "rollback", "require", "history"},
     ("audit",): {"log", "verify"},
+    ("release",): {"keys", "publish", "rollback", "renew", "rotate", "revoke", "status", "bundle", "verify"},
+    ("release", "keys"): {"init", "add"},
     ("device",): {"try"},
     ("assets",): {"fetch", "list"},
     ("privacy",): {"plan", "spent", "audit"},
@@ -60,7 +63,10 @@ def test_nothing_more_said_is_a_call_for_help(fedpeft: Callable[..., Any], group
     assert "Usage: fedpeft" in done.out + done.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["simulate", "--help"], ["registry", "list"], ["assets", "list"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["simulate", "--help"], ["release", "--help"], ["registry", "list"], ["assets", "list"]],
+)
 def test_light_commands_load_no_heavy_library(finished: Path, arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, *arguments],

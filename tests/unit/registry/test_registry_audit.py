@@ -235,3 +235,26 @@ def test_a_head_reads_as_it_is_written(registry):
 def test_what_is_no_head_is_refused(text):
     with pytest.raises(RegistryError, match="NUMBER:DIGEST"):
         AuditHead.parse(text)
+
+
+def test_what_happens_elsewhere_can_be_noted(registry):
+    registry.audit.note("release", "a version", channel="stable", release_counter=3)
+    entry = registry.audit.entries()[-1]
+    assert (entry.action, entry.subject, json.loads(entry.details)) == (
+        "release",
+        "a version",
+        {"channel": "stable", "release_counter": 3},
+    )
+    assert registry.verify() == []
+
+
+@pytest.mark.parametrize("action", ["publish", "promote", "gc", "something"])
+def test_only_what_happens_elsewhere_can_be_noted(registry, action):
+    with pytest.raises(RegistryError, match=f"'{action}' cannot be noted from outside; expected one of keys, release"):
+        registry.audit.note(action, "a version")
+
+
+def test_noted_details_must_be_plain(registry):
+    with pytest.raises(RegistryError, match="the audit log cannot hold these details"):
+        registry.audit.note("release", "a version", at=object())
+    assert len(registry.audit.entries()) == 1

@@ -33,6 +33,7 @@ from federated.cli import (
     registry,
     registry_care,
     registry_diff,
+    registry_export,
     release,
     release_keys,
     release_look,
@@ -47,7 +48,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for name, command in (registry_care.COMMANDS | registry_diff.COMMANDS).items():
+for name, command in (registry_care.COMMANDS | registry_diff.COMMANDS | registry_export.COMMANDS).items():
     registry.app.command(name)(command)
 app.add_typer(registry.app, name="registry")
 app.add_typer(channel.app, name="channel")

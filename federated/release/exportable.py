@@ -1,0 +1,89 @@
+"""What an export starts from: a version with its weights, and the base model that it belongs to.
+
+One export is one folder, whole or not there. How a format looks is the business of the modules ``export_*``, of which
+each knows one: a function that writes into an empty folder. The command finds them by name, see
+`federated.cli.export_formats`. Torch is loaded by what is handed in, and by the formats when they are used.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from federated.config import TaskConfig
+from federated.errors import BaseMismatch, ReleaseError
+from federated.manifest import VersionManifest
+from federated.release.artefact import Artefact
+from federated.release.disk import translated
+
+if TYPE_CHECKING:
+    from federated.adapters import BaseModel
+
+__all__ = ["Exportable", "Exporter", "export"]
+
+
+@dataclass(frozen=True, eq=False)
+class Exportable:
+    """A version and what stands around it.
+
+    Args:
+        artefact: the version; it can be served, and its weights are those of its record.
+        base: its base model, loaded.
+        task: what it answers.
+
+    Raises:
+        BaseMismatch: if the version belongs to another base model.
+    """
+
+    artefact: Artefact
+    base: BaseModel
+    task: TaskConfig
+
+    def __post_init__(self) -> None:
+        if self.base.base_digest != self.manifest.base_digest:
+            raise BaseMismatch(
+                f"version {self.artefact.version_id[:12]} belongs to the base model {self.manifest.base_digest[:12]}, "
+                f"but {self.base.source} is {self.base.base_digest[:12]}: name the base that it was trained on"
+            )
+
+    @property
+    def manifest(self) -> VersionManifest:
+        """The version's record."""
+        return self.artefact.manifest
+
+
+Exporter = Callable[[Exportable, Path], None]
+"""Writes one version into an empty folder, or refuses it with a `ModelError` or `ReleaseError` that says why."""
+
+
+def export(subject: Exportable, exporter: Exporter, folder: Path) -> tuple[str, ...]:
+    """Write a version into a new folder: all of it, or nothing where the format refuses it.
+
+    Args:
+        subject: what is exported.
+        exporter: the format.
+        folder: must not be there yet, or be empty.
+
+    Returns:
+        The files' paths in the folder, sorted.
+
+    Raises:
+        ReleaseError: if the folder is in use or cannot be written; also as the format raises it.
+        ModelError: as the format raises it.
+    """
+    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
+    with translated("write the export"):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ReleaseError(f"{folder} is there and not an empty folder; export into a new one")
+        beside.mkdir(parents=True)
+        try:
+            exporter(subject, beside)
+            beside.replace(folder)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))

@@ -1,0 +1,58 @@
+"""``fedpeft registry export --as FORMAT``, on the versions of a finished federation."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from federated.cli import export_formats
+from federated.manifest import canonical_json
+from federated.release.exportable import Exportable
+
+
+def _manifest(subject: Exportable, folder: Path) -> None:
+    assert subject.base.source.startswith("tiny:")
+    (folder / "manifest.json").write_bytes(canonical_json(subject.manifest.to_dict()))
+
+
+@pytest.fixture
+def export(fedpeft: Callable[..., Any], finished: Path) -> Callable[..., Any]:
+    def run(*arguments: object, code: int = 0) -> Any:
+        return fedpeft("registry", "export", "v2", "--registry", finished / "registry", *arguments, code=code)
+
+    return run
+
+
+@pytest.fixture
+def one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(export_formats.EXPORTERS, "manifest", lambda: _manifest)
+
+
+def test_a_lineage_is_the_default(export: Callable[..., Any], here: Path) -> None:
+    assert "and 2 ancestors" in export("--to", here / "out").out
+    assert "and 2 ancestors" in export("--to", here / "again", "--as", "lineage").out
+    assert (here / "out" / "lineage.json").is_file()
+
+
+@pytest.mark.usefixtures("one_more")
+def test_a_format_gets_the_version_and_its_base(export: Callable[..., Any], here: Path) -> None:
+    out = export("--to", here / "out", "--as", "manifest").out
+    assert "as manifest: manifest.json" in out
+    assert (here / "out" / "manifest.json").is_file()
+
+
+@pytest.mark.usefixtures("one_more")
+def test_another_base_is_refused(export: Callable[..., Any], here: Path) -> None:
+    error = export("--to", here / "out", "--as", "manifest", "--base", "tiny:gpt2", code=1).err
+    assert "belongs to the base model" in error
+    assert not (here / "out").exists()
+
+
+def test_a_format_that_there_is_not(export: Callable[..., Any], here: Path) -> None:
+    error = export("--to", here / "out", "--as", "tflite", code=2).err
+    assert f"--as tflite: no such format; expected one of {export_formats.format_names()}" in " ".join(error.split())
+
+
+def test_a_lineage_needs_no_base(export: Callable[..., Any], here: Path) -> None:
+    assert "a lineage needs no base model" in export("--to", here / "out", "--base", "tiny:bert", code=2).err

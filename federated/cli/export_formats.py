@@ -20,7 +20,15 @@ LINEAGE = "lineage"
 """The version with all its ancestors, for another registry: the registry writes it itself, without a base model."""
 
 
-EXPORTERS: dict[str, Callable[[], Exporter]] = {}
+def _peft() -> Exporter:
+    from federated.release.export_peft import export_peft
+
+    return export_peft
+
+
+EXPORTERS: dict[str, Callable[[], Exporter]] = {
+    "peft": _peft,
+}
 """By name; each loads its format when it is called."""
 
 

@@ -29,6 +29,9 @@ def export(
         str | None,
         typer.Option("--base", metavar="SOURCE", help="The base model, where it is not at the record's model.source."),
     ] = None,
+    base_name: Annotated[
+        str, typer.Option("--base-name", metavar="NAME", help="What the files call the base model, such as ORG/NAME.")
+    ] = "",
     app_dir: Annotated[Path, typer.Option("--app", metavar="DIR", help="Where the base model is looked up.")] = Path(),
     registry: RegistryOption = None,
     blobs: BlobsOption = None,
@@ -38,7 +41,7 @@ def export(
     Example: fedpeft registry export stable --as peft --to support-adapter
     """
     if format_ == LINEAGE:
-        _lineage(version, to, registry, blobs, base)
+        _lineage(version, to, registry, blobs, base or base_name)
         return
     exporter = exporter_of(format_)
     from federated.release import Artefact
@@ -46,17 +49,18 @@ def export(
 
     with open_registry(registry, blobs) as store:
         artefact = Artefact.of(store, version)
-    files = write(exportable(artefact, base, app_dir), exporter, to)
+    files = write(exportable(artefact, base, app_dir, public_name=base_name), exporter, to)
     say(f"{to}: {artefact.version_id[:12]} as {format_}: {', '.join(files)}")
 
 
-def exportable(artefact: Artefact, base: str | None, app_dir: Path) -> Exportable:
+def exportable(artefact: Artefact, base: str | None, app_dir: Path, *, public_name: str = "") -> Exportable:
     """A version with its base model, loaded and checked.
 
     Args:
         artefact: the version.
         base: a source in place of the record's.
         app_dir: where relative sources are looked up after the working directory.
+        public_name: see `federated.release.exportable.Exportable`.
 
     Raises:
         ModelError: if the base cannot be loaded, or is another one.
@@ -68,11 +72,11 @@ def exportable(artefact: Artefact, base: str | None, app_dir: Path) -> Exportabl
 
     recipe = recipe_of(artefact.manifest)
     model = recipe.model if base is None else replace(recipe.model, source=base)
-    return Exportable(artefact, load_base(model, app_dir=app_dir), recipe.task)
+    return Exportable(artefact, load_base(model, app_dir=app_dir), recipe.task, public_name)
 
 
-def _lineage(version: str, to: Path, registry: str | None, blobs: str | None, base: str | None) -> None:
-    if base is not None:
+def _lineage(version: str, to: Path, registry: str | None, blobs: str | None, base: str) -> None:
+    if base:
         raise ConfigError(f"--base {base}: a lineage needs no base model; it goes with --as")
     with open_registry(registry, blobs) as store:
         records = store.export(version, to)

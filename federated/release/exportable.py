@@ -7,6 +7,7 @@ each knows one: a function that writes into an empty folder. The command finds t
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -34,6 +35,7 @@ class Exportable:
         artefact: the version; it can be served, and its weights are those of its record.
         base: its base model, loaded.
         task: what it answers.
+        public_name: what the world calls the base; empty: see `base_name`.
 
     Raises:
         BaseMismatch: if the version belongs to another base model.
@@ -42,6 +44,7 @@ class Exportable:
     artefact: Artefact
     base: BaseModel
     task: TaskConfig
+    public_name: str = ""
 
     def __post_init__(self) -> None:
         if self.base.base_digest != self.manifest.base_digest:
@@ -55,6 +58,17 @@ class Exportable:
         """The version's record."""
         return self.artefact.manifest
 
+    @property
+    def base_name(self) -> str:
+        """What files for others call the base: a hub's name as it is, of a folder the last part alone."""
+        source = self.base.source
+        if self.public_name:
+            return self.public_name
+        on_the_hub = _HUB_NAME.fullmatch(source) and not Path(source).is_dir()
+        return source if on_the_hub else Path(source).name.replace(":", "-")
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Exporter = Callable[[Exportable, Path], None]
 """Writes one version into an empty folder, or refuses it with a `ModelError` or `ReleaseError` that says why."""

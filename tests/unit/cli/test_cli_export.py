@@ -10,6 +10,8 @@ from federated.cli import export_formats
 from federated.manifest import canonical_json
 from federated.release.exportable import Exportable
 
+from .conftest import APP
+
 
 def _manifest(subject: Exportable, folder: Path) -> None:
     assert subject.base.source.startswith("tiny:")
@@ -56,3 +58,13 @@ def test_a_format_that_there_is_not(export: Callable[..., Any], here: Path) -> N
 
 def test_a_lineage_needs_no_base(export: Callable[..., Any], here: Path) -> None:
     assert "a lineage needs no base model" in export("--to", here / "out", "--base", "tiny:bert", code=2).err
+
+
+def test_a_peft_folder_comes_back_as_a_version(
+    export: Callable[..., Any], fedpeft: Callable[..., Any], here: Path
+) -> None:
+    out = export("--to", here / "out", "--as", "peft", "--base-name", "org/tiny").out
+    assert "as peft: README.md, adapter_config.json, adapter_model.safetensors" in " ".join(out.split())
+    fedpeft("registry", "init", here / "other")
+    overrides = ("experiment=tiny", f"--registry={here / 'other'}", APP)
+    assert "and 0 ancestors" in fedpeft("registry", "import", here / "out", *overrides).out

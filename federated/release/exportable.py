@@ -20,6 +20,8 @@ from federated.errors import BaseMismatch, ReleaseError
 from federated.manifest import VersionManifest
 from federated.release.artefact import Artefact
 from federated.release.disk import translated
+from federated.release.dsse import SealKey
+from federated.release.seal import seal
 
 if TYPE_CHECKING:
     from federated.adapters import BaseModel
@@ -74,13 +76,14 @@ Exporter = Callable[[Exportable, Path], None]
 """Writes one version into an empty folder, or refuses it with a `ModelError` or `ReleaseError` that says why."""
 
 
-def export(subject: Exportable, exporter: Exporter, folder: Path) -> tuple[str, ...]:
+def export(subject: Exportable, exporter: Exporter, folder: Path, *, key: SealKey | None = None) -> tuple[str, ...]:
     """Write a version into a new folder: all of it, or nothing where the format refuses it.
 
     Args:
         subject: what is exported.
         exporter: the format.
         folder: must not be there yet, or be empty.
+        key: seals the folder, see `federated.release.seal`; None leaves it unsealed.
 
     Returns:
         The files' paths in the folder, sorted.
@@ -96,6 +99,8 @@ def export(subject: Exportable, exporter: Exporter, folder: Path) -> tuple[str, 
         beside.mkdir(parents=True)
         try:
             exporter(subject, beside)
+            if key is not None:
+                seal(beside, subject.manifest, key)
             beside.replace(folder)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)

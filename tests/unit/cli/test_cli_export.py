@@ -11,7 +11,7 @@ from federated.manifest import canonical_json
 from federated.release import pem
 from federated.release.exportable import Exportable
 
-from .conftest import APP
+from .conftest import APP, TINY
 
 
 def _manifest(subject: Exportable, folder: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_lineage_needs_no_base(export: Callable[..., Any], here: Path) -> None
     assert "a lineage needs no base model" in export("--to", here / "out", "--base", "tiny:bert", code=2).err
 
 
-def test_a_peft_folder_comes_back_as_a_version(
+def test_a_peft_folder_comes_back_as_a_version_and_a_federation_goes_on_from_it(
     export: Callable[..., Any], fedpeft: Callable[..., Any], here: Path
 ) -> None:
     out = export("--to", here / "out", "--as", "peft", "--base-name", "org/tiny").out
@@ -69,6 +69,11 @@ def test_a_peft_folder_comes_back_as_a_version(
     fedpeft("registry", "init", here / "other")
     overrides = ("experiment=tiny", f"--registry={here / 'other'}", APP)
     assert "and 0 ancestors" in fedpeft("registry", "import", here / "out", *overrides).out
+    run = (*TINY, "start_from=latest", f"registry={here / 'other'}", f"run_dir={here / 'run'}")
+    fedpeft("simulate", APP, *run)
+    lines = fedpeft("registry", "lineage", "--registry", here / "other").out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("│ v")] == ["v1", "v0", "v1"]
+    assert "adapter.rank is 8 there and 4 here" in fedpeft("simulate", APP, *run, "adapter.rank=4", code=2).err
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from federated.cli.registry import (
     AsOption,
     BlobsOption,
     RegistryOption,
-    VersionArgument,
     actor,
     blobs_place,
     open_registry,
@@ -92,18 +91,6 @@ def gc(
     say(f"{len(done.removed)} versions and {done.blobs} blobs ({done.freed} bytes) {verb}, {done.kept} kept{young}")
 
 
-def export(
-    version: VersionArgument,
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="A new folder.")],
-    registry: RegistryOption = None,
-    blobs: BlobsOption = None,
-) -> None:
-    """Write a version with its lineage into a folder: records and adapters, no training states."""
-    with open_registry(registry, blobs) as store:
-        records = store.export(version, to)
-    say(f"{to}: v{records[0].number} ({records[0].version_id[:12]}) and {len(records) - 1} ancestors")
-
-
 def import_(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="As export wrote it, or a PEFT folder.")],
     overrides: Annotated[
@@ -140,7 +127,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tag": tag,
     "verify": verify,
     "gc": gc,
-    "export": export,
     "import": import_,
 }
 """By name, for the group of `federated.cli.registry`."""

@@ -50,6 +50,8 @@ class ExperimentConfig:
         run_dir: the run's folder; relative to the working directory.
         registry: SQLAlchemy URL or folder of the registry; empty means ``registry`` inside ``run_dir``.
         registry_blobs: folder or fsspec URL of the registry's bytes; empty: beside its database; needed with a URL.
+        start_from: a version in ``registry`` that round 1 starts from, by any name that a registry resolves; it becomes
+            the parent of the run's first version. Empty: a fresh adapter.
         resume: go on with the run in ``run_dir`` from its last published round.
     """
 
@@ -61,6 +63,7 @@ class ExperimentConfig:
     run_dir: str = "runs/latest"
     registry: str = ""
     registry_blobs: str = ""
+    start_from: str = ""
     resume: bool = False
     model: ModelConfig = Field(default_factory=ModelConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
@@ -154,7 +157,7 @@ class ExperimentConfig:
 
     def for_clients(self) -> Self:
         """The experiment as it crosses the network: without the server's own places (registry, run folder)."""
-        return replace(self, run_dir="", registry="", registry_blobs="", resume=False, gate=GateConfig())
+        return replace(self, run_dir="", registry="", registry_blobs="", start_from="", resume=False, gate=GateConfig())
 
     @cached_property
     def client_json(self) -> str:

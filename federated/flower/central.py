@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def train_centrally(config: ExperimentConfig) -> RunSummary:
     session = full_session(run.config)
     with run.open_registry() as registry, run_trackers(run.folder, run.config) as tracker:
         registry.require_base(session.adapter.base.base_digest)
+        start = run.start(registry)
+        session = replace(session, initial=start.adapter)
         tracker.emit({**run.description("central"), "rounds": 1})
         tracker.emit({"event": "round_start", "round_number": 1, "cohort": ["pooled"], "version_id": None})
         began = time.perf_counter()
@@ -51,7 +54,7 @@ def train_centrally(config: ExperimentConfig) -> RunSummary:
         state, metrics = train_on(session, session.source.client_ids, name="central", threads=torch.get_num_threads())
         after, _ = evaluate_everywhere(session, state)
         parent, version = publish_central(
-            registry, session, state, run_id=run.run_id, metrics={**_prefixed(after), **metrics}
+            registry, session, state, run_id=run.run_id, metrics={**_prefixed(after), **metrics}, parent=start.parent
         )
         tracker.emit(
             {
@@ -78,7 +81,13 @@ def train_centrally(config: ExperimentConfig) -> RunSummary:
 
 
 def publish_central(
-    registry: Registry, session: Session, state: AdapterState, *, run_id: str, metrics: Mapping[str, float]
+    registry: Registry,
+    session: Session,
+    state: AdapterState,
+    *,
+    run_id: str,
+    metrics: Mapping[str, float],
+    parent: str | None = None,
 ) -> tuple[str, str]:
     """Publish the initial and the trained adapter of a central run; returns their version ids.
 
@@ -88,6 +97,7 @@ def publish_central(
         state: the trained adapter.
         run_id: of the central run.
         metrics: for the trained version's manifest.
+        parent: of the initial version, where it is one that was there already.
 
     Raises:
         RegistryError: if the registry refuses.
@@ -107,10 +117,9 @@ def publish_central(
         moments = server_optimizers.init(config.strategy.server_optimizer, adapter)
         return TrainingState(number, GlobalState(adapter.cast("F32")), moments)
 
-    initial = publisher.publish(training(0, session.initial), parent=None, participants=0, metrics={})
-    parent = initial.version_id
-    trained = publisher.publish(training(1, state), parent=parent, participants=0, metrics=metrics)
-    return parent, trained.version_id
+    initial = publisher.publish(training(0, session.initial), parent=parent, participants=0, metrics={})
+    trained = publisher.publish(training(1, state), parent=initial.version_id, participants=0, metrics=metrics)
+    return initial.version_id, trained.version_id
 
 
 def _prefixed(evaluation: Mapping[str, Any]) -> dict[str, float]:

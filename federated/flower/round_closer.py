@@ -67,7 +67,7 @@ class RoundCloser:
         state = self._server.training_state(number)
         manifest = self._publisher.publish(
             state if private is None else replace(state, ledger_head=private.budget.head),
-            parent=self._server.version_id,
+            parent=self._server.version_id or self._server.parent,
             participants=len(good) if private is None else round(private.planned),
             metrics=train_metrics(good) if private is None else {},
             servable=servable,

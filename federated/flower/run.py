@@ -27,6 +27,7 @@ from federated.errors import ConfigError, FederatedError, NotEnoughUpdates, RunI
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.flower.server_privacy import ServerPrivacy
 from federated.flower.session import Session, app_folder, open_session
+from federated.flower.starting import Start, start_of
 from federated.flower.strategy import DeltaStrategy
 from federated.registry import Registry, VersionRecord
 from federated.report import write_report
@@ -91,6 +92,8 @@ class Run:
             raise ConfigError(f"resume: {config.run_dir} holds no run (no run.json); give run_dir= the run's folder")
         rule = make_rule(config.strategy.rule, config.strategy.options)
         check_combination(rule, config)  # before anything is left on the disk
+        if config.start_from and not config.registry:
+            raise ConfigError(f"start_from = {config.start_from}: say with registry= which registry holds that version")
         if config.registry and "://" not in config.registry:  # a resumed run must find it from any folder
             config = replace(config, registry=str(Path(config.registry).resolve()))
         if config.registry_blobs and "://" not in config.registry_blobs:
@@ -215,8 +218,7 @@ class Run:
         )
         return DeltaStrategy(
             self.config,
-            initial=self.session.initial,
-            base_digest=model.base_digest,
+            **self.start(registry, resumed=saved is not None).arguments,
             publisher=publisher,
             registry=registry,
             tracker=tracker,
@@ -224,6 +226,17 @@ class Run:
             resume=saved,
             privacy=self._private(saved),
         )
+
+    def start(self, registry: Registry, *, resumed: bool = False) -> Start:
+        """What round 1 starts from; a resumed run has left it behind, and ``start_from`` may mean another by now.
+
+        Raises:
+            RegistryError: if there is no such version.
+            ModelError: if it belongs to another base model.
+            ConfigError: if it does not fit the run.
+        """
+        config = replace(self.config, start_from="") if resumed else self.config
+        return start_of(config, registry, self.session)
 
     def _private(self, saved: tuple[TrainingState, str] | None) -> ServerPrivacy | None:
         rule = make_rule(self.config.strategy.rule, self.config.strategy.options)

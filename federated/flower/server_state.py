@@ -37,11 +37,13 @@ class ServerState:
         initial: the adapter before round 1; a float32 master copy is kept.
         rule: initialises its memory.
         optimizer: server optimizer.
+        parent: id of the version that ``initial`` is; None for a fresh adapter.
 
     Attributes:
         global_state: master copy and rule memory.
         finished: the last round that was closed.
         version_id: id of the version that holds the global adapter; None before the first is published.
+        parent: of the first version.
         counters: last message counter of each client.
         standings: what earlier rounds taught about each client, for its selection.
         at_work: clients in training while the last version was made (buffered rounds).
@@ -49,10 +51,13 @@ class ServerState:
         ledger_heads: the last head of each client's privacy ledger, as it was told: acknowledged with the next task.
     """
 
-    def __init__(self, initial: AdapterState, *, rule: Rule, optimizer: ServerOptimizerConfig) -> None:
+    def __init__(
+        self, initial: AdapterState, *, rule: Rule, optimizer: ServerOptimizerConfig, parent: str | None = None
+    ) -> None:
         self.global_state = GlobalState(initial.cast("F32"), rule_state=rule.init(initial.spec))
         self.finished = 0
         self.version_id: str | None = None
+        self.parent = parent
         self.counters: dict[str, int] = {}
         self.standings: dict[str, Standing] = {}
         self.at_work: tuple[str, ...] = ()

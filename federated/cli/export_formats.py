@@ -26,8 +26,17 @@ def _peft() -> Exporter:
     return export_peft
 
 
+def _gguf(kind: str) -> Exporter:
+    from federated.release.export_gguf import exporter
+
+    return exporter(kind)
+
+
 EXPORTERS: dict[str, Callable[[], Exporter]] = {
     "peft": _peft,
+    "gguf": lambda: _gguf("f32"),
+    "gguf-f16": lambda: _gguf("f16"),
+    "gguf-q8_0": lambda: _gguf("q8_0"),
 }
 """By name; each loads its format when it is called."""
 

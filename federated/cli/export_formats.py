@@ -20,7 +20,22 @@ LINEAGE = "lineage"
 """The version with all its ancestors, for another registry: the registry writes it itself, without a base model."""
 
 
-EXPORTERS: dict[str, Callable[[], Exporter]] = {}
+def _onnx() -> Exporter:
+    from federated.release.export_onnx import export_onnx
+
+    return export_onnx
+
+
+def _onnx_base() -> Exporter:
+    from federated.release.export_onnx import export_onnx_base
+
+    return export_onnx_base
+
+
+EXPORTERS: dict[str, Callable[[], Exporter]] = {
+    "onnx": _onnx,
+    "onnx-base": _onnx_base,
+}
 """By name; each loads its format when it is called."""
 
 

@@ -1,10 +1,10 @@
-"""A PEFT folder from anywhere becomes an adapter of ours: LoRA factors by exact name, and nothing else.
+"""A PEFT folder from anywhere becomes an adapter of ours: LoRA factors and a head by exact name, and nothing else.
 
 ``adapter_config.json`` is read as plain data: a handful of its fields are understood, those that do not change what the
 adapter computes are passed over, and any other that is set is refused by name. peft never sees it. Of the weights only
-safetensors are read, and of these only ``lora_A`` and ``lora_B`` of layers that this base has: a foreign name, such as
-``base_layer.weight``, would overwrite the base and is refused. The adapter's head, which such a folder does not have in
-our form, starts from the seed.
+safetensors are read, and of these only ``lora_A`` and ``lora_B`` of layers that this base has, and the tensors of the
+task's head: a foreign name, such as ``base_layer.weight``, would overwrite the base and is refused. A head that the
+folder does not have starts from the seed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from safetensors.torch import load
 from federated.adapters.base import BaseModel
 from federated.adapters.heads import backbone_path
 from federated.adapters.model import AdapterModel, attach
+from federated.adapters.peft_host import PeftHost, host_of
+from federated.adapters.spec import head_spec
 from federated.adapters.targets import adaptable
 from federated.config import AdapterConfig, TaskConfig
 from federated.errors import ModelError
@@ -32,8 +34,18 @@ __all__ = ["read_peft"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MOST_BYTES = 2**20
+_PREFIX = "base_model.model."
 _NAME = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<factor>[AB])\.weight")
-_UNDERSTOOD = ("r", "lora_alpha", "use_rslora", "peft_type", "bias", "init_lora_weights", "fan_in_fan_out")
+_UNDERSTOOD = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "peft_type",
+    "bias",
+    "init_lora_weights",
+    "fan_in_fan_out",
+    "modules_to_save",
+)
 _HARMLESS = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "lora_dropout", "megatron_core", "layers_pattern", "layers_to_transform",
@@ -42,6 +54,9 @@ _HARMLESS = (
 """What does not change what the factors compute; which layers have factors is read from the weights."""
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_ADDED = ("classifier", "score")
+"""What peft itself writes into ``modules_to_save`` of every classifier, whether there is such a module or not."""
+
 Factors = dict[str, dict[str, torch.Tensor]]
 
 
@@ -60,8 +75,10 @@ def read_peft(folder: Path, base: BaseModel, task: TaskConfig, *, seed: int) -> 
     Raises:
         ModelError: naming what is missing, not understood, or does not fit the base.
     """
-    settings = _settings(folder / _CONFIG)
-    factors = _placed(_factors(folder), base)
+    host = host_of(base, head_spec(task, trained=True, seed=seed))
+    settings = _settings(folder / _CONFIG, host)
+    found_factors, head = _tensors(folder, host)
+    factors = _placed(found_factors, base, host)
     dtype = _dtype(factors)
     config = AdapterConfig(
         rank=settings["r"],
@@ -74,11 +91,11 @@ def read_peft(folder: Path, base: BaseModel, task: TaskConfig, *, seed: int) -> 
     found = {module.name for module in model.spec.modules}
     if found != set(factors):
         raise ModelError(f"{folder} adapts {sorted(set(factors) ^ found)[:3]} besides what this task can train")
-    _write(model, factors)
+    _write(model, factors, head)
     return config, model.read()
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path, host: PeftHost) -> dict[str, Any]:
     value = _parsed(path)
     for name, found in value.items():
         if name not in _UNDERSTOOD and name not in _HARMLESS and found:
@@ -93,12 +110,23 @@ def _settings(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path}: init_lora_weights = {value['init_lora_weights']!r} changes the base model; not imported"
         )
+    _check_saved(path, value.get("modules_to_save") or (), host)
     rank, alpha, rslora = value.get("r"), value.get("lora_alpha"), value.get("use_rslora", False)
     if type(rank) is not int or rank < 1 or type(rslora) is not bool:
         raise ModelError(f"{path}: r = {rank!r}, use_rslora = {rslora!r}; expected a positive integer, true or false")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not (math.isfinite(alpha) and alpha > 0):
         raise ModelError(f"{path}: lora_alpha = {alpha!r}; expected a positive number")
     return {"r": rank, "lora_alpha": alpha, "use_rslora": rslora}
+
+
+def _check_saved(path: Path, saved: Any, host: PeftHost) -> None:
+    """Whole modules that the folder replaces can be those of the task's head."""
+    known = {name.rpartition(".")[2] for name in host.modules_to_save} | set(_ADDED if host.modules_to_save else ())
+    if not (isinstance(saved, list | tuple) and all(str(name).rpartition(".")[2] in known for name in saved)):
+        raise ModelError(
+            f"{path}: modules_to_save = {str(saved)[:60]!r}; expected modules of the task's head alone: "
+            f"{list(host.modules_to_save) or 'it has none'}"
+        )
 
 
 def _parsed(path: Path) -> Mapping[str, Any]:
@@ -115,8 +143,8 @@ def _parsed(path: Path) -> Mapping[str, Any]:
     return value
 
 
-def _factors(folder: Path) -> Factors:
-    """PEFT's own module names, each with A and B."""
+def _tensors(folder: Path, host: PeftHost) -> tuple[Factors, dict[str, torch.Tensor]]:
+    """Factors by PEFT's own module names, each with A and B; and the head by canonical name."""
     path = folder / _WEIGHTS
     if not path.is_file():
         pickled = [one.name for pattern in ("*.bin", "*.pt", "*.pkl") for one in folder.glob(pattern)]
@@ -127,29 +155,45 @@ def _factors(folder: Path) -> Factors:
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ModelError(f"{path} cannot be read as safetensors: {str(error)[:200]}") from None
     found: Factors = {}
+    head: dict[str, torch.Tensor] = {}
+    places = {f"{_PREFIX}{place}": name for name, place in host.head.items()}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
-        if match is None:
+        if match is None and name not in places:
             raise ModelError(
-                f"{path}: tensor {name[:120]!r} is no LoRA factor; expected base_model.model.LAYER.lora_A.weight and "
-                f"lora_B alone: anything else would change the base or is not served"
+                f"{path}: tensor {name[:120]!r} is no LoRA factor and not of the task's head; expected "
+                f"base_model.model.LAYER.lora_A.weight and lora_B: anything else would change the base or is not served"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{path}: tensor {name} holds NaN or infinity")
-        found.setdefault(match["module"], {})[match["factor"]] = tensor
+        if match is None:
+            head[places[name]] = tensor
+        else:
+            found.setdefault(match["module"], {})[match["factor"]] = tensor
+    _check_whole(path, found, head, host)
+    return found, head
+
+
+def _check_whole(path: Path, found: Factors, head: Mapping[str, torch.Tensor], host: PeftHost) -> None:
     halves = sorted(name for name, pair in found.items() if set(pair) != {"A", "B"})
     if halves or not found:
         raise ModelError(f"{path}: {halves[0] if halves else 'no layer'} has lora_A and lora_B; expected both of each")
-    return found
+    poolers = any(name.startswith("pooler.") for name in head)  # without it, a head goes with the base's own
+    needed = [name for name in host.head if head and (poolers or not name.startswith("pooler."))]
+    missing = [name for name in needed if name not in head]
+    if missing:
+        raise ModelError(
+            f"{path}: {missing[0]} of the task's head is missing; expected all of a head, or nothing of it"
+        )
 
 
-def _placed(factors: Factors, base: BaseModel) -> Factors:
+def _placed(factors: Factors, base: BaseModel, host: PeftHost) -> Factors:
     """By the base's own paths; PEFT may have wrapped it in a model with a head, whose prefix is one word in front."""
     layers = adaptable(base.model)
+    hosted = {place: name for name, place in host.layers.items()}
     placed = {}
     for name, pair in factors.items():
-        inner = name.partition(".")[2]
-        ours = name if name in layers else inner
+        ours = name if name in layers else hosted.get(name, name.partition(".")[2])
         if ours not in layers:
             raise ModelError(f"the adapter is for a layer {name}, which {base.source} does not have")
         placed[ours] = pair
@@ -172,8 +216,8 @@ def _relative(name: str, base: BaseModel, task: TaskConfig) -> str:
     return name.removeprefix(f"{path}.") if path else name
 
 
-def _write(model: AdapterModel, factors: Factors) -> None:
-    tensors = dict(model.read().tensors)
+def _write(model: AdapterModel, factors: Factors, head: Mapping[str, torch.Tensor]) -> None:
+    tensors = {**model.read().tensors, **head}
     for module in model.spec.modules:
         pair = factors[module.name]
         shapes = [list(pair[key].shape) for key in ("A", "B")]

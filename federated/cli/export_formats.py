@@ -20,6 +20,12 @@ LINEAGE = "lineage"
 """The version with all its ancestors, for another registry: the registry writes it itself, without a base model."""
 
 
+def _peft() -> Exporter:
+    from federated.release.export_peft import export_peft
+
+    return export_peft
+
+
 def _onnx() -> Exporter:
     from federated.release.export_onnx import export_onnx
 
@@ -33,6 +39,7 @@ def _onnx_base() -> Exporter:
 
 
 EXPORTERS: dict[str, Callable[[], Exporter]] = {
+    "peft": _peft,
     "onnx": _onnx,
     "onnx-base": _onnx_base,
 }

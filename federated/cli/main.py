@@ -37,6 +37,7 @@ from federated.cli import (
     release,
     release_keys,
     release_look,
+    seals,
 )
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 
@@ -54,8 +55,10 @@ app.add_typer(registry.app, name="registry")
 app.add_typer(channel.app, name="channel")
 app.command("approve")(channel.approve)
 app.add_typer(audit.app, name="audit")
+for name, command in seals.KEY_COMMANDS.items():
+    release_keys.app.command(name)(command)
 release.app.add_typer(release_keys.app, name="keys")
-for name, command in (release_keys.COMMANDS | release_look.COMMANDS).items():
+for name, command in (release_keys.COMMANDS | release_look.COMMANDS | seals.COMMANDS).items():
     release.app.command(name)(command)
 app.add_typer(release.app, name="release")
 app.add_typer(device.app, name="device")

@@ -7,6 +7,7 @@ each knows one: a function that writes into an empty folder. The command finds t
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from federated.errors import BaseMismatch, ReleaseError
 from federated.manifest import VersionManifest
 from federated.release.artefact import Artefact
 from federated.release.disk import translated
+from federated.release.dsse import SealKey
+from federated.release.seal import seal
 
 if TYPE_CHECKING:
     from federated.adapters import BaseModel
@@ -34,6 +37,7 @@ class Exportable:
         artefact: the version; it can be served, and its weights are those of its record.
         base: its base model, loaded.
         task: what it answers.
+        public_name: what the world calls the base; empty: see `base_name`.
 
     Raises:
         BaseMismatch: if the version belongs to another base model.
@@ -42,6 +46,7 @@ class Exportable:
     artefact: Artefact
     base: BaseModel
     task: TaskConfig
+    public_name: str = ""
 
     def __post_init__(self) -> None:
         if self.base.base_digest != self.manifest.base_digest:
@@ -55,18 +60,30 @@ class Exportable:
         """The version's record."""
         return self.artefact.manifest
 
+    @property
+    def base_name(self) -> str:
+        """What files for others call the base: a hub's name as it is, of a folder the last part alone."""
+        source = self.base.source
+        if self.public_name:
+            return self.public_name
+        on_the_hub = _HUB_NAME.fullmatch(source) and not Path(source).is_dir()
+        return source if on_the_hub else Path(source).name.replace(":", "-")
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Exporter = Callable[[Exportable, Path], None]
 """Writes one version into an empty folder, or refuses it with a `ModelError` or `ReleaseError` that says why."""
 
 
-def export(subject: Exportable, exporter: Exporter, folder: Path) -> tuple[str, ...]:
+def export(subject: Exportable, exporter: Exporter, folder: Path, *, key: SealKey | None = None) -> tuple[str, ...]:
     """Write a version into a new folder: all of it, or nothing where the format refuses it.
 
     Args:
         subject: what is exported.
         exporter: the format.
         folder: must not be there yet, or be empty.
+        key: seals the folder, see `federated.release.seal`; None leaves it unsealed.
 
     Returns:
         The files' paths in the folder, sorted.
@@ -82,6 +99,8 @@ def export(subject: Exportable, exporter: Exporter, folder: Path) -> tuple[str, 
         beside.mkdir(parents=True)
         try:
             exporter(subject, beside)
+            if key is not None:
+                seal(beside, subject.manifest, key)
             beside.replace(folder)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -110,12 +111,13 @@ class KeyRing:
         """The public half of the key of that name."""
         return next((record.key for record in self._records.values() if record.name == name), None)
 
-    def make(self, name: str, group: str) -> Key:
-        """Make an ed25519 key and write it, encrypted.
+    def make(self, name: str, group: str, *, sealing: bool = False) -> Key:
+        """Make a key and write it, encrypted.
 
         Args:
             name: new in this ring.
             group: subfolder, so that keys that belong together can be carried away together.
+            sealing: ECDSA on P-256, for `federated.release.dsse`, in place of ed25519.
 
         Raises:
             SigningKeyError: if the name is taken, or the passphrase is empty.
@@ -125,7 +127,7 @@ class KeyRing:
         passphrase = self._passphrase(name, True)
         if not passphrase:
             raise SigningKeyError(f"key {name}: an empty passphrase protects nothing; give one")
-        private = Ed25519PrivateKey.generate()
+        private = generate_private_key(SECP256R1()) if sealing else Ed25519PrivateKey.generate()
         key = SSlibKey.from_crypto(private.public_key())
         record = self._named_record(name, key, f"pem:{name}.pem", group)
         der = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())

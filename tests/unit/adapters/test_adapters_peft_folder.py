@@ -1,6 +1,7 @@
 """PEFT's own folders are read with equal outputs; whatever else such a folder may hold is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,50 @@ def test_a_classifier_s_backbone_is_found_behind_its_prefix(tmp_path: Path) -> N
     assert {module.name.rsplit(".", 1)[-1] for module in state.spec.modules} == {"query", "value"}
     assert state.spec.head is not None and state.spec.head.trained
     assert config.train_head
+
+
+def classifier_folder(folder: Path, **settings: Any) -> tuple[Path, Any]:
+    """What peft saves of an adapter on transformers' own classifier, whose head it trains."""
+    from transformers import AutoModelForSequenceClassification
+
+    features, _ = tiny_model("bert")
+    torch.manual_seed(2)
+    model = AutoModelForSequenceClassification.from_config(features.config)
+    model.bert.load_state_dict(features.state_dict())
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], init_lora_weights=False, **settings)
+    wrapped = get_peft_model(model, config).eval()
+    wrapped.save_pretrained(folder)
+    return folder, wrapped
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["pooler"]}], ids=["head", "head and pooler"])
+def test_a_head_comes_along(tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder, theirs = classifier_folder(tmp_path / "peft", **settings)
+    task = replace(LABELS, head="stock")
+    _, state = read_peft(folder, base("bert"), task, seed=0)
+    ours = shell(base("bert"), state.spec)
+    ours.write(state)
+    ids = torch.arange(1, 13).reshape(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model(input_ids=ids), theirs(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gone", "match"),
+    [({}, "classifier.bias", r"classifier\.bias of the task's head is missing"),
+     ({"modules_to_save": ["pooler"]}, "bert.pooler.dense.bias", r"pooler\.dense\.bias of the task's head is missing")],
+)  # fmt: skip
+def test_half_a_head_is_refused(tmp_path: Path, settings: dict[str, Any], gone: str, match: str) -> None:
+    folder, _ = classifier_folder(tmp_path / "peft", **settings)
+    tensors(folder, lambda found: found.pop(f"base_model.model.{gone}"))
+    refused(folder, match, kind="bert", task=replace(LABELS, head="stock"))
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["classifier", "bert.embeddings"], "classifier", {"classifier": 1}])
+def test_other_modules_than_the_head_s_are_refused(tmp_path: Path, saved: Any) -> None:
+    folder, _ = classifier_folder(tmp_path / "peft")
+    change(folder, modules_to_save=saved)
+    refused(folder, "modules of the task's head alone", kind="bert", task=replace(LABELS, head="stock"))
 
 
 def _renamed(found: dict[str, Any], old: str, new: str) -> None:

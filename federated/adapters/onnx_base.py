@@ -179,7 +179,7 @@ def _exported(adapter: AdapterModel, folder: Path) -> onnx.ModelProto:
 def _quiet() -> Iterator[None]:
     """Without notices about constants in the trace, which `_compare` looks for itself, and about the exporter's age."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.onnx")

@@ -60,7 +60,8 @@ class TinySensor(nn.Module):
             raise ModelError(f"the series have {values.shape[-1]} channels, the base model reads {self.channels}")
         masked = values * attention_mask.unsqueeze(-1)
         padded = nn.functional.pad(masked, (0, 0, _LAGS - 1, 0))
-        window = padded.unfold(1, _LAGS, 1).flatten(2)
+        steps = values.shape[1]
+        window = torch.stack([padded[:, lag : lag + steps] for lag in range(_LAGS)], dim=-1).flatten(2)
         hidden = torch.tanh(self.embed(window))
         features: Tensor = self.out(torch.tanh(self.mix(hidden)))
         return features

@@ -32,22 +32,36 @@ def try_(
     ] = "latest",
     registry: Annotated[str, typer.Option(help="Folder or URL; default: the newest registry below runs/.")] = "",
     app_dir: Annotated[Path, typer.Option("--app", help="Folder where the base model is looked up.")] = Path(),
+    onnx: Annotated[
+        Path | None,
+        typer.Option("--onnx", metavar="FOLDER", help="Answer in onnxruntime, from a base exported --as onnx-base."),
+    ] = None,
 ) -> None:
     """Answer texts with one version and say how long its activation took."""
     from rich.console import Console
 
     from federated.cli.registry import open_registry
-    from federated.device import NULL, open_runtime
+    from federated.device import NULL
 
     with open_registry(registry or None) as store:
         record = store.get("latest" if version == NULL else version)
         _reads_texts(record)
-        runtime = open_runtime(record.manifest, app_dir=app_dir)
+        runtime = _runtime(record, app_dir, onnx)
         activation = runtime.activate(NULL) if version == NULL else _activate(runtime, store, record)
     served = runtime.predict([{"text": item} for item in text])
     console = Console()
     console.print(answer_table(text, served.predictions, title=f"Answers of {served.slot.label}"))
     console.print(_summary(activation, served.slot.label))
+
+
+def _runtime(record: VersionRecord, app_dir: Path, onnx: Path | None) -> AdapterRuntime:
+    if onnx is None:
+        from federated.device import open_runtime
+
+        return open_runtime(record.manifest, app_dir=app_dir)
+    from federated.device import AdapterRuntime, OnnxBackend
+
+    return AdapterRuntime(OnnxBackend(onnx))
 
 
 def answer_table(texts: Sequence[str], predictions: Sequence[Any], *, title: str) -> Table:

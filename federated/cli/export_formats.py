@@ -32,11 +32,25 @@ def _gguf(kind: str) -> Exporter:
     return exporter(kind)
 
 
+def _onnx() -> Exporter:
+    from federated.release.export_onnx import export_onnx
+
+    return export_onnx
+
+
+def _onnx_base() -> Exporter:
+    from federated.release.export_onnx import export_onnx_base
+
+    return export_onnx_base
+
+
 EXPORTERS: dict[str, Callable[[], Exporter]] = {
     "peft": _peft,
     "gguf": lambda: _gguf("f32"),
     "gguf-f16": lambda: _gguf("f16"),
     "gguf-q8_0": lambda: _gguf("q8_0"),
+    "onnx": _onnx,
+    "onnx-base": _onnx_base,
 }
 """By name; each loads its format when it is called."""
 

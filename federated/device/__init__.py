@@ -1,7 +1,7 @@
 """The device: immutable slots, a pin for each request, activation and rollback by pointer.
 
-`AdapterRuntime`, `Slot` and what belongs to them import neither torch nor SQLAlchemy; `TorchBackend` and
-`open_runtime` load torch when they are first asked for.
+`AdapterRuntime`, `Slot` and what belongs to them import neither torch nor SQLAlchemy. `TorchBackend` and
+`open_runtime` load torch when they are first asked for, and `OnnxBackend` onnxruntime.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from federated.device.recipe import Recipe, recipe_of
 from federated.device.slots import NULL, Activation, AdapterRuntime, Served, Slot
 
 if TYPE_CHECKING:
+    from federated.device.backends.onnx import OnnxBackend
     from federated.device.backends.torch import TorchBackend
     from federated.device.opening import open_runtime
 
@@ -22,6 +23,7 @@ __all__ = [
     "Activation",
     "AdapterRuntime",
     "Backend",
+    "OnnxBackend",
     "Recipe",
     "Served",
     "Slot",
@@ -30,7 +32,11 @@ __all__ = [
     "recipe_of",
 ]
 
-_HEAVY = {"TorchBackend": "federated.device.backends.torch", "open_runtime": "federated.device.opening"}
+_HEAVY = {
+    "OnnxBackend": "federated.device.backends.onnx",
+    "TorchBackend": "federated.device.backends.torch",
+    "open_runtime": "federated.device.opening",
+}
 
 
 def __getattr__(name: str) -> Any:

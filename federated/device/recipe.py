@@ -16,7 +16,7 @@ from federated.config import AdapterConfig, ModelConfig, TaskConfig
 from federated.errors import DeviceError
 from federated.manifest import VersionManifest
 
-__all__ = ["Recipe", "recipe_of"]
+__all__ = ["Recipe", "check_task", "recipe_of"]
 
 _Record = TypeVar("_Record")
 
@@ -50,6 +50,30 @@ def recipe_of(manifest: VersionManifest) -> Recipe:
         _part(manifest, "task", TaskConfig),
         _seed(manifest),
     )
+
+
+def check_task(manifest: VersionManifest, task: TaskConfig) -> None:
+    """Refuse a version whose answers would be read as another task's.
+
+    Args:
+        manifest: the version's record.
+        task: what a runtime answers.
+
+    Raises:
+        DeviceError: if the version's task differs, or its head does not fit the task.
+    """
+    theirs = recipe_of(manifest).task
+    if theirs != task:
+        raise DeviceError(
+            f"version {manifest.version_id[:12]} answers {theirs.name} with labels {list(theirs.labels)}; this "
+            f"runtime answers {task.name} with labels {list(task.labels)} or other settings: open a runtime for that "
+            "version"
+        )
+    head = manifest.spec.head
+    found = "no head" if head is None else f"a {head.kind} head for {head.num_labels} labels"
+    expected = "no head" if task.name == "causal_lm" else f"a {task.head} head for {len(task.labels)} labels"
+    if found != expected:
+        raise DeviceError(f"version {manifest.version_id[:12]} has {found}; its task needs {expected}")
 
 
 def _part(manifest: VersionManifest, key: str, record: type[_Record]) -> _Record:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from federated.config import TaskConfig
 from federated.errors import DataError
+from federated.rows import NEW_TOKENS, some_text_of
 from federated.tasks.batching import exact_mean, in_eval_mode, pad_1d, require_some, sorted_batches, to_device_of
 from federated.tasks.chat import check_template, encode_chat, render_prompt
 from federated.tasks.protocol import Batch, Evaluation, Features, Prediction, Row
@@ -22,7 +23,6 @@ from federated.tasks.protocol import Batch, Evaluation, Features, Prediction, Ro
 __all__ = ["CausalLM"]
 
 _IGNORE = -100
-_NEW_TOKENS = 32
 
 
 class CausalLM:
@@ -58,7 +58,7 @@ class CausalLM:
         require_some(rows, "rows")
         if self._chat:
             return [sample for number, row in enumerate(rows, start=1) for sample in self._answers(row, number)]
-        texts = [_text_of(row, number) for number, row in enumerate(rows, start=1)]
+        texts = [some_text_of(row, number) for number, row in enumerate(rows, start=1)]
         encoded = self._tokenizer(texts, verbose=False)["input_ids"]  # together: a call per text costs ten times more
         return [sample for number, ids in enumerate(encoded, start=1) for sample in self._chunks(list(ids), number)]
 
@@ -73,7 +73,7 @@ class CausalLM:
             yield {"input_ids": part, "labels": part}
 
     def _tokens(self, row: Row, number: int) -> list[int]:
-        return list(self._tokenizer(_text_of(row, number), verbose=False)["input_ids"])
+        return list(self._tokenizer(some_text_of(row, number), verbose=False)["input_ids"])
 
     def _answers(self, row: Row, number: int) -> Iterator[Features]:
         ids, marks = encode_chat(self._tokenizer, row.get("messages"), number)
@@ -158,7 +158,7 @@ class CausalLM:
         made = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=_NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=self._pad,
             return_dict_in_generate=True,
@@ -175,13 +175,6 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
     if len(values) == mask.numel():
         return values.view(mask.shape)
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def _text_of(row: Row, number: int) -> str:
-    text = row.get("text")
-    if not isinstance(text, str) or not text:
-        raise DataError(f"row {number}: expected a text that is not empty under 'text'")
-    return text
 
 
 def _sort_key(features: Features) -> Any:

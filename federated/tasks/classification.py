@@ -11,13 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from federated.errors import DataError, ModelError
+from federated.errors import DataError
+from federated.rows import PREDICT_BATCH, classified, text_of
 from federated.tasks.batching import exact_mean, in_eval_mode, pad_1d, require_some, sorted_batches, to_device_of
 from federated.tasks.protocol import Batch, Evaluation, Features, Prediction, Row
 
 __all__ = ["Classification", "Inputs", "TextInputs", "macro_f1"]
-
-_PREDICT_BATCH = 64
 
 
 class Inputs(Protocol):
@@ -58,7 +57,7 @@ class TextInputs:
         Raises:
             DataError: if a row has no text.
         """
-        texts = [_text_of(row, number) for number, row in enumerate(rows, start=1)]
+        texts = [text_of(row, number) for number, row in enumerate(rows, start=1)]
         encoded = self._tokenizer(texts, truncation=True, max_length=self._max_length, padding=False)["input_ids"]
         return [{"input_ids": list(ids) or [self._tokenizer.pad_token_id]} for ids in encoded]
 
@@ -74,13 +73,6 @@ class TextInputs:
         """The tokens."""
         tokens: list[int] = features["input_ids"]
         return tokens
-
-
-def _text_of(row: Row, number: int) -> str:
-    text = row.get("text")
-    if not isinstance(text, str):
-        raise DataError(f"row {number}: found {type(text).__name__} under 'text', expected a string")
-    return text
 
 
 class Classification:
@@ -169,17 +161,10 @@ class Classification:
         model.eval()
         features = self._inputs.encode(rows)
         made: list[Prediction] = []
-        for start in range(0, len(features), _PREDICT_BATCH):
-            batch = to_device_of(model, self._inputs.collate(features[start : start + _PREDICT_BATCH]))
-            made += [self._prediction(row) for row in model(**batch).float().softmax(-1)]
+        for start in range(0, len(features), PREDICT_BATCH):
+            batch = to_device_of(model, self._inputs.collate(features[start : start + PREDICT_BATCH]))
+            made += [classified(self.labels, row) for row in model(**batch).float().softmax(-1).tolist()]
         return made
-
-    def _prediction(self, probabilities: Tensor) -> Prediction:
-        if len(probabilities) != len(self.labels):
-            raise ModelError(f"the model has {len(probabilities)} classes, the task {len(self.labels)} labels")
-        scores = dict(zip(self.labels, probabilities.tolist(), strict=True))
-        best = max(scores, key=lambda label: scores[label])
-        return Prediction(best, scores[best], scores)
 
 
 def macro_f1(truth: list[int], answers: list[int]) -> float:

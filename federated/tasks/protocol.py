@@ -13,10 +13,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Evaluation", "Features", "Prediction", "Row", "Task"]
+from federated.rows import Prediction, Row
 
-Row = Mapping[str, Any]
-"""One example as data rooms deliver it, e.g. ``{"text": str, "label": int}``."""
+__all__ = ["Batch", "Evaluation", "Features", "Prediction", "Row", "Task"]
 
 Features = Mapping[str, Any]
 """One encoded example: plain lists and numbers, made once and used in many batches."""
@@ -42,21 +41,6 @@ class Evaluation:
     def to_dict(self) -> dict[str, float]:
         """One flat record: loss, num_examples and every metric."""
         return {"loss": self.loss, "num_examples": self.num_examples, **self.metrics}
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answer.
-
-    Args:
-        label: class name, or the generated continuation.
-        probability: of the label; for a continuation the geometric mean of its tokens' probabilities.
-        scores: probability of each class by name; empty for a continuation.
-    """
-
-    label: str
-    probability: float
-    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 class Task(Protocol):

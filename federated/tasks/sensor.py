@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from federated.errors import DataError
+from federated.rows import series_of
 from federated.tasks.batching import pad_1d
 from federated.tasks.protocol import Batch, Features, Row
 
@@ -31,11 +30,7 @@ class SeriesInputs:
         Raises:
             DataError: if a row's ``values`` are not a series of finite numbers with as many channels as the first row.
         """
-        series = [_series_of(row, number) for number, row in enumerate(rows, start=1)]
-        for number, one in enumerate(series, start=1):
-            if any(len(step) != len(series[0][0]) for step in one):
-                raise DataError(f"row {number}: a step has another number of channels than row 1 ({len(series[0][0])})")
-        return [{"values": one[: self._max_length]} for one in series]
+        return [{"values": one} for one in series_of(rows, self._max_length)]
 
     def collate(self, features: Sequence[Features]) -> Batch:
         """``values`` float32 [batch, longest, channels], ``attention_mask`` int64 [batch, longest]."""
@@ -49,13 +44,3 @@ class SeriesInputs:
         """The time steps."""
         steps: list[list[float]] = features["values"]
         return steps
-
-
-def _series_of(row: Row, number: int) -> list[list[float]]:
-    try:
-        series = [[float(value) for value in step] for step in row["values"]]
-    except (KeyError, TypeError, ValueError):
-        series = []
-    if not series or not series[0] or not all(math.isfinite(value) for step in series for value in step):
-        raise DataError(f"row {number}: 'values' is not a series of finite numbers; expected [[float, ...], ...]")
-    return series

@@ -1,4 +1,4 @@
-"""What builds and runs models for a runtime: the protocol, and torch."""
+"""What builds and runs models for a runtime: the protocol, torch, and onnxruntime."""
 
 from __future__ import annotations
 

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from federated.adapters import BaseModel, null_model, shell
-from federated.device.recipe import Recipe, recipe_of
-from federated.errors import DeviceError
+from federated.device.recipe import Recipe, check_task
 from federated.manifest import AdapterSpec, RawTensor, VersionManifest
 from federated.state import AdapterState, from_raw
 from federated.tasks import Task, make_task
@@ -58,18 +57,7 @@ class TorchBackend:
         Raises:
             DeviceError: if the version's task differs, or its head does not fit the task.
         """
-        task = recipe_of(manifest).task
-        if task != self._recipe.task:
-            raise DeviceError(
-                f"version {manifest.version_id[:12]} answers {task.name} with labels {list(task.labels)}; this "
-                f"runtime answers {self._recipe.task.name} with labels {list(self._recipe.task.labels)} or other "
-                "settings: open a runtime for that version"
-            )
-        head = manifest.spec.head
-        found = "no head" if head is None else f"a {head.kind} head for {head.num_labels} labels"
-        expected = "no head" if task.name == "causal_lm" else f"a {task.head} head for {len(task.labels)} labels"
-        if found != expected:
-            raise DeviceError(f"version {manifest.version_id[:12]} has {found}; its task needs {expected}")
+        check_task(manifest, self._recipe.task)
 
     def build(self, spec: AdapterSpec, tensors: Mapping[str, RawTensor]) -> nn.Module:
         """A module tree of its own with this adapter, in eval mode, for reading only.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from federated.adapters import attach, load_base
+from federated.adapters.onnx_base import write_onnx_base
 from federated.config import AdapterConfig, ModelConfig, TaskConfig
-from federated.device import AdapterRuntime, Recipe
+from federated.device import AdapterRuntime, OnnxBackend, Recipe, open_runtime, recipe_of
 from federated.errors import DeviceError
-from federated.manifest import AdapterSpec, ModuleSpec, RawTensor, VersionManifest, sha256_hex
+from federated.manifest import AdapterSpec, ModuleSpec, RawTensor, VersionManifest, digest_of, sha256_hex
 from federated.state import to_raw
 from federated.wire import encode_tensors
 
@@ -136,3 +138,33 @@ def recipe() -> Callable[..., Recipe]:
 @pytest.fixture
 def real_version() -> Callable[..., Version]:
     return make_real_version
+
+
+@pytest.fixture(scope="session")
+def onnx_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[VersionManifest], Path]:
+    """The folder of a version's base in ONNX; exported once for all versions with the same layers, head and task."""
+    made: dict[str, Path] = {}
+
+    def export(manifest: VersionManifest) -> Path:
+        names = [one.name for one in manifest.spec.modules]
+        key = digest_of([manifest.base_digest, names, manifest.spec.head and asdict(manifest.spec.head), manifest.task])
+        if key not in made:
+            recipe = recipe_of(manifest)
+            folder = tmp_path_factory.mktemp("onnx")
+            write_onnx_base(load_base(recipe.model), manifest.spec, recipe.task, folder)
+            made[key] = folder
+        return made[key]
+
+    return export
+
+
+@pytest.fixture
+def opened(onnx_base: Callable[[VersionManifest], Path]) -> Callable[..., AdapterRuntime]:
+    """A runtime of the backend with that name, for a version and others like it."""
+
+    def open_(engine: str, manifest: VersionManifest, capacity: int = 4) -> AdapterRuntime:
+        if engine == "torch":
+            return open_runtime(manifest, capacity=capacity)
+        return AdapterRuntime(OnnxBackend(onnx_base(manifest), threads=1), capacity=capacity)
+
+    return open_

@@ -59,6 +59,15 @@ def test_the_null_adapter_answers(registry: Path, versions: list[Any]) -> None:
     assert "null (null) activated in" in done.output
 
 
+@pytest.mark.parametrize("name", ["v2", "null"])
+def test_an_exported_base_answers_as_torch_does(
+    registry: Path, versions: list[Any], onnx_base: Make, name: str
+) -> None:
+    folder = onnx_base(versions[1].manifest)
+    torch, found = (ask(registry, "--text", "hi", "--version", name, *more) for more in ((), ("--onnx", str(folder))))
+    assert _row(found, "hi") == _row(torch, "hi")
+
+
 def test_several_texts_are_shown_as_they_are(registry: Path) -> None:
     done = ask(registry, "--text", "[red]markup[/red]", "--text", "line\nbreak \x1b[2Jclear")
     assert "[red]markup[/red]" in done.output

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from federated.adapters import attach, load_base
-from federated.config import AdapterConfig, ExperimentConfig, ModelConfig, TaskConfig
+from federated.config import AdapterConfig, ModelConfig
 from federated.device import NULL, AdapterRuntime, TorchBackend, open_runtime
-from federated.errors import BaseMismatch, DeviceError, ModelError
-from federated.flower.publisher import RegistryPublisher, TrainingState
-from federated.global_state import GlobalState
-from federated.manifest import AdapterSpec
-from federated.registry import Registry
-from federated.server_optimizers import OptimizerState
+from federated.errors import BaseMismatch, ModelError
 from federated.state import AdapterState, from_raw
 from federated.tasks import make_task
 from federated.wire import decode_tensors
@@ -79,28 +72,6 @@ def test_null_of_a_language_model_is_the_base_itself(recipe: Make, real_version:
     assert runtime.active.handle is load_base(recipe("tiny:llama").model).model
 
 
-def test_null_answers_as_a_fresh_adapter(any_recipe: Any, real_version: Make) -> None:
-    base = load_base(any_recipe.model)
-    fresh = attach(base, any_recipe.adapter, any_recipe.task, seed=any_recipe.seed)
-    rows = ROWS[any_recipe.model.source]
-    expected = make_task(any_recipe.task, base.tokenizer).predict(fresh.model, rows)
-    runtime = open_runtime(real_version(any_recipe, 1).manifest)
-    assert runtime.predict(rows).predictions == expected
-
-
-def test_a_slot_answers_bit_for_bit_as_the_trained_adapter(any_recipe: Any, real_version: Make) -> None:
-    version = real_version(any_recipe, 1)
-    base = load_base(any_recipe.model)
-    trained = attach(base, any_recipe.adapter, any_recipe.task, seed=any_recipe.seed)
-    trained.write(AdapterState(trained.spec, from_raw(decode_tensors(version.weights))))
-    rows = ROWS[any_recipe.model.source]
-    expected = make_task(any_recipe.task, base.tokenizer).predict(trained.model, rows)
-    runtime = open_runtime(version.manifest)
-    served = runtime.predict(rows, digest=version.install(runtime).digest)
-    assert served.predictions == expected
-    assert served.predictions != runtime.predict(rows).predictions
-
-
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -124,51 +95,6 @@ def test_every_kind_of_adapter_serves(adapter: AdapterConfig, recipe: Make, real
     runtime = open_runtime(version.manifest)
     served = runtime.predict(TEXTS, digest=version.install(runtime).digest)
     assert served.predictions == make_task(made.task, base.tokenizer).predict(trained.model, TEXTS)
-
-
-def test_a_version_made_of_adapter_and_residual_answers_as_the_model_that_trains_on_both(
-    any_recipe: Any, tmp_path: Path
-) -> None:
-    """What a rule with a residual publishes is one plain adapter, whose layers differ in rank and alpha."""
-    base = load_base(any_recipe.model)
-    trained = attach(base, any_recipe.adapter, any_recipe.task, seed=any_recipe.seed)
-    generator = torch.Generator().manual_seed(4)
-    own = {name: torch.randn(t.shape, generator=generator) for name, t in trained.read().tensors.items()}
-    modules = tuple(replace(one, rank=3, alpha=3.0) for one in trained.spec.modules[::2])
-    frozen = {f"{one.name}.factor_a": torch.randn(3, one.d_in, generator=generator) for one in modules}
-    frozen |= {f"{one.name}.factor_b": torch.randn(one.d_out, 3, generator=generator) for one in modules}
-    residual = AdapterState(AdapterSpec("lora", 3, 3.0, use_rslora=False, modules=modules), frozen)
-    state = GlobalState(AdapterState(trained.spec, own), residual)
-    config = ExperimentConfig(model=any_recipe.model, adapter=any_recipe.adapter, task=any_recipe.task, seed=5)
-    with Registry.open(tmp_path / "registry") as registry:
-        registry.require_base(base.base_digest)
-        publisher = RegistryPublisher(
-            registry, config, run_id="run", base_digest=base.base_digest, method="flora + sgd"
-        )
-        manifest = publisher.publish(TrainingState(1, state, OptimizerState()), parent=None, participants=1, metrics={})
-        weights = registry.weights(manifest.version_id)
-    assert len({one.rank for one in manifest.spec.modules}) > 1
-    runtime, source = open_runtime(manifest), any_recipe.model.source
-    slot = runtime.install(manifest, weights, version_id=manifest.version_id)
-    trained.write(state.materialise())
-    expected = make_task(any_recipe.task, base.tokenizer).predict(trained.model, ROWS[source])
-    found = runtime.predict(ROWS[source], digest=slot.digest).predictions
-    assert [one.label for one in found] == [one.label for one in expected]
-    with runtime.pin(slot.digest) as pinned:
-        served, trains = answers(pinned.handle, source), answers(trained.model, source)
-    torch.testing.assert_close(served, trains, rtol=1e-3, atol=1e-3)
-    trained.write(replace(state.materialise(), residual=None))
-    assert float((answers(trained.model, source) - trains).abs().max()) > 0.01
-
-
-def answers(model: torch.nn.Module, source: str) -> torch.Tensor:
-    """Of a task's model, for fixed inputs."""
-    mask = torch.ones(1, 4, dtype=torch.long)
-    with torch.no_grad():
-        if source == "tiny:sensor":
-            return model(values=torch.linspace(-1, 1, 12).reshape(1, 4, 3), attention_mask=mask)
-        output = model(input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=mask)
-    return getattr(output, "logits", output)
 
 
 def test_slots_share_the_base_and_cost_only_their_adapter(any_recipe: Any, real_version: Make) -> None:
@@ -205,41 +131,6 @@ def test_slots_are_for_reading(any_recipe: Any, real_version: Make) -> None:
     with runtime.pin(one.digest) as slot:
         assert not slot.handle.training
         assert not any(tensor.requires_grad for tensor in slot.handle.parameters())
-
-
-def test_every_answer_comes_from_one_adapter_while_the_routing_moves(any_recipe: Any, real_version: Make) -> None:
-    rows = ROWS[any_recipe.model.source]
-    runtime, one, two = two_slots(any_recipe, real_version)
-    digests = (NULL, one.digest, two.digest)
-    references = {digest: runtime.predict(rows, digest=digest).predictions for digest in digests}
-    assert len({str(answer) for answer in references.values()}) == 3
-    served: list[Any] = []
-    wrong: list[Any] = []
-    done = threading.Event()
-
-    def serve() -> None:
-        while not done.is_set():
-            answer = runtime.predict(rows)
-            served.append(answer.slot.digest)
-            if answer.predictions != references[answer.slot.digest]:
-                wrong.append(answer)
-
-    threads = [threading.Thread(target=serve) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    steps = 0
-    while steps < 200 or (len(set(served)) < 2 and steps < 20_000):
-        runtime.activate(digests[1 + steps % 2])
-        done.wait(0.001)
-        if steps % 3 == 0:
-            runtime.rollback()
-        steps += 1
-    done.set()
-    for thread in threads:
-        thread.join(60)
-    assert wrong == []
-    assert len(set(served)) >= 2
-    assert runtime.pins == {}
 
 
 @pytest.fixture
@@ -290,54 +181,6 @@ def test_switching_one_live_peft_model_in_mid_forward_mixes_two_adapters(recipe:
     in_mid_forward(model.base_model.model.encoder.layer[1], lambda: model.set_adapter("two"))
     mixed = features(model, "tiny:bert")
     assert not any(torch.allclose(mixed, reference, atol=1e-4) for reference in references)
-
-
-def test_a_version_of_another_rank_serves_beside_the_first(recipe: Make, real_version: Make) -> None:
-    runtime, one, _ = two_slots(recipe(), real_version)
-    larger = real_version(recipe(adapter=AdapterConfig(rank=4)), 3)
-    answer = runtime.predict(TEXTS, digest=larger.install(runtime).digest)
-    assert answer.predictions != runtime.predict(TEXTS, digest=one.digest).predictions
-
-
-def test_another_task_is_refused(recipe: Make, real_version: Make) -> None:
-    runtime, _, _ = two_slots(recipe(), real_version)
-    other = real_version(recipe(task=TaskConfig(labels=("good", "bad", "mixed"))), 3)
-    with pytest.raises(DeviceError, match=r"labels \['good', 'bad', 'mixed'\]; this runtime answers"):
-        other.install(runtime)
-
-
-def test_a_head_that_does_not_fit_the_task_is_refused(recipe: Make, real_version: Make) -> None:
-    runtime, one, _ = two_slots(recipe(), real_version)
-    fewer = replace(one.manifest.spec, head=replace(one.manifest.spec.head, num_labels=2))
-    with pytest.raises(DeviceError, match="a mean_pool head for 2 labels; its task needs a mean_pool head for 3"):
-        one.but(spec=fewer).install(runtime)
-
-
-def test_a_head_on_a_language_model_is_refused(recipe: Make, real_version: Make) -> None:
-    runtime, one, _ = two_slots(recipe("tiny:llama"), real_version)
-    head = real_version(recipe(), 1).manifest.spec.head
-    with pytest.raises(DeviceError, match="its task needs no head"):
-        one.but(spec=replace(one.manifest.spec, head=head)).install(runtime)
-
-
-def test_tensors_that_do_not_fit_the_spec_are_refused(recipe: Make, real_version: Make) -> None:
-    runtime, one, _ = two_slots(recipe(), real_version)
-    narrow = real_version(recipe(adapter=AdapterConfig(rank=4, target_modules="all-linear")), 3).but(
-        spec=one.manifest.spec
-    )
-    before = runtime.slots
-    with pytest.raises(ModelError, match=r"factor_a: found .*, expected"):
-        narrow.install(runtime)
-    assert runtime.slots == before
-
-
-def test_a_layer_that_the_base_lacks_is_refused(recipe: Make, real_version: Make) -> None:
-    runtime, _, _ = two_slots(recipe(), real_version)
-    version = real_version(recipe(), 3)
-    first, *rest = version.manifest.spec.modules
-    foreign = replace(version.manifest.spec, modules=(replace(first, name="decoder.secret"), *rest))
-    with pytest.raises(ModelError, match=r"decoder\.secret"):
-        version.but(spec=foreign).install(runtime)
 
 
 def test_opening_loads_the_base_once(recipe: Make, real_version: Make) -> None:

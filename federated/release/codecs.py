@@ -1,4 +1,4 @@
-"""Weights as fewer bytes, and back to exactly the same bits everywhere: full files, and diffs from weights that are held.
+"""Weights as fewer bytes, and back to exactly the same bits everywhere: full files, and diffs from held weights.
 
 | codec | starts from | what comes out |
 |---|---|---|
@@ -6,7 +6,7 @@
 | ``fp16``, ``bf16`` | nothing | the weights, rounded |
 | ``int8``, ``int4`` | nothing | whole multiples of a scale for each 64 values |
 | ``diff`` | weights of the same shapes | the weights |
-| ``diff-int8``, ``diff-int4``, ``diff-int2`` | the same | the held weights plus a quantised step, rounded as ``fp16`` does |
+| ``diff-int8``, ``diff-int4``, ``diff-int2`` | the same | these plus a quantised step, rounded as by ``fp16`` |
 | ``recode-int8``, ``recode-int4`` | the same | what ``int8`` and ``int4`` give, bit for bit |
 
 What comes out are canonical weights of the version's own names, shapes and dtypes; their digest is in the header, and
@@ -127,8 +127,8 @@ def encode(weights: bytes, codec: str, held: bytes | None = None) -> Encoded:
     """
     if codec not in (FULL if held is None else DIFFS):
         raise ReleaseError(f"no codec {codec!r}; there are {', '.join(FULL)}, and from held weights {', '.join(DIFFS)}")
-    new = _canonical(weights, "the weights")
-    old = {} if held is None else _canonical(held, "the held weights")
+    new = _canonical(weights, "the weights", kind=ReleaseError)
+    old = {} if held is None else _canonical(held, "the held weights", kind=ReleaseError)
     layout = layout_of(new)
     if held is not None and layout_of(old) != layout:
         raise ReleaseError("the held weights have other tensors, shapes or dtypes: there is no diff between them")
@@ -186,15 +186,15 @@ def _start(header: Header, held: bytes | None, limits: Limits) -> tuple[Tensors,
         raise WrongContent(f"{header.codec} starts from weights {header.source[:12] or 'without a name'}; {found} held")
     if len(held) > limits.max_bytes:
         raise EndlessData(f"held weights of {len(held)} bytes; this device takes at most {limits.max_bytes}")
-    old = _canonical(held, "the held weights")
+    old = _canonical(held, "the held weights", kind=WrongContent)
     return old, layout_of(old)
 
 
-def _canonical(weights: bytes, what: str) -> dict[str, RawTensor]:
+def _canonical(weights: bytes, what: str, *, kind: type[ReleaseError]) -> dict[str, RawTensor]:
     try:
-        return decode_tensors(weights)
+        return decode_tensors(weights, Limits(max_bytes=len(weights) or 1))
     except WireError as error:
-        raise WrongContent(f"{what} are no canonical weights ({error})") from error
+        raise kind(f"{what} are no canonical weights ({error})") from error
 
 
 def _require_finite(tensors: Tensors, kind: type[ReleaseError]) -> None:

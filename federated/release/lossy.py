@@ -155,9 +155,7 @@ class Recode(Full):
         made = _tensors(values_of(Codes(codes, scales, shift), groups), floats)
         return made | patched(body[end:], held, others)
 
-    def _expected(
-        self, found: Codes, held: Tensors, floats: TensorLayout, groups: Groups
-    ) -> npt.NDArray[np.uint8]:
+    def _expected(self, found: Codes, held: Tensors, floats: TensorLayout, groups: Groups) -> npt.NDArray[np.uint8]:
         values = _values(held, floats)
         return nearest_codes(values, groups, found.scales, found.shift, LEVELS[self.bits]).view(np.uint8)
 

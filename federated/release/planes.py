@@ -1,4 +1,4 @@
-"""Arrays of whole numbers as bytes that compress well, and back: bytes sorted by their place, signs folded, bits packed.
+"""Whole numbers as bytes that compress well, and back: bytes sorted by their place, signs folded, bits packed.
 
 Numbers are little-endian whatever the machine. Nothing here is lossy or trusts a length: `unshuffled` and `unpacked`
 are given bytes that `federated.release.frame` has counted. Called by the codecs.
@@ -111,7 +111,7 @@ def unsliced(data: bytes | memoryview, count: int) -> npt.NDArray[np.uint8]:
     """The reverse of `sliced`."""
     made = np.zeros(count, dtype=np.uint8)
     for row in np.frombuffer(data, dtype=np.uint8).reshape(8, -1):
-        made = (made << 1) | np.unpackbits(row, count=count)
+        made = (made << np.uint8(1)) | np.unpackbits(row, count=count)
     return made
 
 

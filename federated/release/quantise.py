@@ -122,7 +122,8 @@ def nearest_codes(
     Args:
         values: float32.
         groups: of these values.
-        scales, shift: as in `Codes`.
+        scales: as in `Codes`.
+        shift: as in `Codes`.
         most: the largest code.
     """
     true = groups.spread(_true(scales, shift))

@@ -6,7 +6,7 @@
 | ``fp16``, ``bf16`` | nothing | the weights, rounded |
 | ``int8``, ``int4`` | nothing | whole multiples of a scale for each 64 values |
 | ``diff`` | weights of the same shapes | the weights |
-| ``diff-int8``, ``diff-int4``, ``diff-int2`` | the same | these plus a quantised step, rounded as by ``fp16`` |
+| ``diff-int4``, ``diff-int2`` | the same | these plus a step of few bits, rounded to codes as of ``int8`` |
 | ``recode-int8``, ``recode-int4`` | the same | what ``int8`` and ``int4`` give, bit for bit |
 
 What comes out are canonical weights of the version's own names, shapes and dtypes; their digest is in the header, and
@@ -30,7 +30,7 @@ from federated.release.frame import Header, framed, opened, unpressed
 from federated.release.lossy import Full, Recode, Rounded, Step
 from federated.wire import DEFAULT_LIMITS, Limits, decode_tensors, encode_tensors
 
-__all__ = ["CODECS", "DIFFS", "FULL", "LOSSLESS", "Encoded", "decode", "encode"]
+__all__ = ["CODECS", "DIFFS", "FULL", "LOSSLESS", "STEPS", "TWINS", "Encoded", "decode", "encode", "twin"]
 
 Tensors = Mapping[str, RawTensor]
 
@@ -75,20 +75,25 @@ _FULL: Mapping[str, _Codec] = {
     "int8": Full(8),
     "int4": Full(4),
 }
-_FROM_HELD: Mapping[str, _Codec] = {
-    "diff": _Diff(),
-    "diff-int8": Step(8),
+_CODED: Mapping[str, Full] = {
     "diff-int4": Step(4),
     "diff-int2": Step(2),
     "recode-int8": Recode(8),
     "recode-int4": Recode(4),
 }
+_FROM_HELD: Mapping[str, _Codec] = {"diff": _Diff(), **_CODED}
 FULL, DIFFS = tuple(_FULL), tuple(_FROM_HELD)
 """Names of the codecs that start from nothing, and from held weights."""
 
 CODECS: Mapping[str, _Codec] = {**_FULL, **_FROM_HELD}
 LOSSLESS = ("lossless", "diff")
 """Codecs that give the very weights that went in."""
+
+STEPS = ("diff-int4", "diff-int2")
+"""Codecs whose outcome depends on what they start from; one of 8 bits would be larger than ``int8``."""
+
+TWINS: Mapping[str, str] = {"recode-int8": "int8", "recode-int4": "int4", **dict.fromkeys(STEPS, "int8")}
+"""The kind of full file that gives what a lossy diff gives; see `twin`."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,22 @@ def encode(weights: bytes, codec: str, held: bytes | None = None) -> Encoded:
     result, source = encode_tensors(made), "" if held is None else sha256_hex(held)
     header = Header(codec, sha256_hex(result), source, () if source else layout, numbers)
     return Encoded(codec, framed(header, body), result, source)
+
+
+def twin(diff: Encoded, held: bytes) -> Encoded:
+    """The full file that gives what a lossy diff gives, bit for bit.
+
+    Args:
+        diff: of one of `TWINS`.
+        held: what it starts from.
+    """
+    header, packed = opened(diff.data, Limits(max_bytes=len(held)))
+    codec, old = _CODED[diff.codec], _canonical(held, "the held weights", kind=ReleaseError)
+    layout = layout_of(old)
+    body = unpressed(packed, codec.size(layout), "the body of encoded weights")
+    numbers, full = codec.twin(memoryview(body), header.numbers, old, layout)
+    name = TWINS[diff.codec]
+    return Encoded(name, framed(Header(name, header.result, "", layout, numbers), full), diff.weights)
 
 
 def decode(data: bytes, held: bytes | None = None, *, limits: Limits = DEFAULT_LIMITS) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from federated.errors import ReleaseError
 from federated.manifest import sha256_hex
 from federated.release import shelf
-from federated.release.codecs import CODECS, decode
+from federated.release.codecs import CODECS, STEPS, decode
 from federated.release.disk import translated
 from federated.release.edition import Edition
 from federated.release.records import ReleaseRecord
@@ -25,7 +25,7 @@ __all__ = ["weights_on"]
 def weights_on(edition: Edition, folder: Path, channel: str, record: ReleaseRecord) -> list[bytes]:
     """Weights of a version that a channel has; first those from which quantised steps go on.
 
-    Those are what its ``fp16`` file gives, which is where steps before ended, else the version's own.
+    Those are where a step to it ended; else what its first lossy full file gives; else its own.
 
     Raises:
         NotReleased: if the channel lacks a file of it.
@@ -33,17 +33,14 @@ def weights_on(edition: Edition, folder: Path, channel: str, record: ReleaseReco
     """
     own = _read(edition, folder, channel, record, WEIGHTS)
     found = {record.weights_digest: own}
-    stepped = None
-    for codec, weights in _decoded(edition, folder, channel, record, limit=len(own)):
+    for weights in _decoded(edition, folder, channel, record, limit=len(own)):
         found.setdefault(sha256_hex(weights), weights)
-        stepped = sha256_hex(weights) if codec == "fp16" else stepped
-    first = stepped or record.weights_digest
+    stepped = [one.weights_digest for one in record.variants if one.codec in STEPS]
+    first = [*stepped, *list(found)[1:], record.weights_digest][0]
     return [found.pop(first), *found.values()]
 
 
-def _decoded(
-    edition: Edition, folder: Path, channel: str, record: ReleaseRecord, *, limit: int
-) -> Iterator[tuple[str, bytes]]:
+def _decoded(edition: Edition, folder: Path, channel: str, record: ReleaseRecord, *, limit: int) -> Iterator[bytes]:
     for one in record.variants:
         if not one.source and one.codec in CODECS:
             weights = decode(_read(edition, folder, channel, record, one.file), limits=Limits(max_bytes=limit))
@@ -52,7 +49,7 @@ def _decoded(
                     f"{one.file} of version {record.version_id[:12]} gives other weights than were signed: publish "
                     f"without a diff from that version"
                 )
-            yield one.codec, weights
+            yield weights
 
 
 def _read(edition: Edition, folder: Path, channel: str, record: ReleaseRecord, name: str) -> bytes:

@@ -1,8 +1,9 @@
 """Codecs that round floats: to 16 bits, or to codes with a scale for each group. What is no float is kept as it is.
 
-Two kinds of diff end at signed weights. A *step* quantises the distance to what is held, and its result is rounded to
-16 bits, so that a full file of 16 bits gives the same. A *recode* goes to the codes of the version itself: both sides
-predict them from the held values, and the diff says by how much the prediction is wrong, which is mostly zero.
+Two kinds of diff end at codes, so that a full file can give the same bits. A *recode* goes to the codes of the version
+itself: both sides predict them from the held values, and the diff says by how much the prediction is wrong, which is
+mostly zero. A *step* says in few bits how far the version is from what is held, and both sides round what that leads to
+to codes of 8 bits; its error is part of the next step, because that is encoded against what came out.
 
 All is float32 arithmetic with one rounding at a time, in a fixed order. Called by `federated.release.codecs`.
 """
@@ -63,11 +64,6 @@ class Rounded:
         wide = [one for one in layout if one.dtype == "F32"]
         return narrow | {one.name: RawTensor.from_array(narrow[one.name].array.astype(np.float32)) for one in wide}
 
-    def nearest(self, tensors: Tensors, layout: TensorLayout) -> dict[str, RawTensor]:
-        """Tensors as they are after a file of this codec."""
-        numbers, body = self.write(tensors, {}, layout)
-        return self.read(memoryview(body), numbers, {}, layout)
-
     def _narrowed(self, tensor: RawTensor) -> RawTensor:
         return _cast(tensor.array, self.dtype, tensor.shape) if tensor.dtype == "F32" else tensor
 
@@ -79,7 +75,7 @@ class Full:
     """Codes of the weights themselves.
 
     Args:
-        bits: for each value.
+        bits: of a code.
     """
 
     def __init__(self, bits: int) -> None:
@@ -88,76 +84,104 @@ class Full:
     def size(self, layout: TensorLayout) -> int:
         """Bytes of a body."""
         floats, others = _parted(layout)
-        groups = _groups(floats)
-        return 2 * groups.count + packed_size(groups.values, self.bits) + body_size(others)
-
-    def write(self, new: Tensors, _: Tensors, layout: TensorLayout) -> tuple[Numbers, bytes]:
-        """Numbers and body."""
-        floats, others = _parted(layout)
-        found = quantise(_values(new, floats), _groups(floats), self.bits)
-        return {"shift": found.shift}, _scales(found) + _codes(found, self.bits) + body_of(new, others)
-
-    def read(self, body: memoryview, numbers: Numbers, _: Tensors, layout: TensorLayout) -> dict[str, RawTensor]:
-        """The tensors that come out."""
-        floats, others = _parted(layout)
-        found, groups, rest = _read_codes(body, numbers, floats, self.bits)
-        return _tensors(values_of(found, groups), floats) | tensors_of(rest, others)
-
-
-class Step(Full):
-    """Codes of the distance to the weights that are held; the result is rounded as by ``fp16``."""
+        return self.coded_size(_groups(floats)) + body_size(others)
 
     def write(self, new: Tensors, held: Tensors, layout: TensorLayout) -> tuple[Numbers, bytes]:
         """Numbers and body."""
         floats, others = _parted(layout)
-        with np.errstate(over="ignore"):
-            steps = _values(new, floats) - _values(held, floats)
-        found = quantise(steps, _groups(floats), self.bits)
-        return {"shift": found.shift}, _scales(found) + _codes(found, self.bits) + diff_of(new, held, others)
+        numbers, coded = self.coded(_values(new, floats), _values(held, floats if held else ()), _groups(floats))
+        return numbers, coded + (diff_of(new, held, others) if held else body_of(new, others))
 
     def read(self, body: memoryview, numbers: Numbers, held: Tensors, layout: TensorLayout) -> dict[str, RawTensor]:
         """The tensors that come out."""
         floats, others = _parted(layout)
-        found, groups, rest = _read_codes(body, numbers, floats, self.bits)
-        with np.errstate(over="ignore"):
-            moved = _tensors(_values(held, floats) + values_of(found, groups), floats)
-        return Rounded("F16").nearest(moved, floats) | patched(rest, held, others)
+        groups, end = _groups(floats), self.coded_size(_groups(floats))
+        made = _tensors(values_of(self._found(body, numbers, held, floats), groups), floats)
+        return made | (patched(body[end:], held, others) if held else tensors_of(body[end:], others))
+
+    def twin(self, body: memoryview, numbers: Numbers, held: Tensors, layout: TensorLayout) -> tuple[Numbers, bytes]:
+        """Numbers and body of the full file that gives the same."""
+        floats, others = _parted(layout)
+        found = self._found(body, numbers, held, floats)
+        kept = self.read(body, numbers, held, layout)
+        return {"shift": found.shift}, _scales(found) + _codes(found, self.bits) + body_of(kept, others)
+
+    def coded_size(self, groups: Groups) -> int:
+        """Bytes that stand for the floats."""
+        return 2 * groups.count + packed_size(groups.values, self.bits)
+
+    def coded(self, new: Floats, _: Floats, groups: Groups) -> tuple[Numbers, bytes]:
+        """Numbers, and what stands for the floats."""
+        found = quantise(new, groups, self.bits)
+        return {"shift": found.shift}, _scales(found) + _codes(found, self.bits)
+
+    def landed(self, body: memoryview, numbers: Numbers, _: Floats, groups: Groups) -> Codes:
+        """The codes of what comes out."""
+        return _read_codes(body, numbers, groups, self.bits)
+
+    def _found(self, body: memoryview, numbers: Numbers, held: Tensors, floats: TensorLayout) -> Codes:
+        return self.landed(body, numbers, _values(held, floats if held else ()), _groups(floats))
 
 
 class Recode(Full):
-    """The codes of `Full`, as differences from what the held weights would be under the same scales."""
+    """The codes of `Full`, as differences from those that the held weights would have under the same scales."""
 
-    def size(self, layout: TensorLayout) -> int:
-        """Bytes of a body."""
-        floats, others = _parted(layout)
-        groups = _groups(floats)
-        return 2 * groups.count + sliced_size(groups.values) + body_size(others)
+    def coded_size(self, groups: Groups) -> int:
+        """See `Full`."""
+        return 2 * groups.count + sliced_size(groups.values)
 
-    def write(self, new: Tensors, held: Tensors, layout: TensorLayout) -> tuple[Numbers, bytes]:
-        """Numbers and body."""
-        floats, others = _parted(layout)
-        groups = _groups(floats)
-        found = quantise(_values(new, floats), groups, self.bits)
-        wrong = found.codes.view(np.uint8) - self._expected(found, held, floats, groups)
-        return {"shift": found.shift}, _scales(found) + sliced(folded(wrong)) + diff_of(new, held, others)
+    def coded(self, new: Floats, held: Floats, groups: Groups) -> tuple[Numbers, bytes]:
+        """See `Full`."""
+        found = quantise(new, groups, self.bits)
+        wrong = found.codes.view(np.uint8) - self._expected(held, groups, found.scales, found.shift)
+        return {"shift": found.shift}, _scales(found) + sliced(folded(wrong))
 
-    def read(self, body: memoryview, numbers: Numbers, held: Tensors, layout: TensorLayout) -> dict[str, RawTensor]:
-        """The tensors that come out."""
-        floats, others = _parted(layout)
-        groups = _groups(floats)
+    def landed(self, body: memoryview, numbers: Numbers, held: Floats, groups: Groups) -> Codes:
+        """See `Full`."""
         at = 2 * groups.count
-        scales, shift = _checked(body[:at], numbers)
-        end = at + sliced_size(groups.values)
-        wrong = unfolded(unsliced(body[at:end], groups.values))
-        blank = Codes(np.zeros(0, dtype=np.int8), scales, shift)
-        codes = (self._expected(blank, held, floats, groups) + wrong).view(np.int8)
+        scales, shift = _checked(body[:at], numbers, "shift")
+        wrong = unfolded(unsliced(body[at : self.coded_size(groups)], groups.values))
+        codes = (self._expected(held, groups, scales, shift) + wrong).view(np.int8)
         _check_codes(codes, self.bits)
-        made = _tensors(values_of(Codes(codes, scales, shift), groups), floats)
-        return made | patched(body[end:], held, others)
+        return Codes(codes, scales, shift)
 
-    def _expected(self, found: Codes, held: Tensors, floats: TensorLayout, groups: Groups) -> npt.NDArray[np.uint8]:
-        values = _values(held, floats)
-        return nearest_codes(values, groups, found.scales, found.shift, LEVELS[self.bits]).view(np.uint8)
+    def _expected(
+        self, held: Floats, groups: Groups, scales: npt.NDArray[np.float16], shift: int
+    ) -> npt.NDArray[np.uint8]:
+        return nearest_codes(held, groups, scales, shift, LEVELS[self.bits]).view(np.uint8)
+
+
+class Step(Full):
+    """Codes of the distance to the held weights; what that leads to is rounded to codes of 8 bits.
+
+    Args:
+        bits: of a code of the distance.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(8)
+        self._step = Full(bits)
+
+    def coded_size(self, groups: Groups) -> int:
+        """See `Full`."""
+        return self._step.coded_size(groups) + 2 * groups.count
+
+    def coded(self, new: Floats, held: Floats, groups: Groups) -> tuple[Numbers, bytes]:
+        """See `Full`."""
+        with np.errstate(over="ignore"):
+            step = quantise(new - held, groups, self._step.bits)
+            end = quantise(held + values_of(step, groups), groups, self.bits)
+        numbers = {"shift": step.shift, "end": end.shift}
+        return numbers, _scales(step) + _codes(step, self._step.bits) + _scales(end)
+
+    def landed(self, body: memoryview, numbers: Numbers, held: Floats, groups: Groups) -> Codes:
+        """See `Full`."""
+        at = self._step.coded_size(groups)
+        step = self._step.landed(body[:at], numbers, held, groups)
+        scales, shift = _checked(body[at : self.coded_size(groups)], numbers, "end")
+        with np.errstate(over="ignore"):
+            moved = held + values_of(step, groups)
+        return Codes(nearest_codes(moved, groups, scales, shift, LEVELS[self.bits]), scales, shift)
 
 
 def _parted(layout: TensorLayout) -> tuple[TensorLayout, TensorLayout]:
@@ -206,21 +230,17 @@ def _codes(found: Codes, bits: int) -> bytes:
     return packed((found.codes.astype(np.int16) + LEVELS[bits]).astype(np.uint8), bits)
 
 
-def _read_codes(
-    body: memoryview, numbers: Numbers, floats: TensorLayout, bits: int
-) -> tuple[Codes, Groups, memoryview]:
-    """Codes, the groups that they are in, and what follows them."""
-    groups = _groups(floats)
+def _read_codes(body: memoryview, numbers: Numbers, groups: Groups, bits: int) -> Codes:
     at = 2 * groups.count
+    scales, shift = _checked(body[:at], numbers, "shift")
     end = at + packed_size(groups.values, bits)
-    scales, shift = _checked(body[:at], numbers)
     codes = unpacked(body[at:end], groups.values, bits).astype(np.int16) - LEVELS[bits]
     _check_codes(codes, bits)
-    return Codes(codes.astype(np.int8), scales, shift), groups, body[end:]
+    return Codes(codes.astype(np.int8), scales, shift)
 
 
-def _checked(body: memoryview, numbers: Numbers) -> tuple[npt.NDArray[np.float16], int]:
-    shift = numbers.get("shift", MOST_SHIFT + 1)
+def _checked(body: memoryview, numbers: Numbers, name: str) -> tuple[npt.NDArray[np.float16], int]:
+    shift = numbers.get(name, MOST_SHIFT + 1)
     scales = unshuffled(body, 2).view(np.float16)
     if not abs(shift) <= MOST_SHIFT or not (np.isfinite(scales) & (scales >= 0)).all():
         raise WrongContent("encoded weights have a scale that is no finite number, or out of range: refused")

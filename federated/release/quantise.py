@@ -96,14 +96,15 @@ def quantise(values: Floats, groups: Groups, bits: int) -> Codes:
         bits: one of `LEVELS`.
 
     Raises:
-        ReleaseError: if values are too large or small for such scales.
+        ReleaseError: if values are too large for such scales; far too small ones become zero.
     """
     most = LEVELS[bits]
     largest = groups.largest(values) if groups.count else np.zeros(0, dtype=np.float32)
     top = float(largest.max(initial=0.0))
     shift = int(np.frexp(top / most)[1]) - 15 if top else 0
-    if not (np.isfinite(top) and abs(shift) <= MOST_SHIFT):
+    if not (np.isfinite(top) and shift <= MOST_SHIFT):
         raise ReleaseError(f"values of {top:g} cannot be quantised to {bits} bits; ship them without loss")
+    shift = max(shift, -MOST_SHIFT)
     best = _scales(largest / np.float32(most), shift)
     least = _error(values, groups, _at(values, groups, best, shift, most))
     for step in range(1, _STEPS if groups.count else 0):

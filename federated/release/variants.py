@@ -17,7 +17,7 @@ from typing import Literal
 from federated.errors import ReleaseError
 from federated.manifest import sha256_hex
 from federated.release.artefact import Artefact
-from federated.release.codecs import DIFFS, FULL, LOSSLESS, Encoded, encode
+from federated.release.codecs import DIFFS, FULL, LOSSLESS, STEPS, TWINS, Encoded, encode, twin
 from federated.release.records import Variant
 
 __all__ = ["TOLERANCE", "Tried", "with_variants"]
@@ -27,9 +27,6 @@ TOLERANCE = 0.002
 
 _WORTH = 0.9
 """A file that saves less than a tenth is not worth its line in the signed metadata."""
-
-_TWINS = {"recode-int8": "int8", "recode-int4": "int4"}
-"""The full file that gives what a diff gives; that of a quantised step is ``fp16``, of its result."""
 
 Evaluate = Callable[[bytes], float]
 
@@ -103,10 +100,12 @@ class _Bench:
             self._best(["diff"], source, None, exact)
         if limit is None:
             return
-        full = self._best([one for one in FULL if one not in LOSSLESS], "", limit, exact)
+        lossy = [one for one in FULL if one not in LOSSLESS]
+        smallest = min([exact, *(len(one.data) for name in lossy if (one := self._good(name, "", limit)))])
         for number, source in enumerate(self._held):
-            names = [one for one in DIFFS if one not in LOSSLESS and (number == 0 or one in _TWINS)]
-            self._best(names, source, limit, full)
+            self._best([one for one in TWINS if number == 0 or one not in STEPS], source, limit, smallest)
+        shipped = [len(one.data) for one in self._shipped.values() if not one.source]
+        self._best(lossy, "", limit, min([exact, *shipped]))
 
     def take(self, codecs: Iterable[str]) -> None:
         """Those that were asked for."""
@@ -114,7 +113,7 @@ class _Bench:
             if codec not in (*FULL, *DIFFS):
                 raise ReleaseError(f"no codec {codec!r}; there are {', '.join((*FULL, *DIFFS))}")
             sources = [""] if codec in FULL else list(self._held)
-            for source in sources[:1] if _is_step(codec) else sources:
+            for source in sources[:1] if codec in STEPS else sources:
                 self._ship(self._encode(codec, source))
 
     def made(self) -> Artefact:
@@ -128,39 +127,39 @@ class _Bench:
 
     def tried(self) -> list[Tried]:
         """All that was encoded."""
-        shipped = {(one.codec, one.source) for one in self._shipped.values()}
+        shipped = [(one.codec, one.source, one.result) for one in self._shipped.values()]
         return [
             Tried(
                 codec,
                 source,
                 0 if one is None else len(one.data),
                 None if one is None else self._losses.get(one.result),
-                (codec, source) in shipped,
+                one is not None and (codec, source, one.result) in shipped,
             )
             for (codec, source), one in self._encoded.items()
         ]
 
     def _best(self, names: Sequence[str], source: str, limit: float | None, beaten: int) -> int:
         """Ship the smallest that is good enough, if it beats a size; returns the size to beat from now on."""
-        good = [one for name in names if (one := self._fitting(name, source)) and self._is_good(one, limit)]
+        good = [one for name in names if (one := self._good(name, source, limit))]
         best = min(good, key=lambda one: len(one.data), default=None)
         if best is None or len(best.data) > _WORTH * beaten:
             return beaten
         self._ship(best)
         return len(best.data)
 
-    def _is_good(self, one: Encoded, limit: float | None) -> bool:
-        loss = self._measured(one.result, one.weights)
-        return one.codec in LOSSLESS or (loss is not None and limit is not None and loss <= limit)
-
-    def _fitting(self, codec: str, source: str) -> Encoded | None:
+    def _good(self, codec: str, source: str, limit: float | None) -> Encoded | None:
+        """The encoding, if the codec can hold the weights and what comes out is good enough."""
         try:
-            return self._encode(codec, source)
-        except ReleaseError:  # values that the codec cannot hold: it is among those tried, with no bytes
+            one = self._encode(codec, source)
+        except ReleaseError:  # among those tried, with no bytes
             if codec in LOSSLESS:
                 raise
             self._encoded[codec, source] = None
             return None
+        loss = self._losses.get(one.result)
+        good = codec in LOSSLESS or (loss is not None and limit is not None and loss <= limit)
+        return one if good and one.result != source else None
 
     def _encode(self, codec: str, source: str) -> Encoded:
         known = self._encoded.get((codec, source))
@@ -172,16 +171,10 @@ class _Bench:
 
     def _ship(self, one: Encoded) -> None:
         self._shipped[f"{one.codec}.{(one.source or one.result)[:12]}.fprc"] = one
-        if _is_step(one.codec):
-            self._ship(encode(one.weights, "fp16"))
-        elif one.codec in _TWINS:
-            self._ship(self._encode(_TWINS[one.codec], ""))
+        if one.codec in TWINS:
+            self._ship(twin(one, self._held[one.source]))
 
     def _measured(self, digest: str, weights: bytes) -> float | None:
         if self._evaluate is not None and digest not in self._losses:
             self._losses[digest] = float(self._evaluate(weights))
         return self._losses.get(digest)
-
-
-def _is_step(codec: str) -> bool:
-    return codec in DIFFS and codec not in LOSSLESS and codec not in _TWINS

@@ -255,9 +255,10 @@ class ReleaseClient:
         folder = self._folder / "files" / record.version_id
         here = [path for one in digests if (path := folder / kept_name(record, one)).is_file()]
         held = held_in([*here, *holding], limit)
-        for digest in sorted(digests & held.keys()):
+        ready = [one for one in (record.weights_digest, *sorted(digests)) if one in digests & held.keys()]
+        if ready:
             self.require_allowed(record)
-            return Download(version, manifest, held[digest], digest, "held")
+            return Download(version, manifest, held[ready[0]], ready[0], "held")
         source = _Metered(self._source)
         found = fetched(
             ways_to(record, version.sizes, digests, held),

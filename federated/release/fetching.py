@@ -110,5 +110,5 @@ def _take(way: Way, fetch: Fetch, keep: Callable[[str], Path], held: Mapping[str
                 f"the publisher"
             )
         write_file(path, weights)
-        encoded.unlink()
+        encoded.unlink(missing_ok=True)
     return path

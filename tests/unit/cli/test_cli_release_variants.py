@@ -34,7 +34,11 @@ def versions(here: Path) -> list[VersionManifest]:
     made: list[VersionManifest] = []
     with Registry.open(here / "registry") as registry:
         for number in range(3):
-            moved = {name: one.array + 0.002 * rng.standard_normal(one.shape) for name, one in now.items()}
+            steps = {name: rng.standard_normal(one.shape) for name, one in now.items()}
+            moved = {
+                name: one.array * (1 + 1e-3 * steps[name]) + (0 if made else 0.02 * steps[name])
+                for name, one in now.items()
+            }
             now = {name: RawTensor.from_array(one.astype(np.float32)) for name, one in moved.items()}
             weights = encode_tensors(now)
             manifest = VersionManifest(

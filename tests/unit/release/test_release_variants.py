@@ -145,6 +145,11 @@ def test_no_diff_from_the_weights_themselves() -> None:
     assert [one for one in made.variants if one.source == one.weights_digest] == []
 
 
+def test_weights_that_are_not_canonical() -> None:
+    with pytest.raises(ReleaseError, match="the weights are no canonical weights"):
+        with_variants(artefact_of(b"junk"))
+
+
 def test_other_files_stay() -> None:
     made, _ = with_variants(artefact_of(encoded(factors()), {"note.txt": b"hello"}))
     assert made.files["note.txt"] == b"hello"

@@ -14,6 +14,13 @@ import typer
 
 from federated.cli.passphrases import Passphrases
 from federated.cli.registry import AsOption, BlobsOption, RegistryOption, open_registry
+from federated.cli.release_variants import (
+    DiffFromOption,
+    HeldOutOption,
+    ToleranceOption,
+    VariantsOption,
+    add_variants,
+)
 from federated.cli.tables import say
 from federated.errors import ConfigError, ReleaseError
 
@@ -95,6 +102,10 @@ def publish(
         list[str] | None,
         typer.Option("--file", metavar="NAME=PATH", help="Release this file with the version; again for more."),
     ] = None,
+    variants: VariantsOption = "auto",
+    held_out: HeldOutOption = None,
+    tolerance: ToleranceOption = 0.002,
+    diff_from: DiffFromOption = None,
     releases: ReleasesOption = RELEASES,
     keys: KeysOption = None,
     passphrase_file: PassphraseOption = None,
@@ -103,9 +114,10 @@ def publish(
     blobs: BlobsOption = None,
     name: AsOption = None,
 ) -> None:
-    """Sign and publish the version that the registry's channel points at.
+    """Sign and publish the version that the registry's channel points at, with smaller variants beside it.
 
-    Published before, it is published again: that is a rollback. Example: fedpeft release publish stable
+    Published before, it is published again: that is a rollback. Example: fedpeft release publish stable --held-out
+    held-out.csv
     """
     from federated.release import Artefact
 
@@ -118,7 +130,16 @@ def publish(
                 f"channel {channel!r} of registry {store.location} points nowhere; promote a version first: "
                 f"fedpeft channel promote VERSION --to {channel}"
             )
-        artefact = Artefact.of(store, pointed[channel], files)
+        artefact = add_variants(
+            Artefact.of(store, pointed[channel], files),
+            channel,
+            variants,
+            publisher=publisher,
+            registry=store,
+            diff_from=diff_from,
+            held_out=held_out,
+            tolerance=tolerance,
+        )
         (record,) = publisher.publish(channel, artefact, audit_head=str(store.audit.head()))
         store.audit.note("release", record.version_id, channel=channel, release_counter=record.release_counter)
     say(f"published on {channel}: {told(record)}")

@@ -42,7 +42,20 @@ def test_import_of_the_library_is_light() -> None:
     assert set(HEAVY) & set(loaded) == set()
 
 
-@pytest.mark.parametrize("module", ["errors", "manifest", "config", "wire", "tracking", "release", "device.slots"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "errors",
+        "manifest",
+        "config",
+        "wire",
+        "tracking",
+        "release",
+        "release.export_peft",
+        "release.seal",
+        "device.slots",
+    ],
+)
 def test_imports_without_torch_and_database(module: str) -> None:
     _python(_BLOCK.format(blocked=("torch", "sqlalchemy", "alembic")) + f"import federated.{module}")
 

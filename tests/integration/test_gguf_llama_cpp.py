@@ -48,7 +48,7 @@ pytestmark = [
 
 TASK = TaskConfig(name="causal_lm")
 PROMPT = [1, *range(40, 52)]
-TIGHT, LOOSE = 1e-5, 5e-4
+TIGHT, LOOSE = 1e-5, 2e-4
 """Largest difference of probabilities; llama.cpp looks GELU up in a table of 16 bits: there, bases differ too."""
 GELU = ("gpt2", "gemma3")
 

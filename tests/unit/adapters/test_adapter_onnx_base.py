@@ -77,18 +77,20 @@ class Exported:
         return logits[self.mask.bool().numpy()] if self.task.name == "causal_lm" else logits
 
 
-def filled(base: BaseModel, spec: AdapterSpec, seed: int) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
+def filled(
+    base: BaseModel, spec: AdapterSpec, seed: int, size: float = 0.3
+) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
     model, random = shell(base, spec), torch.Generator().manual_seed(seed)
-    tensors = {name: 0.3 * torch.randn(one.shape, generator=random) for name, one in model.masters().items()}
+    tensors = {name: size * torch.randn(one.shape, generator=random) for name, one in model.masters().items()}
     model.write(AdapterState(spec, tensors))
     return model.model, tensors
 
 
-def prove(exported: Exported, spec: AdapterSpec, folder: Path, within: float = 1e-5) -> None:
+def prove(exported: Exported, spec: AdapterSpec, folder: Path, size: float = 0.3) -> None:
     """Two adapters, one of another rank, and none at all: the logits of torch with peft, through files."""
-    base, answers = exported.base, []
+    base, answers, within = exported.base, [], 1e-5
     for seed, one in enumerate((spec, spec, spec.with_rank(1), spec.with_rank(7)), start=1):
-        model, tensors = filled(base, one, seed)
+        model, tensors = filled(base, one, seed, size)
         record = AdapterRecord(base.base_digest, str(seed) * 64)
         write_adapter(folder / f"{seed}.onnx_adapter", record, fold(one, to_raw(tensors)))
         found, answered_by = exported.onnx(folder / f"{seed}.onnx_adapter")
@@ -133,7 +135,7 @@ def test_adapters_on_an_exported_base_answer_as_torch_and_peft(source: str, task
 @pytest.mark.slow
 def test_the_bundled_model_answers_as_torch_and_peft(tmp_path: Path) -> None:
     whole, spec = exported("asset:minilm", LABELS, tmp_path)
-    prove(whole, spec, tmp_path)
+    prove(whole, spec, tmp_path, size=0.05)  # updates a sixth of the layers: beyond, float32 itself is 1e-5 off
 
 
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:

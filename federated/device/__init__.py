@@ -9,9 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from federated.device.backends.protocol import Backend
+from federated.device.backends.protocol import Backend, Embeds, Generates, Learned, Learns, Lesson, Merges, Mixes, Reads
+from federated.device.generation import Generation
 from federated.device.recipe import Recipe, recipe_of
-from federated.device.slots import NULL, Activation, AdapterRuntime, Served, Slot
+from federated.device.records import NULL, Activation, Answer, Embedding, Prompt, Sampling, Served, Slot, Stream, Token
+from federated.device.routing import Route, Routes
+from federated.device.slots import AdapterRuntime, Refill
 
 if TYPE_CHECKING:
     from federated.device.backends.torch import TorchBackend
@@ -21,10 +24,28 @@ __all__ = [
     "NULL",
     "Activation",
     "AdapterRuntime",
+    "Answer",
     "Backend",
+    "Embedding",
+    "Embeds",
+    "Generates",
+    "Generation",
+    "Learned",
+    "Learns",
+    "Lesson",
+    "Merges",
+    "Mixes",
+    "Prompt",
+    "Reads",
     "Recipe",
+    "Refill",
+    "Route",
+    "Routes",
+    "Sampling",
     "Served",
     "Slot",
+    "Stream",
+    "Token",
     "TorchBackend",
     "open_runtime",
     "recipe_of",

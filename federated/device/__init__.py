@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from federated.device.backends.protocol import Backend, Embeds, Generates, Learned, Learns, Lesson, Merges, Mixes, Reads
 from federated.device.generation import Generation
+from federated.device.personal import PersonalAdapters, Rebased
+from federated.device.personal_store import PersonalVersion, Standing
 from federated.device.recipe import Recipe, recipe_of
 from federated.device.records import NULL, Activation, Answer, Embedding, Prompt, Sampling, Served, Slot, Stream, Token
 from federated.device.routing import Route, Routes
@@ -35,8 +37,11 @@ __all__ = [
     "Lesson",
     "Merges",
     "Mixes",
+    "PersonalAdapters",
+    "PersonalVersion",
     "Prompt",
     "Reads",
+    "Rebased",
     "Recipe",
     "Refill",
     "Route",
@@ -44,6 +49,7 @@ __all__ = [
     "Sampling",
     "Served",
     "Slot",
+    "Standing",
     "Stream",
     "Token",
     "TorchBackend",

@@ -15,10 +15,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from federated.device.backends.protocol import Backend, Embeds, Generates, Merges, Mixes
+from federated.device.backends.protocol import Backend, Embeds, Generates, Merges
 from federated.device.generation import Generation
+from federated.device.grouping import predict_each
 from federated.device.intake import decode, verify
 from federated.device.records import NULL, Activation, Answer, Embedding, Prompt, Sampling, Served, Slot
 from federated.device.residents import Limits, Residents
@@ -33,16 +34,8 @@ _TRIES = 8
 """How often a slot is brought back for one request before its runtime is called too small."""
 
 
-class Refill(Protocol):
-    """Brings a slot back that a routing names and that is not resident (any more)."""
-
-    def __call__(self, runtime: AdapterRuntime, digest: str) -> None:
-        """Install the slot of that name.
-
-        Raises:
-            FederatedError: if it cannot be had.
-        """
-        ...
+Refill = Callable[["AdapterRuntime", str], bool]
+"""Installs the slot of a name that is not resident (any more); False if it does not know the name."""
 
 
 class AdapterRuntime:
@@ -57,18 +50,15 @@ class AdapterRuntime:
             the next to roll back to, or the newest installed: while those are more, the runtime holds more. The
             null adapter is not counted.
         capacity_bytes: memory that they may cost together, by `Backend.nbytes`; None: any. Both limits hold.
-        refill: brings slots back that were dropped, for requests by name; None: such a request is refused.
 
     Raises:
         DeviceError: if a capacity is below 1.
     """
 
-    def __init__(
-        self, backend: Backend, *, capacity: int = 4, capacity_bytes: int | None = None, refill: Refill | None = None
-    ) -> None:
+    def __init__(self, backend: Backend, *, capacity: int = 4, capacity_bytes: int | None = None) -> None:
         limits = Limits(capacity, capacity_bytes)
         self._backend = backend
-        self._refill = refill
+        self._refills: tuple[Refill, ...] = ()
         self._installing = threading.Lock()  # one at a time; service does not wait for it
         self._lock = threading.Lock()
         self._null = Slot(NULL, NULL, NULL, None, backend.null())
@@ -119,6 +109,13 @@ class AdapterRuntime:
         """The routing by name, user and arm, whole as it is at this moment."""
         return self._routes
 
+    def add_refill(self, refill: Refill) -> None:
+        """Ask ``refill``, after those added before, for slots that requests name and that are not resident.
+
+        So many more adapters can be named than are in memory. It is called outside the lock, from any thread.
+        """
+        self._refills = (*self._refills, refill)
+
     def reroute(self, change: Callable[[Routes], Routes]) -> Routes:
         """Replace the routing by what ``change`` makes of it; no request sees part of it.
 
@@ -127,12 +124,12 @@ class AdapterRuntime:
                 calls nothing of the runtime.
 
         Raises:
-            DeviceError: if ``change`` refuses, or names a slot that is not resident where there is no ``refill``; the
+            DeviceError: if ``change`` refuses, or names a slot that is not resident where nothing refills; the
                 routing stays as it was.
         """
         with self._lock:
             routes = change(self._routes)
-            for digest in set(routes.names.values()) - set(self._routes.names.values()) if not self._refill else ():
+            for digest in () if self._refills else set(routes.names.values()) - set(self._routes.names.values()):
                 self._residents.find(digest)
             self._routes = routes
         return routes
@@ -287,23 +284,10 @@ class AdapterRuntime:
             DeviceError: if a slot is not resident; no row is answered then.
         """
         with ExitStack() as stack:
-            held = [stack.enter_context(self._pinned(where)) for _, where in pairs]
-            rows = [row for row, _ in pairs]
-            made = self._mixed(held, rows)
+            pins = (self.pin(route=one) if isinstance(one, Route) else self.pin(one) for _, one in pairs)
+            held = [stack.enter_context(pin) for pin in pins]
+            made = predict_each(self._backend, held, [row for row, _ in pairs])
         return [Answer(slot, prediction) for slot, prediction in zip(held, made, strict=True)]
-
-    def _pinned(self, where: str | Route | None) -> Any:
-        return self.pin(route=where) if isinstance(where, Route) else self.pin(where)
-
-    def _mixed(self, held: Sequence[Slot], rows: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
-        if isinstance(self._backend, Mixes):
-            return self._backend.predict_mixed([(slot.handle, row) for slot, row in zip(held, rows, strict=True)])
-        made: dict[int, Any] = {}
-        for digest in dict.fromkeys(slot.digest for slot in held):
-            places = [at for at, slot in enumerate(held) if slot.digest == digest]
-            answers = self._backend.predict(held[places[0]].handle, [rows[at] for at in places])
-            made |= dict(zip(places, answers, strict=True))
-        return [made[at] for at in range(len(rows))]
 
     def generate(
         self, prompt: Prompt, sampling: Sampling | None = None, *, digest: str | None = None, route: Route = _ACTIVE
@@ -358,13 +342,11 @@ class AdapterRuntime:
                 if slot is not None:
                     self._residents.hold(slot)
                     return slot
-                if self._refill is None:
-                    self._residents.find(str(wanted))  # says what is there instead
-            if self._refill is not None and wanted is not None:
-                self._refill(self, wanted)
-        raise DeviceError(
-            f"slot {str(wanted)[:12]} was dropped again {_TRIES} times before it could answer; raise the capacity"
-        )
+            missing = str(wanted)
+            if not any(refill(self, missing) for refill in self._refills):
+                with self._lock:
+                    self._residents.find(missing)  # says what is there instead
+        raise DeviceError(f"slot {missing[:12]} was dropped {_TRIES} times before it could answer; raise the capacity")
 
     def _release(self, digest: str) -> None:
         with self._lock:

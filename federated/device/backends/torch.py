@@ -19,8 +19,10 @@ import torch
 
 from federated.adapters import BaseModel, null_model, shell
 from federated.device.backends.handles import TorchHandle, own_bytes, places
+from federated.device.backends.protocol import Learned, Lesson
 from federated.device.backends.torch_embedding import embeddings
 from federated.device.backends.torch_generation import check_room_for, end_tokens, tokens_of
+from federated.device.backends.torch_learning import learned
 from federated.device.backends.torch_merged import merged_handle
 from federated.device.backends.torch_mixed import MixedTree, can_mix
 from federated.device.prompts import encode_prompt
@@ -47,7 +49,7 @@ class _Desk:
 class TorchBackend:
     """Builds and runs adapters over one base model in memory; implements `federated.device.Backend`.
 
-    It mixes, generates, embeds, merges and reads as well, see `federated.device.backends.protocol`.
+    It mixes, generates, embeds, merges, reads and trains as well, see `federated.device.backends.protocol`.
 
     Args:
         base: loaded once; no slot copies or changes its tensors.
@@ -120,15 +122,9 @@ class TorchBackend:
     @torch.no_grad()
     def predict_mixed(self, pairs: Sequence[tuple[TorchHandle, Row]]) -> Sequence[Any]:
         """Each row's prediction by its own handle; LoRA and null rows of a mean-pooled head share a batch."""
-        order = sorted(range(len(pairs)), key=lambda at: (not can_mix(pairs[at][0]), id(pairs[at][0])))
         made: dict[int, Any] = {}
-        mixed = [at for at in order if can_mix(pairs[at][0])]
-        alone: dict[int, list[int]] = {}
-        for at in order[len(mixed) :]:
-            alone.setdefault(id(pairs[at][0]), []).append(at)
-        groups = [mixed] if mixed else []
         with self._desk() as desk:
-            for places_ in [*groups, *alone.values()]:
+            for places_ in _batches([handle for handle, _ in pairs]):
                 handles, rows = [pairs[at][0] for at in places_], [pairs[at][1] for at in places_]
                 same = all(handle is handles[0] for handle in handles)
                 model = handles[0].model if same else self._mixed.classifier(handles)
@@ -185,6 +181,23 @@ class TorchBackend:
             raise DeviceError(f"a {handle.kind} slot holds no adapter to read; name an installed version's slot")
         return handle.adapter.spec, to_raw(handle.adapter.read().tensors)
 
+    def learn(
+        self, handle: TorchHandle, spec: AdapterSpec, tensors: Mapping[str, RawTensor], lesson: Lesson
+    ) -> Learned:
+        """Train a personal adapter over a frozen one; see `federated.device.backends.protocol.Learns`.
+
+        Raises:
+            DeviceError: for a handle without an adapter.
+            FederatedError: if the spec does not fit, or training fails.
+        """
+        with self._desk() as desk:
+            return learned(self._base, desk.task, handle, (spec, tensors), lesson)
+
+    def measure(self, handle: TorchHandle, rows: Sequence[Row]) -> Mapping[str, float]:
+        """Mean loss and the task's metrics on labelled rows."""
+        with self._desk() as desk:
+            return desk.task.evaluate(handle.model, desk.task.encode(rows), batch_size=32).to_dict()
+
     @contextmanager
     def _desk(self) -> Iterator[_Desk]:
         """A tokenizer and a task that nobody else uses meanwhile."""
@@ -197,3 +210,13 @@ class TorchBackend:
             yield desk
         finally:
             self._desks.put(desk)
+
+
+def _batches(handles: Sequence[TorchHandle]) -> list[list[int]]:
+    """Which rows go together: all that mix, those of each handle side by side; then those of each other handle."""
+    rows: dict[int, list[int]] = {}
+    for at, handle in enumerate(handles):
+        rows.setdefault(id(handle), []).append(at)
+    together = [at for one in rows.values() if can_mix(handles[one[0]]) for at in one]
+    alone = [one for one in rows.values() if not can_mix(handles[one[0]])]
+    return [together, *alone] if together else alone

@@ -13,7 +13,6 @@ from federated.adapters import BaseModel, shell
 from federated.adapters.targets import stores_transposed
 from federated.device.backends.handles import TorchHandle
 from federated.errors import DeviceError
-from federated.residual import folded
 from federated.state import LoraPair
 
 __all__ = ["merged_handle"]
@@ -30,7 +29,7 @@ def merged_handle(base: BaseModel, handle: TorchHandle) -> TorchHandle:
     adapter = handle.adapter
     if adapter is None or not adapter.spec.modules:
         raise DeviceError(f"an adapter of kind {handle.kind} has no factors to merge; serve it as it is")
-    state = folded(adapter.read())
+    state = adapter.read()
     twin = shell(base, state.spec)
     twin.write(state)
     for pair in state.pairs():

@@ -36,6 +36,7 @@ from federated.cli import (
     release,
     release_keys,
     release_look,
+    serve,
 )
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 
@@ -58,6 +59,7 @@ for name, command in (release_keys.COMMANDS | release_look.COMMANDS).items():
     release.app.command(name)(command)
 app.add_typer(release.app, name="release")
 app.add_typer(device.app, name="device")
+app.command("serve")(serve.serve)
 app.add_typer(assets.app, name="assets")
 app.add_typer(privacy.app, name="privacy")
 

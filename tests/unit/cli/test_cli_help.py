@@ -20,6 +20,7 @@ GROUPS = {
         "audit",
         "release",
         "device",
+        "serve",
         "assets",
         "privacy",
     },

@@ -54,6 +54,7 @@ def observing(service: Service) -> APIRouter:
 
     @router.get("/healthz")
     async def health() -> JSONResponse:
+        """Alive, ready, stale."""
         ready, stale = service.state.ready, service.control.stale
         status = "stopping" if not ready else "stale" if stale else "ok"
         record = {"status": status, "alive": True, "ready": ready, "stale": stale is not None, "reason": stale}
@@ -61,14 +62,17 @@ def observing(service: Service) -> APIRouter:
 
     @router.get("/metrics")
     async def metrics() -> Response:
+        """Prometheus' numbers."""
         return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
+        """What can be asked for."""
         return shapes.models(service.directory.listed(), created=service.started)
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
+        """One of them."""
         found = [one for one in service.directory.listed() if one.name == name]
         if not found:
             raise service.directory.unknown(name)

@@ -14,7 +14,7 @@ from federated.errors import DataError
 if TYPE_CHECKING:
     from federated.registry import Registry
 
-__all__ = ["AppOption", "ProbesOption", "ToleranceOption", "measured"]
+__all__ = ["AppOption", "ProbesOption", "ProbeToleranceOption", "measured"]
 
 ProbesOption = Annotated[
     Path | None,
@@ -24,8 +24,9 @@ ProbesOption = Annotated[
         help="JSON lines of inputs; their answers are measured and signed along. They become public.",
     ),
 ]
-ToleranceOption = Annotated[
-    float, typer.Option("--tolerance", min=0, max=1, help="How far a device's answers may be from the measured ones.")
+ProbeToleranceOption = Annotated[
+    float,
+    typer.Option("--probe-tolerance", min=0, max=1, help="How far a device's answers may be from the measured ones."),
 ]
 AppOption = Annotated[
     Path, typer.Option("--app", metavar="DIR", help="For --probes: where a relative path of the base is looked up.")

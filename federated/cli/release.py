@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from federated.cli.passphrases import Passphrases
-from federated.cli.probes import AppOption, ProbesOption, ToleranceOption, measured
+from federated.cli.probes import AppOption, ProbesOption, ProbeToleranceOption, measured
 from federated.cli.registry import AsOption, BlobsOption, RegistryOption, open_registry
 from federated.cli.tables import say
 from federated.errors import ConfigError, ReleaseError
@@ -97,7 +97,7 @@ def publish(
         typer.Option("--file", metavar="NAME=PATH", help="Release this file with the version; again for more."),
     ] = None,
     probes: ProbesOption = None,
-    tolerance: ToleranceOption = 0.02,
+    probe_tolerance: ProbeToleranceOption = 0.02,
     app_dir: AppOption = Path(),
     releases: ReleasesOption = RELEASES,
     keys: KeysOption = None,
@@ -124,7 +124,7 @@ def publish(
                 f"fedpeft channel promote VERSION --to {channel}"
             )
         if probes is not None:
-            files |= measured(store, pointed[channel], probes, tolerance=tolerance, app_dir=app_dir)
+            files |= measured(store, pointed[channel], probes, tolerance=probe_tolerance, app_dir=app_dir)
         artefact = Artefact.of(store, pointed[channel], files)
         (record,) = publisher.publish(channel, artefact, audit_head=str(store.audit.head()))
         store.audit.note("release", record.version_id, channel=channel, release_counter=record.release_counter)

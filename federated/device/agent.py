@@ -191,7 +191,6 @@ class Agent:
             self._shelf.sweep(self._journal.book.versions.keys())
             self._verbs.obey(offline=True)
             self._steps.restore()
-            self._leave_revoked()
         except FederatedError:
             self._journal.change(boots=boots - 1)  # nothing went down: this could be said in words
             raise

@@ -128,10 +128,12 @@ class Steps:
                 raise
             self.give_up(version_id, error)
             return False
+        left = self._journal.book.active
         self._journal.enter(
             version_id, "probation", entry={"attempts": 0}, boots=0, **self._route(version_id), **fields
         )
         self._point(version_id, digest)
+        self._set_aside(left)
         self.tell("activated", version_id, digest=digest)
         return True
 
@@ -145,8 +147,10 @@ class Steps:
         """
         digest = self._bench.load(version_id)
         good = self._good_without(version_id) + ((version_id,) if version_id != NULL else ())
+        left = self._journal.book.active
         self._journal.change(**self._route(version_id), good=good, boots=0, **fields)
         self._point(version_id, digest)
+        self._set_aside(left)
         self.tell("activated", version_id, digest=digest)
 
     def judge(self) -> None:
@@ -224,6 +228,11 @@ class Steps:
         self._settled = True
         self.tell("committed", version_id)
         self.tidy()
+
+    def _set_aside(self, version_id: str) -> None:
+        """What was left in the middle of its probation is on the shelf, and nothing is said against it."""
+        if version_id != self._journal.book.active and self._journal.book.state(version_id) == "probation":
+            self._journal.enter(version_id, "staged")
 
     def _route(self, version_id: str) -> dict[str, Any]:
         """The book's fields once a version answers, and the one before it is what to go back to."""

@@ -109,7 +109,7 @@ def state_of(here: Path, version: str) -> str | None:
 def test_a_device_follows_obeys_and_reports(typed: Command, running: Command, here: Path, versions: list[str]) -> None:
     first, second = versions
     assert "never" in typed("device", "status").out
-    typed("release", "publish", "stable", "--probes", "inputs.jsonl", "--tolerance", "0.001")
+    typed("release", "publish", "stable", "--probes", "inputs.jsonl", "--probe-tolerance", "0.001")
     process = running()
     wait_for(lambda: state_of(here, first) == "committed", process)
     assert f"{first[:12]} answers (committed)" in typed("device", "status").out

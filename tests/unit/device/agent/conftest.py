@@ -70,6 +70,9 @@ class Backend:
             raise self.fails[value]
         return value
 
+    def nbytes(self, handle: float) -> int:
+        return 0
+
     def predict(self, handle: float, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
         return [self.answers.get(handle, handle) for _ in rows]
 

@@ -282,3 +282,14 @@ def test_bring_up_of_a_version_that_is_not_here(yard) -> None:
         assert not agent._steps.bring_up("a" * 64)
         with pytest.raises(DeviceError, match="is not on this device"):
             agent._steps.switch("b" * 64)
+
+
+def test_a_version_that_is_set_aside_in_its_probation_begins_anew(yard) -> None:
+    with yard.started() as agent:
+        first = yard.settled(agent, 1)
+        second = yard.publish(2)
+        agent.poll()
+        assert yard.command(agent, "activate", first)[0]
+        assert (agent.active, yard.state_of(second)) == (first, "staged")
+        assert yard.command(agent, "activate", second) == (True, f"{second[:12]} answers on probation")
+        assert yard.command(agent, "activate", second) == (True, f"{second[:12]} answers on probation")

@@ -180,8 +180,8 @@ def test_the_way_back_is_previous_then_known_good_then_null(yard, time) -> None:
         first, second = yard.settled(agent, 1), yard.settled(agent, 2)
         third = yard.publish(3)
         agent.poll()
-        agent.runtime._slots.clear()  # nothing but the active one is in memory any more
-        yard.backend.fails[2.0] = RuntimeError("gone bad")
+    yard.backend.fails[2.0] = RuntimeError("gone bad")
+    with yard.started() as agent:  # nothing but the active one is in memory any more
         for _ in range(3):
             agent.health.failure(agent.runtime.active.digest, "x")
         agent.tick()

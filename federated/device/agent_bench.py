@@ -6,7 +6,7 @@ Keeps no journal: `federated.device.agent_steps` does. Imports neither torch nor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from federated.device.agent_config import DeviceConfig
 from federated.device.agent_fetch import Releases
@@ -65,10 +65,11 @@ class Bench:
         if self._runtime is not None:
             self._runtime.activate(digest)
 
-    def load(self, version_id: str) -> str:
-        """Make a version resident, if it may run here.
+    @contextmanager
+    def held(self, version_id: str) -> Iterator[str]:
+        """Make a version resident, if it may run here, and hold it there: a server may install others meanwhile.
 
-        Returns:
+        Yields:
             Its slot's name.
 
         Raises:
@@ -76,6 +77,11 @@ class Bench:
             BaseMismatch, DeviceError, WireError: if it cannot be run, or is not on the shelf.
             NoRuntime, ReleaseError: if that is not the version's fault.
         """
+        digest = self._load(version_id)
+        with nullcontext() if self._runtime is None else self._runtime.pin(digest):
+            yield digest
+
+    def _load(self, version_id: str) -> str:
         if version_id == NULL:
             return NULL
         for slot in self._runtime.slots if self._runtime else ():

@@ -7,7 +7,7 @@ a version to serve. Whatever fails, the way down is the same: what answered befo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from federated.device.agent_bench import Bench, is_blameless
@@ -55,8 +55,8 @@ class Steps:
         self._monotonic = monotonic
         self._since = monotonic()
         self._settled = True
-        self._pointed = NULL
-        self._owed: tuple[str, FederatedError] | None = None
+        self._owed: Callable[[], object] | None = None
+        """What was done, and could not be written down."""
 
     def tell(self, event: str, version_id: str = "", **details: Any) -> None:
         """Log an event, for people and on the disk; a full disk does not stop the device."""
@@ -78,13 +78,13 @@ class Steps:
         if active == NULL:
             return
         try:
-            digest = self._bench.load(active)
+            with self._bench.held(active) as digest:
+                self._point(digest)
         except NoRuntime:
             raise
         except FederatedError as error:
             self._give_up_loading(active, error)
             return
-        self._point(active, digest)
         self.tell("serving", active, state=self._journal.book.state(active))
 
     def give_up_crashing(self, boots: int) -> None:
@@ -121,20 +121,14 @@ class Steps:
         self._journal.enter(version_id, "probing", entry={"attempts": attempts + 1})
         self.tell("probing", version_id)
         try:
-            digest = self._bench.load(version_id)
-            self._bench.prove(version_id, digest)
+            with self._bench.held(version_id) as digest:
+                self._bench.prove(version_id, digest)
+                self._activate(version_id, digest, fields)
         except FederatedError as error:
             if is_blameless(error):
                 raise
             self.give_up(version_id, error)
             return False
-        left = self._journal.book.active
-        self._journal.enter(
-            version_id, "probation", entry={"attempts": 0}, boots=0, **self._route(version_id), **fields
-        )
-        self._point(version_id, digest)
-        self._set_aside(left)
-        self.tell("activated", version_id, digest=digest)
         return True
 
     def switch(self, version_id: str, **fields: Any) -> None:
@@ -145,20 +139,20 @@ class Steps:
             DeviceError: if it is not here any more, or cannot be loaded.
             FederatedError: as the runtime raises it.
         """
-        digest = self._bench.load(version_id)
         good = self._good_without(version_id) + ((version_id,) if version_id != NULL else ())
         left = self._journal.book.active
-        self._journal.change(**self._route(version_id), good=good, boots=0, **fields)
-        self._point(version_id, digest)
+        with self._bench.held(version_id) as digest:
+            self._journal.change(**self._route(version_id), good=good, boots=0, **fields)
+            self._point(digest)
         self._set_aside(left)
         self.tell("activated", version_id, digest=digest)
 
     def judge(self) -> None:
         """Commit the active version, give it up, or leave it on probation; note that a start went well."""
         if self._owed is not None:
-            self.give_up(*self._owed)
+            self._owed()
         active = self._journal.book.active
-        if self._settled or self._pointed != active:  # what serves is not what the journal has: a disk was full
+        if self._settled:
             return
         tally, seconds = self._health.tally, self._monotonic() - self._since
         if self._journal.book.state(active) != "probation":
@@ -178,31 +172,34 @@ class Steps:
 
         If the disk refuses, what answers has changed all the same, and `judge` writes it down later.
         """
-        self._owed = version_id, error
         failed = {"reason": str(error) or repr(error), "code": type(error).__name__, "attempts": 0}
         if version_id != self._journal.book.active:
             self._journal.enter(version_id, FAILED, entry=failed)
         else:
-            self._journal.enter(version_id, FAILED, entry=failed, **self._go_back(), boots=0)
-        self._owed = None
+            change = self._go_back()
+            self._owed = lambda: self.give_up(version_id, error)
+            self._journal.enter(version_id, FAILED, entry=failed, **change, boots=0)
+            self._owed = None
         self.tell("failed", version_id, code=failed["code"], reason=failed["reason"])
         self.tidy()
 
     def leave(self, **fields: Any) -> str:
         """Go back from the active version, which stays committed if it was; what is on probation has failed by that.
 
-        Nothing leads to it by itself any more.
+        Nothing leads to it by itself any more. As with `give_up`, a full disk only delays the journal.
 
         Returns:
             What answers now.
         """
         active = self._journal.book.active
         change = {**self._go_back(), "good": self._good_without(active), "boots": 0, **fields}
+        self._owed = lambda: self.leave(**fields)
         if self._journal.book.state(active) == "probation":
             reason = {"reason": "rolled back by hand on probation", "code": "DeviceError"}
             self._journal.enter(active, FAILED, entry=reason, **change)
         else:
             self._journal.change(**change)
+        self._owed = None
         self.tell("rolled_back", active, to=self._journal.book.active)
         return self._journal.book.active
 
@@ -217,7 +214,8 @@ class Steps:
 
     def _commit(self, version_id: str) -> None:
         try:
-            self._bench.prove(version_id, self._bench.load(version_id))
+            with self._bench.held(version_id) as digest:
+                self._bench.prove(version_id, digest)
         except FederatedError as error:
             if is_blameless(error):
                 raise
@@ -228,6 +226,16 @@ class Steps:
         self._settled = True
         self.tell("committed", version_id)
         self.tidy()
+
+    def _activate(self, version_id: str, digest: str, fields: Mapping[str, Any]) -> None:
+        """Put a version that was proved on probation: the journal first, then the pointer."""
+        left = self._journal.book.active
+        self._journal.enter(
+            version_id, "probation", entry={"attempts": 0}, boots=0, **self._route(version_id), **fields
+        )
+        self._point(digest)
+        self._set_aside(left)
+        self.tell("activated", version_id, digest=digest)
 
     def _set_aside(self, version_id: str) -> None:
         """What was left in the middle of its probation is on the shelf, and nothing is said against it."""
@@ -249,12 +257,11 @@ class Steps:
         """
         for candidate in self._candidates():
             try:
-                digest = self._bench.load(candidate)
+                with self._bench.held(candidate) as digest:
+                    self._point(digest)
+                break  # at null, the last candidate, at the latest
             except FederatedError as error:
                 self.tell("passed_over", candidate, reason=str(error))
-                continue
-            break
-        self._point(candidate, digest)  # null, the last candidate, always loads
         return self._gone_back_to(candidate)
 
     def _gone_back_to(self, version_id: str) -> dict[str, Any]:
@@ -287,10 +294,10 @@ class Steps:
         else:
             self.give_up(version_id, error)
 
-    def _point(self, version_id: str, digest: str) -> None:
+    def _point(self, digest: str) -> None:
         """Move the runtime's pointer, and watch what answers from now on."""
         self._bench.point(digest)
-        self._pointed = version_id
+        self._owed = None
         self._health.watch(digest)
         self._since = self._monotonic()
         self._settled = digest == NULL

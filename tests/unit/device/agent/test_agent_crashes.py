@@ -149,7 +149,7 @@ def test_orderly_ends_are_no_crashes(yard) -> None:
         ("verified", "federated.device.shelf.Shelf", "put", False),
         ("verified", "federated.device.shelf.Shelf", "put", True),
         ("staged", "federated.device.agent_steps.Steps", "bring_up", False),
-        ("probing", "federated.device.agent_bench.Bench", "load", False),
+        ("probing", "federated.device.agent_bench.Bench", "_load", False),
         ("probing", "federated.device.agent_bench.Bench", "prove", True),
         ("probation", "federated.device.agent_steps.Steps", "_point", False),
         ("probation", "federated.device.agent_steps.Steps", "_point", True),

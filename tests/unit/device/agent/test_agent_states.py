@@ -282,3 +282,52 @@ def test_a_full_disk_does_not_keep_a_failing_version_serving(yard, time, monkeyp
             assert (agent.active, yard.answer) == (second, 1.0)
         agent.tick()
         assert (agent.active, yard.answer, yard.state_of(second)) == (first, 1.0, "failed")
+
+
+def test_a_rollback_that_the_disk_refused_is_written_down_later(yard, time, monkeypatch) -> None:
+    """Also where the reply got through: what serves and what the journal says come together again."""
+    from federated.device.journal import Journal
+
+    with yard.started() as agent:
+        first = yard.settled(agent, 1)
+        second = yard.publish(2)
+        agent.poll()
+        real = Journal.enter
+
+        def once(*args: object, **fields: object) -> None:
+            monkeypatch.setattr(Journal, "enter", real)
+            raise ReleaseError("cannot write the journal")
+
+        monkeypatch.setattr(Journal, "enter", once)
+        assert yard.command(agent, "rollback", second)[0] is False
+        assert (agent.active, yard.answer, yard.state_of(second)) == (first, 1.0, "failed")
+
+
+def test_what_failed_is_never_gone_back_to(yard) -> None:
+    with yard.started() as agent:
+        first, second = yard.settled(agent, 1), yard.settled(agent, 2)
+        yard.command(agent, "activate", first)
+        assert yard.book.trail == (NULL, second)
+        agent._steps.give_up(second, DeviceError("found to be bad"))
+        yard.command(agent, "rollback", first)
+        assert (agent.active, yard.answer) == (NULL, 0.0)
+
+
+def test_a_server_that_installs_others_meanwhile_cannot_push_a_version_out(yard, make) -> None:
+    """While it is probed, and until it is routed to, a version is held like a request's."""
+    with yard.started() as agent:
+        yard.settled(agent, 1)
+        yard.publish(2)
+        others = iter(range(10, 20))
+        real = yard.backend.predict
+
+        def predict(handle, rows):
+            for _ in range(6):
+                other = make(next(others, 10))
+                yard.runtime.install(other.manifest, other.weights, version_id=other.version_id)
+            yard.backend.predict = real
+            return real(handle, rows)
+
+        yard.backend.predict = predict
+        agent.poll()
+        assert yard.answer == 2.0

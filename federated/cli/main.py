@@ -29,9 +29,11 @@ from federated.cli import (
     audit,
     channel,
     device,
+    device_agent,
     privacy,
     registry,
     registry_care,
+    registry_devices,
     registry_diff,
     release,
     release_keys,
@@ -48,7 +50,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for name, command in (registry_care.COMMANDS | registry_diff.COMMANDS).items():
+for name, command in (registry_care.COMMANDS | registry_diff.COMMANDS | registry_devices.COMMANDS).items():
     registry.app.command(name)(command)
 app.add_typer(registry.app, name="registry")
 app.add_typer(channel.app, name="channel")
@@ -58,6 +60,8 @@ release.app.add_typer(release_keys.app, name="keys")
 for name, command in (release_keys.COMMANDS | release_look.COMMANDS).items():
     release.app.command(name)(command)
 app.add_typer(release.app, name="release")
+for name, command in device_agent.COMMANDS.items():
+    device.app.command(name)(command)
 app.add_typer(device.app, name="device")
 app.command("serve")(serve.serve)
 app.add_typer(assets.app, name="assets")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from federated.cli.passphrases import Passphrases
+from federated.cli.probes import AppOption, ProbesOption, ProbeToleranceOption, measured
 from federated.cli.registry import AsOption, BlobsOption, RegistryOption, open_registry
 from federated.cli.tables import say
 from federated.errors import ConfigError, ReleaseError
@@ -95,6 +96,9 @@ def publish(
         list[str] | None,
         typer.Option("--file", metavar="NAME=PATH", help="Release this file with the version; again for more."),
     ] = None,
+    probes: ProbesOption = None,
+    probe_tolerance: ProbeToleranceOption = 0.02,
+    app_dir: AppOption = Path(),
     releases: ReleasesOption = RELEASES,
     keys: KeysOption = None,
     passphrase_file: PassphraseOption = None,
@@ -105,7 +109,8 @@ def publish(
 ) -> None:
     """Sign and publish the version that the registry's channel points at.
 
-    Published before, it is published again: that is a rollback. Example: fedpeft release publish stable
+    Published before, it is published again: that is a rollback. Example: fedpeft release publish stable --probes
+    inputs.jsonl
     """
     from federated.release import Artefact
 
@@ -118,6 +123,8 @@ def publish(
                 f"channel {channel!r} of registry {store.location} points nowhere; promote a version first: "
                 f"fedpeft channel promote VERSION --to {channel}"
             )
+        if probes is not None:
+            files |= measured(store, pointed[channel], probes, tolerance=probe_tolerance, app_dir=app_dir)
         artefact = Artefact.of(store, pointed[channel], files)
         (record,) = publisher.publish(channel, artefact, audit_head=str(store.audit.head()))
         store.audit.note("release", record.version_id, channel=channel, release_counter=record.release_counter)

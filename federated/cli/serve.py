@@ -1,4 +1,4 @@
-"""``fedpeft serve``: an HTTP server over the versions of a registry, all on one base model.
+"""``fedpeft serve``: an HTTP server over the versions of a registry or of a device, all on one base model.
 
 The server itself is `federated.device.serving`; here its parts are put together.
 """
@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,16 +29,38 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
+STABLE = "stable"
+_LOGGERS = ("federated.serving", "federated.device")
 _TOKEN, _ADMIN_TOKEN = "FEDPEFT_SERVE_TOKEN", "FEDPEFT_ADMIN_TOKEN"
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What of the command line does not depend on where versions come from."""
+
+    host: str
+    port: int
+    tokens: Tokens
+    anonymous: bool
+    admin_port: int | None
+    admin_socket: Path | None
+    admin_tokens: Tokens
+    limits: Limits
+    routes: list[tuple[str, str, str]]
 
 
 def serve(
     base: Annotated[str, typer.Option(help="The base model here. Default: where the version's record says.")] = "",
-    channel: Annotated[str, typer.Option(help="Its version answers by default, and is followed.")] = "stable",
+    channel: Annotated[
+        str, typer.Option(help="Its version answers by default, and is followed.", show_default=STABLE)
+    ] = "",
     registry: RegistryOption = None,
     blobs: BlobsOption = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VERSION", help="One more adapter, by a name; repeat for more.")
+    ] = None,
+    device: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A device's file, in place of a registry: its agent runs along.")
     ] = None,
     routes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML: which user or arm gets which adapter.")
@@ -60,8 +82,10 @@ def serve(
     admin_token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help=f"Its own tokens. Default: ${_ADMIN_TOKEN}.")
     ] = None,
-    capacity: Annotated[int, typer.Option(min=1, help="Adapters kept in memory.")] = 8,
-    poll: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks at the channel.")] = 30.0,
+    capacity: Annotated[int | None, typer.Option(min=1, help="Adapters kept in memory.", show_default="8")] = None,
+    poll: Annotated[
+        float | None, typer.Option(min=0.05, help="Seconds between two looks at the channel.", show_default="30")
+    ] = None,
     generations: Annotated[int, typer.Option(min=1, help="Answers written at the same time.")] = 4,
     waiting: Annotated[int, typer.Option(min=1, help="Requests of a kind that may wait.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens that a request may ask for.")] = 1024,
@@ -72,25 +96,56 @@ def serve(
 
     Example: fedpeft serve --channel stable --adapter support=v3 --port 8000
     """
-    from federated.device.serving import Limits, RegistrySource, public_listener, read_tokens
-
     _check_admin(admin_port, admin_socket, admin_token_file)
-    tokens, admin_tokens = read_tokens(token_file, _TOKEN), read_tokens(admin_token_file, _ADMIN_TOKEN)
-    limits = Limits(generations=generations, waiting=waiting, max_tokens=max_tokens, request_seconds=request_seconds)
-    named, routed = [_pair(one) for one in adapter or []], _routes(routes)
-    with open_registry(registry, blobs) as store, _logged():
-        source = RegistrySource(store)
-        manifest = source.find(channel).manifest
-        runtime = _runtime(manifest, base, app_dir, capacity)
-        control = _control(runtime, source, channel, _base_name(manifest, base))
-        for name, version in named:
-            control.load(name, version)
-        for kind, key, name in routed:
-            control.route(**{kind: key}, name=name)
-        service = _service(control, manifest, limits, poll)
-        public = public_listener(service, host=host, port=port, tokens=tokens, anonymous=allow_anonymous)
-        listeners = [public, *_admin(service, admin_port, admin_socket, admin_tokens)]
-        _run(service, listeners)
+    if device is not None:
+        _check_device(base=base, channel=channel, registry=registry, blobs=blobs, adapter=adapter, capacity=capacity,
+                      poll=poll)  # fmt: skip
+    from federated.device.serving import Limits, read_tokens
+
+    options = _Options(
+        host,
+        port,
+        read_tokens(token_file, _TOKEN),
+        allow_anonymous,
+        admin_port,
+        admin_socket,
+        read_tokens(admin_token_file, _ADMIN_TOKEN),
+        Limits(generations=generations, waiting=waiting, max_tokens=max_tokens, request_seconds=request_seconds),
+        _routes(routes),
+    )
+    named = [_pair(one) for one in adapter or []]
+    with _logged():
+        if device is not None:
+            _from_device(device, app_dir, options)
+            return
+        with open_registry(registry, blobs) as store:
+            from federated.device.serving import RegistrySource
+
+            source, channel = RegistrySource(store), channel or STABLE
+            manifest = source.find(channel).manifest
+            runtime = _runtime(manifest, base, app_dir, capacity or 8)
+            control = _control(runtime, source, channel, _base_name(manifest, base))
+            for name, version in named:
+                control.load(name, version)
+            _run(_service(control, manifest, options, poll_seconds=poll or 30.0), options)
+
+
+def _from_device(file: Path, app_dir: Path, options: _Options) -> None:
+    """With the runtime of a device's agent, which decides what is active."""
+    from federated.cli.serve_device import agent_beside
+    from federated.device.serving import Control, Directory
+
+    with agent_beside(file, app_dir) as beside:
+        ruler = "this device's agent does it: fedpeft device install | activate | rollback | pin"
+        directory = Directory(beside.runtime, _base_name(beside.manifest, ""))
+        control = Control(beside.runtime, directory, ruler=ruler, troubled=beside.troubled)
+        _run(_service(control, beside.manifest, options, health=beside.health), options)
+
+
+def _check_device(**given: Any) -> None:
+    wrong = [f"--{name}" for name, value in given.items() if value]
+    if wrong:
+        raise ConfigError(f"--device brings its own {', '.join(wrong)}: leave it out, or set it in the device's file")
 
 
 def _runtime(manifest: VersionManifest, base: str, app_dir: Path, capacity: int) -> AdapterRuntime:
@@ -115,12 +170,14 @@ def _control(runtime: AdapterRuntime, source: Source, channel: str, base_name: s
     return control
 
 
-def _service(control: Control, manifest: VersionManifest, limits: Limits, poll: float) -> Service:
+def _service(control: Control, manifest: VersionManifest, options: _Options, **more: Any) -> Service:
     from federated.device import recipe_of
     from federated.device.serving import Service
 
     speaks: Speaks = "text" if recipe_of(manifest).task.name == "causal_lm" else "labels"
-    return Service(control.runtime, control, speaks=speaks, limits=limits, poll_seconds=poll)
+    for kind, key, name in options.routes:
+        control.route(**{kind: key}, name=name)
+    return Service(control.runtime, control, speaks=speaks, limits=options.limits, **more)
 
 
 def _base_name(manifest: VersionManifest, base: str) -> str:
@@ -138,16 +195,22 @@ def _check_admin(port: int | None, path: Path | None, token_file: Path | None) -
         raise ConfigError("--admin-token-file opens nothing by itself; add --admin-port or --admin-socket")
 
 
-def _admin(service: Service, port: int | None, path: Path | None, tokens: Tokens) -> list[Listener]:
-    from federated.device.serving import admin_listener
+def _listeners(service: Service, options: _Options) -> list[Listener]:
+    from federated.device.serving import admin_listener, public_listener
 
+    public = public_listener(
+        service, host=options.host, port=options.port, tokens=options.tokens, anonymous=options.anonymous
+    )
+    port, path = options.admin_port, options.admin_socket
     if port is None and path is None:
-        return []
-    return [admin_listener(service, tokens=tokens, port=port or 0, path=path)]
+        return [public]
+    return [public, admin_listener(service, tokens=options.admin_tokens, port=port or 0, path=path)]
 
 
-def _run(service: Service, listeners: list[Listener]) -> None:
+def _run(service: Service, options: _Options) -> None:
     from federated.device.serving import serve as run
+
+    listeners = _listeners(service, options)
 
     def started() -> None:
         active = service.runtime.active
@@ -190,12 +253,14 @@ def _is_table(value: Any) -> bool:
 
 @contextmanager
 def _logged() -> Iterator[None]:
-    """One line for each request on stderr; no inputs."""
-    logger, handler = logging.getLogger("federated.serving"), logging.StreamHandler(sys.stderr)
+    """One line for each request, and for what an agent does, on stderr; no inputs."""
+    loggers, handler = [logging.getLogger(name) for name in _LOGGERS], logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)

@@ -51,6 +51,9 @@ class AdapterRuntime:
             null adapter is not counted.
         capacity_bytes: memory that they may cost together, by `Backend.nbytes`; None: any. Both limits hold.
 
+    Attributes:
+        swaps: how often another slot became the active one.
+
     Raises:
         DeviceError: if a capacity is below 1.
     """
@@ -65,6 +68,7 @@ class AdapterRuntime:
         self._residents = Residents(self._null, limits)
         self._routes = Routes()
         self._active = self._null
+        self.swaps = 0
         self._history: list[Slot] = []
         self._newest: str | None = None
         self._abandoned: deque[str] = deque()  # pins of answers that nobody closed; see `Generation`
@@ -216,6 +220,7 @@ class AdapterRuntime:
             if target.digest != previous.digest:
                 self._history = [*self._without(target.digest, previous.digest), previous]
             self._active = target
+            self.swaps += target.digest != previous.digest
             self._evict()
         kind: Literal["activate", "null"] = "null" if digest == NULL else "activate"
         return Activation(kind, target.digest, previous.digest, (time.perf_counter() - begin) * 1000)
@@ -231,6 +236,7 @@ class AdapterRuntime:
             previous = self._active
             self._active = self._history.pop() if self._history else self._null
             target = self._active
+            self.swaps += target.digest != previous.digest
             self._evict()
         return Activation("rollback", target.digest, previous.digest, (time.perf_counter() - begin) * 1000)
 

@@ -102,7 +102,7 @@ def _routing(service: Service) -> APIRouter:
             "names": dict(routes.names),
             "users": dict(routes.users),
             "arms": dict(routes.arms),
-            "swaps": dict(control.swaps),
+            "swaps": runtime.swaps,
             "channel": control.channel,
             "stale": control.stale,
         }

@@ -7,7 +7,7 @@ a version that is refused leaves names, routing and what is served as they were.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections.abc import Callable
 
 from federated.device.records import NULL, Activation, Slot
 from federated.device.routing import check_name
@@ -28,26 +28,37 @@ class Control:
         directory: learns which slot each name is on.
         source: where versions come from; None: nothing can be loaded.
         channel: the name that `follow` keeps up with, which is the adapter's name too; None: follows nothing.
-
-    Attributes:
-        stale: why `follow` could not keep up, last time; None when it did.
-        swaps: changes of the active slot by kind: ``activate``, ``null``, ``rollback``.
+        ruler: who decides which version is active, if it is not this object; says how to ask for a change. Then names
+            and the active slot stay as they are here, and only users and arms are routed.
+        troubled: the ruler's word on why it cannot keep up, or None.
     """
 
     def __init__(
-        self, runtime: AdapterRuntime, directory: Directory, source: Source | None = None, *, channel: str | None = None
+        self,
+        runtime: AdapterRuntime,
+        directory: Directory,
+        source: Source | None = None,
+        *,
+        channel: str | None = None,
+        ruler: str = "",
+        troubled: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.runtime = runtime
         self.directory = directory
         self.channel = channel
-        self.stale: str | None = None
-        self.swaps: Counter[str] = Counter()
+        self._ruler, self._troubled = ruler, troubled
+        self._stale: str | None = None
         self._source = source
         self._followed: str | None = None
         self._versions: dict[str, str] = {}  # slot to the version that it was loaded as
         self._lock = threading.Lock()
         if source is not None:
             runtime.add_refill(self.refill)
+
+    @property
+    def stale(self) -> str | None:
+        """Why the channel could not be kept up with, last time; None when it could."""
+        return self._stale or self._troubled()
 
     def load(self, name: str, version: str, *, replace: bool = False) -> Slot:
         """Install a version and put a name on it; what is active stays.
@@ -61,7 +72,7 @@ class Control:
             ApiError: if the name is taken, or ``version`` is no version's name.
             FederatedError: if the store or the runtime refuses.
         """
-        with self._lock:
+        with self._changing():
             return self._load(name, check_version_name(version), replace=replace)
 
     def unload(self, name: str) -> str:
@@ -73,7 +84,7 @@ class Control:
         Returns:
             The slot that the name was on.
         """
-        with self._lock:
+        with self._changing():
             digest = self.runtime.routes.names.get(name)
             if digest is None:
                 raise self.directory.unknown(name)
@@ -87,18 +98,18 @@ class Control:
         Raises:
             ApiError: 404 if the name leads nowhere.
         """
-        with self._lock:
+        with self._changing():
             wanted = self.directory.wanted(model)
             digest = wanted.digest or self.runtime.routes.resolve(wanted.route)
             if digest is None:
                 raise ApiError(f"{model[:160]!r} is the base's name; activate null for the base alone", param="model")
             with self.runtime.pin(digest):  # brings it back where it was dropped
-                return self._counted(self.runtime.activate(digest))
+                return self.runtime.activate(digest)
 
     def rollback(self) -> Activation:
         """Let the slot answer that was active before; the followed channel does not bring this version back."""
-        with self._lock:
-            return self._counted(self.runtime.rollback())
+        with self._changing():
+            return self.runtime.rollback()
 
     def route(self, *, user: str | None = None, arm: str | None = None, name: str | None = None) -> None:
         """Send a user, or an experiment arm, to an adapter's name; None: no more.
@@ -129,9 +140,9 @@ class Control:
             with self._lock:
                 made = self._follow(self.channel)
         except Exception as error:
-            self.stale = type(error).__name__
+            self._stale = type(error).__name__
             raise
-        self.stale = None
+        self._stale = None
         return made
 
     def refill(self, _: AdapterRuntime, digest: str) -> bool:
@@ -148,7 +159,7 @@ class Control:
             return None
         slot = self._named(channel, offer)
         self._followed = offer.version_id
-        return self._counted(self.runtime.activate(slot.digest))
+        return self.runtime.activate(slot.digest)
 
     def _load(self, name: str, version: str, *, replace: bool) -> Slot:
         if check_name(name) in (NULL, self.directory.base_name, self.channel):
@@ -173,12 +184,17 @@ class Control:
         self._versions[slot.digest] = offer.version_id
         return slot
 
+    def _changing(self) -> threading.Lock:
+        """What one change at a time holds.
+
+        Raises:
+            ApiError: 409 if it is not for this object to change anything.
+        """
+        if self._ruler:
+            raise ApiError(f"which version answers is not decided here; {self._ruler}", status=409, code="not_here")
+        return self._lock
+
     def _store(self) -> Source:
         if self._source is None:
             raise DeviceError("this server has no store of versions; start it with --registry")
         return self._source
-
-    def _counted(self, made: Activation) -> Activation:
-        if made.digest != made.previous:
-            self.swaps[made.kind] += 1
-        return made

@@ -24,7 +24,7 @@ class Metrics:
 
     Args:
         runtime: asked when the numbers are read.
-        control: knows the swaps, and whether the channel is followed.
+        control: knows whether the channel is followed.
     """
 
     def __init__(self, runtime: AdapterRuntime, control: Control) -> None:
@@ -94,9 +94,6 @@ class _RuntimeNumbers(Collector):
         pins = GaugeMetricFamily("fedpeft_pins", "Requests under way on each slot", labels=["slot"])
         for digest, count in runtime.pins.items():
             pins.add_metric([digest], count)
-        swaps = CounterMetricFamily("fedpeft_swaps", "Changes of the active slot", labels=["kind"])
-        for kind, count in self._control.swaps.items():
-            swaps.add_metric([kind], count)
         queues = GaugeMetricFamily("fedpeft_waiting", "Requests that wait", labels=["queue"])
         for name, waiting in self.queues.items():
             queues.add_metric([name], waiting())
@@ -104,7 +101,7 @@ class _RuntimeNumbers(Collector):
         return [
             version,
             pins,
-            swaps,
+            CounterMetricFamily("fedpeft_swaps", "Changes of the active slot", value=runtime.swaps),
             queues,
             GaugeMetricFamily("fedpeft_resident_adapters", "Adapters in memory besides the null one", value=residents),
             GaugeMetricFamily("fedpeft_resident_bytes", "Memory of adapters besides the base", value=runtime.nbytes),

@@ -16,6 +16,7 @@ from federated.device.records import Slot
 from federated.device.serving.batching import Batcher, Share
 from federated.device.serving.control import Control
 from federated.device.serving.directory import Wanted
+from federated.device.serving.health import Health, Unheard, judged
 from federated.device.serving.limits import Limits
 from federated.device.serving.metrics import Metrics
 from federated.device.serving.threads import in_thread
@@ -23,7 +24,7 @@ from federated.device.serving.writing import Writer
 from federated.device.slots import AdapterRuntime
 from federated.errors import FederatedError
 
-__all__ = ["Service", "State"]
+__all__ = ["Service", "Speaks", "State"]
 
 _LOG = logging.getLogger("federated.serving")
 
@@ -49,6 +50,7 @@ class Service:
         control: changes which adapter does.
         speaks: ``"text"`` where the task is a language model's, ``"labels"`` where it classifies.
         limits: of sizes, counts and times.
+        health: told how each slot does.
         poll_seconds: between two looks at the followed channel.
         clock: seconds since 1970.
     """
@@ -60,6 +62,7 @@ class Service:
         *,
         speaks: Speaks,
         limits: Limits | None = None,
+        health: Health | None = None,
         poll_seconds: float = 30.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -67,11 +70,12 @@ class Service:
         self.directory = control.directory
         self.limits = limits or Limits()
         self.metrics = Metrics(runtime, control)
+        self.health = health or Unheard()
         self.state = State()
         self.started = int(clock())
         self._poll_seconds = poll_seconds
         self._pool = ThreadPoolExecutor(2 * self.limits.generations + 6, thread_name_prefix="serving")
-        self.writer = Writer(runtime, self.limits, pool=self._pool, metrics=self.metrics)
+        self.writer = Writer(runtime, self.limits, pool=self._pool, metrics=self.metrics, health=self.health)
         self._classify = self._batcher(self._predicted)
         self._embed = self._batcher(self._embedded)
         for name, waiting in (
@@ -95,7 +99,10 @@ class Service:
     async def _shared(self, batcher: Batcher, rows: Sequence[Any], wanted: Wanted) -> tuple[Slot, Sequence[Any]]:
         with await in_thread(self._pool, lambda: self._pinned(wanted), undo=ExitStack.close) as stack:
             slot = stack.slot
-            return slot, await batcher.submit(Share(slot, rows))
+            with judged(self.health, slot):
+                made = await batcher.submit(Share(slot, rows))
+            self.health.success(slot.digest)
+            return slot, made
 
     def _pinned(self, wanted: Wanted) -> _Pin:
         pin = _Pin()

@@ -17,6 +17,7 @@ from federated.device.records import Prompt, Sampling, Token
 from federated.device.serving.directory import Wanted
 from federated.device.serving.faults import ApiError
 from federated.device.serving.gate import Gate
+from federated.device.serving.health import Health, judged
 from federated.device.serving.limits import Limits
 from federated.device.serving.metrics import Metrics
 from federated.device.serving.threads import in_thread
@@ -32,18 +33,25 @@ class Answer:
         generation: holds the pin.
         pool: where tokens are computed.
         deadline: of the event loop's clock.
-        end: gives the place back.
+        health: told if the slot fails.
+        end: told of the answer when it is closed.
 
     Attributes:
         slot: which adapter answers.
     """
 
     def __init__(
-        self, generation: Generation, pool: Executor, *, deadline: float, end: Callable[[Generation], object]
+        self,
+        generation: Generation,
+        pool: Executor,
+        *,
+        deadline: float,
+        health: Health,
+        end: Callable[[Generation], object],
     ) -> None:
         self.generation = generation
         self.slot = generation.slot
-        self._pool, self._deadline, self._end = pool, deadline, end
+        self._pool, self._deadline, self._health, self._end = pool, deadline, health, end
         self._stack = AsyncExitStack()
 
     async def tokens(self) -> AsyncIterator[Token]:
@@ -58,7 +66,8 @@ class Answer:
     async def _next(self) -> Token | None:
         try:
             async with asyncio.timeout_at(self._deadline):
-                return await in_thread(self._pool, lambda: next(self.generation, None))
+                with judged(self._health, self.slot):
+                    return await in_thread(self._pool, lambda: next(self.generation, None))
         except TimeoutError:
             raise ApiError(
                 "the answer was not finished in time; ask for fewer tokens (max_tokens)", status=504, code="timeout"
@@ -85,11 +94,15 @@ class Writer:
         runtime: answers.
         limits: how many at once, how many wait, how long.
         pool: with two threads for each answer at work: one computes, one may wait to close it.
-        metrics: told of tokens and times.
+        metrics: told of tokens.
+        health: told how each slot does.
     """
 
-    def __init__(self, runtime: AdapterRuntime, limits: Limits, *, pool: Executor, metrics: Metrics) -> None:
+    def __init__(
+        self, runtime: AdapterRuntime, limits: Limits, *, pool: Executor, metrics: Metrics, health: Health
+    ) -> None:
         self._runtime, self._limits, self._pool, self._metrics = runtime, limits, pool, metrics
+        self._health = health
         self.gate = Gate(limits.generations, waiting=limits.waiting, seconds=limits.wait_seconds)
 
     async def begin(self, prompt: Prompt, sampling: Sampling, wanted: Wanted) -> Answer:
@@ -107,9 +120,11 @@ class Writer:
                 undo=Generation.close,
             )
             deadline = asyncio.get_running_loop().time() + self._limits.request_seconds
-            answer = Answer(generation, self._pool, deadline=deadline, end=self._ended)
+            answer = Answer(generation, self._pool, deadline=deadline, health=self._health, end=self._ended)
             answer.keep(stack.pop_all())
         return answer
 
     def _ended(self, generation: Generation) -> None:
+        if generation.finish_reason in ("stop", "length"):
+            self._health.success(generation.slot.digest)
         self._metrics.tokens(prompt=generation.prompt_tokens, completion=generation.completion_tokens)

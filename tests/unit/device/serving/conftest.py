@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -248,3 +252,43 @@ def run_server() -> Callable[..., Any]:
 @pytest.fixture
 def socket_path(tmp_path: Path) -> Path:
     return tmp_path / "admin.sock"
+
+
+@dataclass
+class Process:
+    running: subprocess.Popen[str]
+    said: list[str]
+
+    def wait_for(self, pattern: str) -> str:
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            found = re.search(pattern, "".join(self.said))
+            if found:
+                return found[1]
+            assert self.running.poll() is None, "".join(self.said)
+            time.sleep(0.05)
+        raise AssertionError("".join(self.said))
+
+
+@contextmanager
+def started_process(options: Sequence[str], **variables: str) -> Iterator[Process]:
+    command = [sys.executable, "-m", "federated.cli.main", "serve", "--port", "0", *options]
+    environment = {**os.environ, **variables}
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    said: list[str] = []
+    assert running.stderr is not None
+    reader = threading.Thread(target=said.extend, args=(running.stderr,))
+    reader.start()
+    try:
+        yield Process(running, said)
+    finally:
+        running.kill()
+        running.wait()
+        reader.join()
+        running.stderr.close()
+
+
+@pytest.fixture
+def process() -> Callable[..., Any]:
+    """``fedpeft serve`` as a process of its own."""
+    return started_process

@@ -92,7 +92,7 @@ def test_activate_null_and_back(site: Any) -> None:
     assert site.admin.post("/admin/activate", json={"model": "nobody"}).status_code == 404
     assert site.admin.post("/admin/activate", json={"model": "tiny:echo"}).status_code == 400
     status = site.admin.get("/admin/status").json()
-    assert status["swaps"] == {"activate": 1, "null": 1, "rollback": 1}
+    assert status["swaps"] == 3
     assert status["active"]["label"] == "v1"
 
 
@@ -214,3 +214,52 @@ def test_without_a_store_nothing_is_loaded_and_nothing_followed(site: Any) -> No
     with pytest.raises(DeviceError, match="--registry"):
         control.load("x", "v1")
     assert control.refill(runtime, "f" * 64) is False
+
+
+def test_what_an_agent_decides_is_not_changed_here(site: Any) -> None:
+    runtime = site.service.runtime
+    trouble: list[str | None] = [None]
+    control = Control(runtime, site.control.directory, ruler="ask the agent", troubled=lambda: trouble[0])
+    for change in (
+        lambda: control.load("x", "v2"),
+        lambda: control.unload("stable"),
+        lambda: control.activate("null"),
+        control.rollback,
+    ):
+        with pytest.raises(DeviceError, match="ask the agent") as refused:
+            change()
+        assert refused.value.status == 409
+    assert runtime.active.label == "v1"
+    control.route(user="ann", name="stable")
+    assert control.stale is None
+    trouble[0] = "Unreachable"
+    assert control.stale == "Unreachable"
+
+
+class Heard:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+
+    def success(self, digest: str) -> None:
+        self.told.append((digest, "good"))
+
+    def failure(self, digest: str, reason: str) -> None:
+        self.told.append((digest, reason))
+
+
+def test_what_a_slot_does_is_told_without_a_word_of_the_request(sites: Callable[..., Any]) -> None:
+    heard = Heard()
+    with sites(health=heard) as site:
+        one = site.shelf.names["v1"].digest
+        site.ask(max_tokens=1)
+        site.ask(prompt="break")
+        site.ask(prompt="too long")  # the request's own fault
+        site.wait_for(lambda: len(heard.told) == 2)
+        assert heard.told == [(one, "good"), (one, "the model raised RuntimeError")]
+    heard = Heard()
+    with sites(health=heard, speaks="labels") as site:
+        for text in ("a", "crash", "bad"):
+            site.ask("/classify", input=text)
+        assert heard.told == [(one, "good"), (one, "the model raised RuntimeError")]

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,42 +38,10 @@ def registry(tmp_path: Path, versions: list[Any]) -> Path:
     return tmp_path / "registry"
 
 
-@dataclass
-class Process:
-    running: subprocess.Popen[str]
-    said: list[str]
-
-    def wait_for(self, pattern: str) -> str:
-        until = time.monotonic() + 120
-        while time.monotonic() < until:
-            found = re.search(pattern, "".join(self.said))
-            if found:
-                return found[1]
-            assert self.running.poll() is None, "".join(self.said)
-            time.sleep(0.05)
-        raise AssertionError("".join(self.said))
-
-
-@contextmanager
-def process(options: Sequence[str], **variables: str) -> Iterator[Process]:
-    command = [sys.executable, "-m", "federated.cli.main", "serve", "--port", "0", *options]
-    environment = {**os.environ, **variables}
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    said: list[str] = []
-    assert running.stderr is not None
-    reader = threading.Thread(target=said.extend, args=(running.stderr,))
-    reader.start()
-    try:
-        yield Process(running, said)
-    finally:
-        running.kill()
-        running.wait()
-        reader.join()
-        running.stderr.close()
-
-
 @pytest.mark.slow
-def test_a_channel_is_served_followed_and_ended_in_order(registry: Path, versions: list[Any], tmp_path: Path) -> None:
+def test_a_channel_is_served_followed_and_ended_in_order(
+    registry: Path, versions: list[Any], tmp_path: Path, process: Make
+) -> None:
     (tmp_path / "routes.yaml").write_text("users:\n  ann: second\narms:\n  b: third\n")
     (tmp_path / "tokens").write_text(f"{TOKEN}\n")
     options = ["--registry", str(registry), "--adapter", "second=v2", "--adapter", "third=v3", "--poll", "0.2"]
@@ -122,7 +85,7 @@ def test_a_channel_is_served_followed_and_ended_in_order(registry: Path, version
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_server_on_an_admin_socket(registry: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_server_on_an_admin_socket(registry: Path, tmp_path: Path, process: Make) -> None:
     place = tmp_path / "admin.sock"
     with process(["--registry", str(registry), "--admin-socket", str(place)]) as server:
         server.wait_for(r"(admin: )")
@@ -146,6 +109,7 @@ def ask(*options: str) -> None:
         (["--admin-port", "0", "--admin-socket", "x"], "choose one"),
         (["--admin-token-file", "x"], "add --admin-port"),
         (["--routes", "nowhere.yaml"], "cannot be read"),
+        (["--device", "device.yaml"], "--device brings its own --registry"),
     ],
 )
 def test_a_wrong_command_line_is_said_before_a_model_is_loaded(

@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ from federated.wire import decode_tensors, encode_tensors
 from simulations.benchmarks.parts.device_server import PeftHotswap, PeftSetAdapter, Slots, Target, serving
 from simulations.benchmarks.release import ring_in, served
 
-__all__ = ["Bench", "main"]
+__all__ = ["Bench", "Load", "main", "show_loads", "under_load"]
+
+Served = Callable[[Target], AbstractContextManager[str]]
 
 PARTS = Path(__file__).resolve().parent / "parts"
 CLIENTS = 4
@@ -158,7 +161,9 @@ def _overlaps(one: Any, others: Sequence[Any]) -> bool:
     return any(other[4] != one[4] and other[2] < one[3] and one[2] < other[3] for other in others)
 
 
-def under_load(target: Target, swaps: int, phases: int, seconds: float) -> tuple[Load, Load]:
+def under_load(
+    target: Target, swaps: int, phases: int, seconds: float, *, serve: Served = serving
+) -> tuple[Load, Load]:
     """Ask a target from a second process, in turns without swaps and with them.
 
     Args:
@@ -166,6 +171,7 @@ def under_load(target: Target, swaps: int, phases: int, seconds: float) -> tuple
         swaps: in all.
         phases: how many turns of each.
         seconds: of a turn.
+        serve: lets the target be asked at a URL.
 
     Returns:
         What was seen without and with swaps.
@@ -175,7 +181,7 @@ def under_load(target: Target, swaps: int, phases: int, seconds: float) -> tuple
         target.swap(name)
         references[name] = [target.answer(row)[1] for row in range(len(TEXTS))]
     calm, swapped = Load(), Load()
-    with serving(target) as url:
+    with serve(target) as url:
         for _ in range(phases):
             calm.add(_asked(url, lambda: time.sleep(seconds)), references)
             swapped.add(_asked(url, lambda: _swap(target, swaps // phases, seconds)), references)
@@ -291,16 +297,21 @@ def peft_targets(bench: Bench, versions: Sequence[Version], folder: Path) -> dic
         return {"peft_set_adapter": PeftSetAdapter(*parts), "peft_hotswap": hot}
 
 
-def show(loads: dict[str, tuple[Load, Load]], result: dict[str, Any]) -> None:
-    """All of it for people."""
+def show_loads(console: Console, loads: Mapping[str, tuple[Load, Load]]) -> None:
+    """What clients saw, for people."""
     table = Table("target", "swaps", "answers", "failed", "torn", "in flight with another", "p50 ms", "p99 ms")
     for name, (calm, swapped) in loads.items():
         for label, one in ((f"{name}, calm", calm), (name, swapped)):
             counts = [one.swaps, len(one.milliseconds), one.failed, one.torn, one.in_flight]
             times = [f"{one.percentile(share):.1f}" for share in (0.5, 0.99)]
             table.add_row(label, *map(str, counts), *times)
-    console = Console(width=120)
     console.print(table)
+
+
+def show(loads: Mapping[str, tuple[Load, Load]], result: Mapping[str, Any]) -> None:
+    """All of it for people."""
+    console = Console(width=120)
+    show_loads(console, loads)
     table = Table("measured", "value")
     for name, value in result.items():
         table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value))

@@ -5,7 +5,8 @@
 Each client has a connection of its own and asks for one row after another. It ends when a line (or the end) comes on
 standard input; then the last line of its output is one JSON object: of each request ``[client, row, begin, end, slot,
 scores]``, or the error. It imports nothing of this library, so that it can ask any server that speaks to a
-`Transport`; ``socket://HOST:PORT`` is a line of JSON for each request and each answer.
+`Transport`; ``socket://HOST:PORT`` is a line of JSON for each request and each answer, ``http://HOST:PORT`` a server of
+``fedpeft serve`` that is asked to classify the text "row N".
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from http.client import HTTPConnection, HTTPException
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-__all__ = ["SocketTransport", "Transport", "connect", "main"]
+__all__ = ["HttpTransport", "SocketTransport", "Transport", "connect", "main"]
 
 
 class Transport(Protocol):
@@ -62,6 +65,35 @@ class SocketTransport:
         self._socket.close()
 
 
+class HttpTransport:
+    """``/classify`` of a server, over one connection that is kept.
+
+    Args:
+        host: of the server.
+        port: of the server.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._connection = HTTPConnection(host, port, timeout=60)
+
+    def ask(self, row: int) -> tuple[str, list[float]]:
+        """Ask for a row."""
+        body, headers = json.dumps({"input": f"row {row}"}), {"content-type": "application/json"}
+        self._connection.request("POST", "/classify", body, headers)
+        response = self._connection.getresponse()
+        told = response.read()
+        if response.status != 200:
+            raise RuntimeError(f"status {response.status}")
+        return str(response.headers["x-fedpeft-slot"]), list(json.loads(told)["data"][0]["probs"])
+
+    def close(self) -> None:
+        """End the connection."""
+        self._connection.close()
+
+
+_TRANSPORTS: dict[str, Callable[[str, int], Transport]] = {"socket": SocketTransport, "http": HttpTransport}
+
+
 def connect(url: str) -> Transport:
     """A transport for a server.
 
@@ -69,9 +101,9 @@ def connect(url: str) -> Transport:
         SystemExit: for a URL of another kind.
     """
     parts = urlsplit(url)
-    if parts.scheme != "socket" or parts.hostname is None or parts.port is None:
-        raise SystemExit(f"{url!r} cannot be asked; expected socket://HOST:PORT")
-    return SocketTransport(parts.hostname, parts.port)
+    if parts.scheme not in _TRANSPORTS or parts.hostname is None or parts.port is None:
+        raise SystemExit(f"{url!r} cannot be asked; expected socket://HOST:PORT or http://HOST:PORT")
+    return _TRANSPORTS[parts.scheme](parts.hostname, parts.port)
 
 
 def ask_all_the_time(url: str, client: int, rows: int, stop: threading.Event, notes: list[Any]) -> None:
@@ -82,7 +114,7 @@ def ask_all_the_time(url: str, client: int, rows: int, stop: threading.Event, no
         row, begin = number % rows, time.perf_counter()
         try:
             slot, scores = transport.ask(row)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, HTTPException, RuntimeError, ValueError) as error:
             notes.append([client, row, begin, time.perf_counter(), None, str(error)])
         else:
             notes.append([client, row, begin, time.perf_counter(), slot, scores])

@@ -101,7 +101,20 @@ def test_an_answer_keeps_its_slot_whatever_is_activated(site: Any) -> None:
     site.wait_no_pins()
 
 
-def test_a_client_that_leaves_a_stream_gives_pin_and_place_back(site: Any) -> None:
+@pytest.fixture
+def kept(site: Any) -> list[Any]:
+    """Holds every answer, so that no garbage collection gives back what the server should."""
+    made, held = site.service.runtime.generate, []
+
+    def generate(*args: Any, **more: Any) -> Any:
+        held.append(made(*args, **more))
+        return held[-1]
+
+    site.service.runtime.generate = generate
+    return held
+
+
+def test_a_client_that_leaves_a_stream_gives_pin_and_place_back(site: Any, kept: list[Any]) -> None:
     with site.public.stream("POST", "/v1/completions", json={"prompt": "slow", "stream": True, "max_tokens": 9}) as got:
         site.backend.step.release()
         next(line for line in got.iter_lines() if line)
@@ -110,14 +123,16 @@ def test_a_client_that_leaves_a_stream_gives_pin_and_place_back(site: Any) -> No
     site.wait_no_pins()
     site.wait_for(lambda: site.service.writer.gate.working == 0)
     assert site.backend.ended == 1
+    assert (kept[0].finish_reason, kept[0].completion_tokens) == ("cancelled", 2)
 
 
-def test_a_client_that_leaves_before_its_answer_gives_pin_and_place_back(site: Any) -> None:
+def test_a_client_that_leaves_before_its_answer_gives_pin_and_place_back(site: Any, kept: list[Any]) -> None:
     with pytest.raises(httpx.ReadTimeout):
         site.public.post("/v1/completions", json={"prompt": "slow", "max_tokens": 9}, timeout=0.5)
     site.backend.step.release()
     site.wait_no_pins()
     site.wait_for(lambda: site.service.writer.gate.working == 0)
+    assert (kept[0].finish_reason, kept[0].completion_tokens) == ("cancelled", 1)
 
 
 def test_requests_over_the_limit_wait_and_then_are_refused(sites: Callable[..., Any]) -> None:

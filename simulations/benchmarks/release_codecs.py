@@ -8,10 +8,10 @@ standard library, one package to a client (rank 16, all linear layers; nothing i
 you have takes the place of the first.
 
 Of the last version each codec is measured: the size against that of all numbers in 16 bits, and the loss on all that
-the clients hold out, against that of the version's own weights. Diffs start from the version before. Then the versions
-are published one after another as ``--variants auto`` does, and a device that follows by the smallest way is compared
-with one that fetches the full weights. ``line`` is that device's loss at the end: steps start from what it held, so
-their errors do not add up.
+the clients hold out, against that of the version's own weights. Diffs start from the version before. Then the newest
+versions are published one after another as ``--variants auto`` does, and a device that follows by the smallest way is
+compared with one that fetches the full weights. ``line`` is that device's loss at the end: steps start from what it
+held, so their errors do not add up.
 
 The best diff is the smallest lossy or lossless one whose loss is within the publisher's tolerance. Top-level figures
 of the JSON line are of the first federation; all are under each name.
@@ -50,6 +50,7 @@ __all__ = ["main"]
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("asyncio", "email", "json", "unittest", "xml", "logging", "http", "importlib")
 CHARACTERS = 400
+FOLLOWED = 4
 Loss = Callable[[bytes], float]
 
 
@@ -151,7 +152,8 @@ def followed(subject: Subject) -> dict[str, Any]:
     held: list[bytes] = []
     ways: list[str] = []
     nbytes = 0
-    for weights in subject.versions[1:]:  # the first is untrained
+    published = subject.versions[1:][-FOLLOWED:]  # the first is untrained
+    for weights in published:
         manifest = VersionManifest(
             sha256_hex(weights), subject.manifest.base_digest, subject.manifest.spec, "benchmark", "run", len(ways)
         )
@@ -168,7 +170,7 @@ def followed(subject: Subject) -> dict[str, Any]:
     return {
         "ways": ways,
         "nbytes": nbytes,
-        "full_nbytes": sum(map(len, subject.versions[1:])),
+        "full_nbytes": sum(map(len, published)),
         "line_increase": subject.loss(line) - subject.loss(subject.versions[-1]),
     }
 

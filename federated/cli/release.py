@@ -15,6 +15,13 @@ import typer
 from federated.cli.passphrases import Passphrases
 from federated.cli.probes import AppOption, ProbesOption, ProbeToleranceOption, measured
 from federated.cli.registry import AsOption, BlobsOption, RegistryOption, open_registry
+from federated.cli.release_variants import (
+    DiffFromOption,
+    HeldOutOption,
+    ToleranceOption,
+    VariantsOption,
+    add_variants,
+)
 from federated.cli.tables import say
 from federated.errors import ConfigError, ReleaseError
 
@@ -99,6 +106,10 @@ def publish(
     probes: ProbesOption = None,
     probe_tolerance: ProbeToleranceOption = 0.02,
     app_dir: AppOption = Path(),
+    variants: VariantsOption = "auto",
+    held_out: HeldOutOption = None,
+    tolerance: ToleranceOption = 0.002,
+    diff_from: DiffFromOption = None,
     releases: ReleasesOption = RELEASES,
     keys: KeysOption = None,
     passphrase_file: PassphraseOption = None,
@@ -107,10 +118,10 @@ def publish(
     blobs: BlobsOption = None,
     name: AsOption = None,
 ) -> None:
-    """Sign and publish the version that the registry's channel points at.
+    """Sign and publish the version that the registry's channel points at, with smaller variants beside it.
 
-    Published before, it is published again: that is a rollback. Example: fedpeft release publish stable --probes
-    inputs.jsonl
+    Published before, it is published again: that is a rollback. Example: fedpeft release publish stable --held-out
+    held-out.csv --probes inputs.jsonl
     """
     from federated.release import Artefact
 
@@ -125,7 +136,16 @@ def publish(
             )
         if probes is not None:
             files |= measured(store, pointed[channel], probes, tolerance=probe_tolerance, app_dir=app_dir)
-        artefact = Artefact.of(store, pointed[channel], files)
+        artefact = add_variants(
+            Artefact.of(store, pointed[channel], files),
+            channel,
+            variants,
+            publisher=publisher,
+            registry=store,
+            diff_from=diff_from,
+            held_out=held_out,
+            tolerance=tolerance,
+        )
         (record,) = publisher.publish(channel, artefact, audit_head=str(store.audit.head()))
         store.audit.note("release", record.version_id, channel=channel, release_counter=record.release_counter)
     say(f"published on {channel}: {told(record)}")

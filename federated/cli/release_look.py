@@ -66,9 +66,9 @@ def verify(
         client = ReleaseClient(root, source, Path(folder))
         try:
             found = client.resolve(channel, version)
-            client.download(found)
-            for one in found.record.files:
+            for one in found.sizes:  # the full weights too, which a device may not need
                 client.fetch(found, one)
+            client.download(found)
         except ReleaseError as error:
             raise type(error)(f"refused, {type(error).__name__}: {error}") from error
     files = ", ".join(f"{name} ({size} bytes)" for name, size in found.sizes.items())

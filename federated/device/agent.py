@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from federated.device.agent_bench import Bench, RuntimeOf, is_blameless
 from federated.device.agent_commands import Mailbox
@@ -244,18 +244,18 @@ class Agent:
             self._enter(released, "discovered")
             self._releases.sweep(keep=version_id)
             self._enter(released, "downloading")
-            fetched = self._releases.fetch(released)
-            self._enter(released, "verified")
+            fetched = self._releases.fetch(released, self._shelf.weights())
+            self._enter(released, "verified", way=fetched.way, nbytes=fetched.nbytes)
             self._shelf.put(released.record, fetched.manifest, fetched.weights, fetched.probes)
         self._enter(released, "staged")
         self._releases.sweep()
 
-    def _enter(self, released: ReleasedVersion, state: State) -> None:
+    def _enter(self, released: ReleasedVersion, state: State, **details: Any) -> None:
         version_id = released.record.version_id
         known = {"channel": released.channel, "record": released.record.to_custom()}
         if self._journal.book.state(version_id) != state:
             self._journal.enter(version_id, state, entry=known)
-            self._steps.tell(state, version_id, counter=released.record.release_counter)
+            self._steps.tell(state, version_id, counter=released.record.release_counter, **details)
 
     def _leave_revoked(self) -> None:
         """A version that was revoked does not go on answering."""

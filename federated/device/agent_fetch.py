@@ -7,7 +7,7 @@ Resuming, hashes and limits are `federated.release.transfer`'s business; what is
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,11 +33,15 @@ class Fetched:
         manifest: its record.
         weights: file of its full canonical weights.
         probes: the release's; None if it has none.
+        way: how the weights came: the full file, a codec, or from what was held; see `Download`.
+        nbytes: what came for them.
     """
 
     manifest: VersionManifest
     weights: Path
     probes: bytes | None
+    way: str
+    nbytes: int
 
 
 class SteadySource:
@@ -127,8 +131,14 @@ class Releases:
         """See `ReleaseClient.require_allowed`; needs no source."""
         self._client.require_allowed(record)
 
-    def fetch(self, version: ReleasedVersion) -> Fetched:
+    def fetch(self, version: ReleasedVersion, holding: Sequence[Path]) -> Fetched:
         """All that a device needs of a version, verified; goes on where an earlier fetch broke off.
+
+        What comes out is always the version's very weights: a runtime installs no others under its name.
+
+        Args:
+            version: as `resolve` gave it.
+            holding: files of weights on this device, from which a smaller file may lead to the new ones.
 
         Raises:
             UntrustedRelease, Unreachable, ReleaseError: see `ReleaseClient.download`.
@@ -142,8 +152,8 @@ class Releases:
             path = self._client.fetch(version, PROBES)
             with translated("read the probes"):
                 probes = path.read_bytes()
-        files = self._client.download(version)
-        return Fetched(files.manifest, files.weights, probes)
+        files = self._client.download(version, holding=holding)
+        return Fetched(files.manifest, files.weights, probes, files.way, files.nbytes)
 
     def sweep(self, keep: str = "") -> None:
         """Remove fetched files and parts, but those of one version: they are on the shelf, or not wanted any more.

@@ -112,6 +112,10 @@ class Shelf:
             return []
         return sorted(path.name for path in self._folder.iterdir() if not path.name.startswith("."))
 
+    def weights(self) -> list[Path]:
+        """The files of all versions' weights; whoever uses them checks them."""
+        return [self._folder / one / WEIGHTS for one in self.ids()]
+
     def drop(self, version_id: str) -> None:
         """Take a version off; a kill meanwhile leaves it whole or as rubbish that `sweep` removes.
 

@@ -8,7 +8,7 @@ import importlib.util
 
 from federated.errors import ReleaseError
 
-if None in map(importlib.util.find_spec, ("tuf", "securesystemslib")):
+if None in map(importlib.util.find_spec, ("tuf", "securesystemslib", "zstandard")):
     raise ReleaseError("signed releases need the release extra; run: pip install 'federated-peft[release]'")
 
 from federated.release.artefact import Artefact
@@ -16,10 +16,11 @@ from federated.release.bundle import Bundle
 from federated.release.client import Download, ReleaseClient, ReleasedVersion
 from federated.release.keys import KeyRing, Passphrase
 from federated.release.publisher import Publisher
-from federated.release.records import ReleaseRecord
+from federated.release.records import ReleaseRecord, Variant
 from federated.release.roles import Plan, Quorum
 from federated.release.source import FolderSource, HttpSource, Source
 from federated.release.status import ChannelStatus, RoleStatus, Status
+from federated.release.variants import TOLERANCE, Tried, with_variants
 from federated.release.workflow import Limits
 
 __all__ = [
@@ -41,4 +42,8 @@ __all__ = [
     "RoleStatus",
     "Source",
     "Status",
+    "TOLERANCE",
+    "Tried",
+    "Variant",
+    "with_variants",
 ]

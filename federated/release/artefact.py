@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from federated.errors import ReleaseError
 from federated.manifest import VersionManifest, canonical_json, sha256_hex
+from federated.release.records import Variant, check_variants
 from federated.release.roles import MANIFEST, WEIGHTS, check_file
 
 if TYPE_CHECKING:
@@ -27,14 +28,18 @@ class Artefact:
         manifest: the version's record.
         weights: its full canonical weights, which ``manifest.weights_digest`` names.
         files: by name, what else there is: variants, diffs, exports.
+        variants: what is said of those files that are weights on another way; see `with_variants`.
+        loss: held-out loss of the weights, where it was measured.
 
     Raises:
-        ReleaseError: if the weights are others, the version cannot be served, or a name cannot be.
+        ReleaseError: if the weights are others, the version cannot be served, or a name or variant cannot be.
     """
 
     manifest: VersionManifest
     weights: bytes = field(repr=False)
     files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    variants: tuple[Variant, ...] = ()
+    loss: float | None = None
 
     def __post_init__(self) -> None:
         found = sha256_hex(self.weights)
@@ -49,6 +54,10 @@ class Artefact:
             check_file(name)
             if name in (MANIFEST, WEIGHTS):
                 raise ReleaseError(f"{name} is there already; choose another name")
+        try:
+            check_variants(self.variants, self.files, self.manifest.weights_digest)
+        except ValueError as error:
+            raise ReleaseError(f"{error}; make variants with federated.release.with_variants") from error
 
     @classmethod
     def of(cls, registry: Registry, name: str, files: Mapping[str, bytes] | None = None) -> Self:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,12 +26,14 @@ from tuf.api.metadata import Metadata, TargetFile, Targets
 from federated.errors import BelowSecurityFloor, NotReleased, ReleaseError, WrongContent
 from federated.manifest import VersionManifest
 from federated.release.disk import locked, translated
+from federated.release.fetching import fetched, held_in, kept_name
 from federated.release.records import ReleaseRecord, floors_of
 from federated.release.refusals import TUF_ERRORS
 from federated.release.roles import MANIFEST, TARGETS, WEIGHTS, check_channel, current_path, target_path
-from federated.release.source import Source, open_source
+from federated.release.source import Source, open_source, rest_of
 from federated.release.store import Store
 from federated.release.transfer import digest_of_target, holds, transfer
+from federated.release.ways import EXACT, accepted, ways_to
 from federated.release.workflow import Limits, Workflow
 
 __all__ = ["Download", "ReleaseClient", "ReleasedVersion"]
@@ -67,12 +70,41 @@ class Download:
     Args:
         version: what was asked for.
         manifest: its record.
-        weights: path of the full canonical weights.
+        weights: path of canonical weights that are signed as this version's.
+        weights_digest: of them: the manifest's, unless a lossy variant would do.
+        way: how they came: ``"weights"`` (the full file), ``"held"`` (they were here), or a codec's name.
+        nbytes: what the source sent for them, in vain or not.
+        setbacks: ways that were tried before and failed, and why.
     """
 
     version: ReleasedVersion
     manifest: VersionManifest
     weights: Path
+    weights_digest: str = ""
+    way: str = "weights"
+    nbytes: int = 0
+    setbacks: tuple[str, ...] = ()
+
+
+class _Metered:
+    """A source that counts what it sends."""
+
+    def __init__(self, source: Source) -> None:
+        self.label = source.label
+        self.nbytes = 0
+        self._source = source
+
+    def read(self, name: str) -> Generator[bytes, None, None]:
+        return self._counted(self._source.read(name))
+
+    def read_from(self, name: str, start: int) -> Generator[bytes, None, None]:
+        return self._counted(rest_of(self._source, name, start))
+
+    def _counted(self, chunks: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
+        with closing(chunks):
+            for chunk in chunks:
+                self.nbytes += len(chunk)
+                yield chunk
 
 
 class ReleaseClient:
@@ -172,17 +204,26 @@ class ReleaseClient:
                 f"model alone"
             )
 
-    def download(self, version: ReleasedVersion) -> Download:
-        """Fetch a version's record and full weights, and check that they belong together.
+    def download(self, version: ReleasedVersion, *, prefer: str = EXACT, holding: Sequence[Path] = ()) -> Download:
+        """Fetch a version's record and weights on the way of fewest bytes, and check that they belong together.
 
-        Files that are here already are hashed, not fetched. Refreshes first if nothing did so far.
+        Weights that are here already are hashed, not fetched. A diff that fails is followed by the full file that gives
+        the same bits, and that by the version's own full weights; each such step is in the outcome and in a warning.
+        Refreshes first if nothing did so far.
+
+        Args:
+            version: as `resolve` gave it.
+            prefer: ``"exact"``: the version's very weights; ``"smallest"``: any that are signed as its, which may be
+                lossy, measured by the publisher; or a full codec's name, for what it gives if the version has it.
+            holding: files of weights on this device from which a diff may start.
 
         Raises:
             WrongContent: if the bytes are not those that were signed, or record and signature contradict each other.
             EndlessData: if the source sends more than was signed.
             Unreachable: if it does not answer.
-            ReleaseError: if the disk refuses.
+            ReleaseError: if the disk refuses, or nothing can be preferred by that name.
         """
+        digests = accepted(version.record, prefer)
         manifest = self._manifest(version)
         record = version.record
         told = dataclasses.replace(
@@ -198,7 +239,7 @@ class ReleaseClient:
                 f"the signed record of {record.version_id[:12]} and its manifest ({manifest.version_id[:12]}) "
                 f"contradict each other; tell the publisher"
             )
-        return Download(version, manifest, self.fetch(version, WEIGHTS))
+        return self._weights(version, manifest, digests, holding)
 
     def fetch(self, version: ReleasedVersion, name: str) -> Path:
         """One file of a version, checked.
@@ -211,6 +252,30 @@ class ReleaseClient:
             NotReleased: if the version has no such file.
             WrongContent, EndlessData, Unreachable, ReleaseError: see `download`.
         """
+        return self._fetch(version, name, self._source)
+
+    def _weights(
+        self, version: ReleasedVersion, manifest: VersionManifest, digests: frozenset[str], holding: Sequence[Path]
+    ) -> Download:
+        record, limit = version.record, min(version.sizes[WEIGHTS], self._limits.file)
+        folder = self._folder / "files" / record.version_id
+        here = [path for one in digests if (path := folder / kept_name(record, one)).is_file()]
+        held = held_in([*here, *holding], limit)
+        ready = [one for one in (record.weights_digest, *sorted(digests)) if one in digests & held.keys()]
+        if ready:
+            self.require_allowed(record)
+            return Download(version, manifest, held[ready[0]], ready[0], "held")
+        source = _Metered(self._source)
+        found = fetched(
+            ways_to(record, version.sizes, digests, held),
+            lambda name: self._fetch(version, name, source),
+            lambda digest: folder / kept_name(record, digest),
+            held=held,
+            limit=limit,
+        )
+        return Download(version, manifest, found.path, found.weights_digest, found.way, source.nbytes, found.setbacks)
+
+    def _fetch(self, version: ReleasedVersion, name: str, source: Source) -> Path:
         if name not in version.sizes:
             raise NotReleased(f"version {version.record.version_id[:12]} has no {name}; it has {sorted(version.sizes)}")
         verified = self._last or self._refreshed()
@@ -219,7 +284,7 @@ class ReleaseClient:
             target = self._target(verified, version.channel, version.record, name)
             path = self._folder / "files" / version.record.version_id / name
             if not holds(path, target):
-                transfer(self._source, target, path, limit=self._limits.file)
+                transfer(source, target, path, limit=self._limits.file)
         return path
 
     def _refreshed(self) -> Workflow:

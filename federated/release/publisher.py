@@ -24,6 +24,7 @@ from federated.release.ceremony import found, replace_keys
 from federated.release.disk import locked, translated, write_file
 from federated.release.documents import DAYS, signed_at
 from federated.release.edition import Edition, trusted_root_of
+from federated.release.holdings import weights_on
 from federated.release.keys import KeyRing
 from federated.release.records import ReleaseRecord
 from federated.release.roles import SNAPSHOT, TIMESTAMP, TOP, Plan
@@ -109,6 +110,24 @@ class Publisher:
         """
         with self._changing() as edition:
             return shelf.add(edition, channel, artefacts, audit_head=audit_head)
+
+    def held(self, channel: str, *version_ids: str) -> list[bytes]:
+        """Weights that devices of a channel may hold, for diffs: each once, in the order in which versions are named.
+
+        Args:
+            channel: its name.
+            version_ids: in full; without any, what the channel points at now. Versions that it never had are left out.
+
+        Raises:
+            ReleaseError, UntrustedRelease: if a file is gone or changed, or see `publish`.
+        """
+        with locked(self.folder):
+            edition = Edition.open(self.folder, self._ring)
+            records = [shelf.known(edition, one, [channel]) for one in version_ids]
+            if not version_ids:
+                records = [shelf.current(edition, channel)]
+            found = [weights_on(edition, self.folder, channel, one) for one in records if one is not None]
+        return list(dict.fromkeys(weights for each in found for weights in each))
 
     def rollback(self, channel: str, version_id: str) -> ReleaseRecord:
         """Point a channel at a version that it has: new metadata, an old target. Needs the same keys as `publish`.

@@ -6,9 +6,10 @@ before it downloads: whether the version is for its base model, and whether it i
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from tuf.api.metadata import Targets
@@ -17,13 +18,47 @@ from federated.errors import ReleaseError, WrongContent
 from federated.manifest import canonical_json
 from federated.release.roles import FLOORS, check_file
 
-__all__ = ["LARGEST", "ReleaseRecord", "floors_of", "to_floors"]
+__all__ = ["LARGEST", "ReleaseRecord", "Variant", "check_variants", "floors_of", "to_floors"]
 
+_CODEC = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_LONGEST = 200
+_LONGEST, _MOST_VARIANTS = 200, 64
 _FLOORS = "least_release_counters"
 LARGEST = 2**53
 """Release counters stay below; every JSON reader holds such numbers exactly."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another way to get weights of a version: fewer bytes, and what comes out of them is signed too.
+
+    Args:
+        file: one of the version's files; its length and hash are signed where all files' are.
+        codec: how to read it; see `federated.release.codecs`.
+        weights_digest: of the canonical weights that come out: the version's own, or others that are nearly as good.
+        source: digest of the weights that it starts from, if it is a diff; ``""`` for a full file.
+        loss: held-out loss of what comes out, as the publisher measured it; None where nobody did.
+    """
+
+    file: str
+    codec: str
+    weights_digest: str
+    source: str = ""
+    loss: float | None = None
+
+    def to_custom(self) -> dict[str, Any]:
+        """Plain data for signed metadata, which know no fractions: a loss is text of six digits."""
+        return {name: value for name, value in (asdict(self) | {"loss": _told(self.loss)}).items() if value}
+
+    @classmethod
+    def from_custom(cls, value: Any) -> Self:
+        """Read what `to_custom` wrote; keys of a newer library are passed over.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is none.
+        """
+        names = (value["file"], value["codec"], value["weights_digest"], value.get("source", ""))
+        return cls(*names, loss=_loss(value.get("loss", "")))
 
 
 @dataclass(frozen=True)
@@ -39,6 +74,9 @@ class ReleaseRecord:
         adapter_id: which adapter this is a version of.
         audit_head: the registry's audit log at that time, as it was given; ``""`` where there was none.
         files: what else the version has (variants, diffs, exports), sorted.
+        variants: those of the files that are weights on another way. A diff among them ends at the version's own
+            weights, or at those that a full variant gives too.
+        loss: held-out loss of the weights, as the publisher measured it.
     """
 
     version_id: str
@@ -48,10 +86,19 @@ class ReleaseRecord:
     adapter_id: str = ""
     audit_head: str = ""
     files: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    loss: float | None = None
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Of all weights that are signed as this version's."""
+        return frozenset({self.weights_digest, *(one.weights_digest for one in self.variants)})
 
     def to_custom(self) -> dict[str, Any]:
         """Plain data for signed metadata."""
-        return vars(self) | {"files": list(self.files)}
+        plain = {name: value for name, value in vars(self).items() if name not in ("files", "variants", "loss")}
+        later = {"variants": [one.to_custom() for one in self.variants], "loss": _told(self.loss)}
+        return plain | {"files": list(self.files)} | {name: value for name, value in later.items() if value}
 
     def to_bytes(self) -> bytes:
         """The same as a file."""
@@ -69,8 +116,13 @@ class ReleaseRecord:
             WrongContent: if it is no record.
         """
         try:
-            names = cls.__dataclass_fields__
-            record = cls(**{name: value[name] for name in names if name != "files"}, files=tuple(value["files"]))
+            plain = [name for name in cls.__dataclass_fields__ if name not in ("files", "variants", "loss")]
+            record = cls(
+                **{name: value[name] for name in plain},
+                files=tuple(value["files"]),
+                variants=tuple(map(Variant.from_custom, value.get("variants", ()))),
+                loss=_loss(value.get("loss", "")),
+            )
             record._check()
         except (KeyError, TypeError, ValueError, AttributeError, ReleaseError) as error:
             raise WrongContent(f"what is signed for {where} is no record of a release ({error})") from error
@@ -88,6 +140,46 @@ class ReleaseRecord:
                 raise ValueError(f"{name} is not printable, or too long")
         for file in self.files:
             check_file(file)
+        check_variants(self.variants, self.files, self.weights_digest)
+
+
+def check_variants(variants: Sequence[Variant], files: Collection[str], weights_digest: str) -> None:
+    """Check that variants are files of a version, and that each diff ends where a full file does.
+
+    Args:
+        variants: of the version.
+        files: names of its files.
+        weights_digest: of its own weights.
+
+    Raises:
+        ValueError: if they do not.
+        TypeError: if a part is of another type.
+    """
+    if len(variants) > _MOST_VARIANTS or len({one.file for one in variants}) < len(variants):
+        raise ValueError(f"{len(variants)} variants; expected at most {_MOST_VARIANTS}, each a file of its own")
+    full = {weights_digest, *(one.weights_digest for one in variants if not one.source)}
+    for one in variants:
+        if one.file not in files:
+            raise ValueError(f"variant {one.file!r} is no file of the version")
+        if not (_CODEC.fullmatch(one.codec) and _DIGEST.fullmatch(one.weights_digest)):
+            raise ValueError(f"variant {one.file} has codec {one.codec!r} and weights {one.weights_digest!r}")
+        if one.source and not _DIGEST.fullmatch(one.source):
+            raise ValueError(f"variant {one.file} starts from {one.source!r}; expected a SHA-256")
+        if one.weights_digest not in full:
+            raise ValueError(f"variant {one.file} ends at weights that no full file gives")
+
+
+def _told(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.6g}"
+
+
+def _loss(text: str) -> float | None:
+    if not text:
+        return None
+    value = float(text)
+    if len(text) > _LONGEST or not math.isfinite(value):
+        raise ValueError(f"a loss is {text[:20]!r}")
+    return value
 
 
 def floors_of(targets: Targets) -> dict[str, int]:

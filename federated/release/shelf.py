@@ -196,7 +196,15 @@ def _record(edition: Edition, channel: str, artefact: Artefact, audit_head: str)
     role.unrecognized_fields[COUNTER] = max(counter, _counted(role))
     files = tuple(sorted(artefact.files))
     record = ReleaseRecord(
-        one.version_id, counter, one.base_digest, one.weights_digest, one.adapter_id, audit_head, files
+        one.version_id,
+        counter,
+        one.base_digest,
+        one.weights_digest,
+        one.adapter_id,
+        audit_head,
+        files,
+        artefact.variants,
+        artefact.loss,
     )
     require_allowed(edition, record)
     return record

@@ -15,6 +15,7 @@ from tuf.api.metadata import TargetFile
 
 from federated.errors import EndlessData, MissingFile, ReleaseError, Unreachable, WrongContent
 from federated.release import FolderSource, HttpSource
+from federated.release.client import _Metered
 from federated.release.disk import sync_folder
 from federated.release.source import CHUNK, rest_of
 from federated.release.transfer import transfer
@@ -222,3 +223,10 @@ def test_a_disk_that_refuses(server: Server, get: Callable[..., Path], part: Pat
     part.mkdir(parents=True)
     with pytest.raises(ReleaseError, match="cannot write weights"):
         get()
+
+
+def test_what_is_sent_is_counted_either_way() -> None:
+    source = _Metered(Mirror({NAME: DATA}))
+    assert b"".join(source.read(NAME)) == DATA
+    assert b"".join(source.read_from(NAME, 100)) == DATA[100:]
+    assert source.nbytes == 2 * len(DATA) - 100

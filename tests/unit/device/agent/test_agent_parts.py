@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from federated.config import ModelConfig
@@ -22,8 +23,10 @@ from federated.device.agent_loop import Pace
 from federated.device.journal import Book, Entry, Journal, read_book
 from federated.device.shelf import Shelf
 from federated.errors import ConfigError, DeviceError, ReleaseError, Unreachable
+from federated.manifest import RawTensor, sha256_hex
 from federated.release import FolderSource
 from federated.testing.releases import Mirror
+from federated.wire import encode_tensors
 
 BLOCK = """
 import sys
@@ -353,6 +356,31 @@ def test_a_stopped_agent_goes_on_with_the_part_at_its_next_start(yard, monkeypat
         assert agent.poll()
         assert yard.answer == 1.0
     assert (name, whole) in asked
+
+
+def test_what_a_device_holds_makes_the_next_version_smaller(yard, make) -> None:
+    from federated.release import Artefact, with_variants
+
+    noise = np.random.default_rng(0).standard_normal((2, 50_000)).astype(np.float32)
+
+    def version(number: int) -> Artefact:
+        array = noise * np.float32(1 + 1e-4 * number)
+        weights = encode_tensors({"layer.factor_a": RawTensor.from_array(array)})
+        known = make(number).manifest
+        return Artefact(replace(known, weights_digest=sha256_hex(weights)), weights)
+
+    with yard.started() as agent:
+        for number in (1, 2):
+            made, _ = with_variants(version(number), held=yard.publisher.held("stable"))
+            yard.publisher.publish("stable", made)
+            assert agent.poll()
+            yard.time.forward(seconds=61)
+            agent.tick()
+            assert agent.active == made.version_id
+    told = [(one["way"], one["nbytes"]) for one in read_events(yard.state) if one["event"] == "verified"]
+    assert [way for way, _ in told][1] == "diff"
+    assert told[1][1] < told[0][1] * 0.8
+    assert all(Shelf(yard.state / "versions").get(one) is not None for one in yard.book.good)
 
 
 def test_what_is_larger_than_the_limit_is_not_fetched(yard) -> None:

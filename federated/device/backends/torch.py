@@ -54,13 +54,16 @@ class TorchBackend:
     Args:
         base: loaded once; no slot copies or changes its tensors.
         recipe: the task that is answered, and the seed of the null adapter's head.
+        base_digest: of the base that versions must be made for; default: this one's. Over a base that the device
+            quantised itself, the full base's: `open_runtime` sees to it.
 
     Raises:
         ModelError: if the base does not fit the task.
     """
 
-    def __init__(self, base: BaseModel, recipe: Recipe) -> None:
+    def __init__(self, base: BaseModel, recipe: Recipe, *, base_digest: str | None = None) -> None:
         self._base = base
+        self._base_digest = base_digest or base.base_digest
         self._recipe = recipe
         self._null = TorchHandle(null_model(base, recipe.task, seed=recipe.seed))
         self._shared = places(base)
@@ -68,8 +71,8 @@ class TorchBackend:
 
     @property
     def base_digest(self) -> str:
-        """Fingerprint of the base model."""
-        return self._base.base_digest
+        """Fingerprint of the base model that versions are made for."""
+        return self._base_digest
 
     def null(self) -> TorchHandle:
         """The base alone: for language models the very same module, else with a head as it starts."""

@@ -24,11 +24,13 @@ def merged_handle(base: BaseModel, handle: TorchHandle) -> TorchHandle:
     The adapted layers alone are copied; all else is shared with the base, and with the head of ``handle``.
 
     Raises:
-        DeviceError: if the adapter has no factors.
+        DeviceError: if the adapter has no factors, or the base is quantised.
     """
     adapter = handle.adapter
     if adapter is None or not adapter.spec.modules:
         raise DeviceError(f"an adapter of kind {handle.kind} has no factors to merge; serve it as it is")
+    if base.quantization is not None:
+        raise DeviceError(f"the base is quantised ({base.quantization}); adapters merge into full weights only")
     state = adapter.read()
     twin = shell(base, state.spec)
     twin.write(state)

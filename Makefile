@@ -50,7 +50,7 @@ test: setup assets ## all tests with coverage
 	$(OFFLINE) $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile -m "not interop" --cov --cov-report=term --cov-fail-under=90
 	$(PY) -m coverage report --include='$(FULLY_COVERED)' --fail-under=100
 
-test-interop: setup ## tests against programs from Debian or npm; names those that it could not run
+test-interop: setup ## tests against programs that setup does not install; names those that it could not run
 	@$(OFFLINE) $(PY) -m pytest -m interop -rs; status=$$?; \
 	if [ $$status -eq 5 ]; then echo "no interop test in this checkout"; else exit $$status; fi
 

@@ -33,6 +33,8 @@
     │       ├── NotReleased      nobody who may signed such a version
     │       └── BelowSecurityFloor
     ├── DeviceError              slots, activation, serving
+    │   ├── ProbeFailed          an installed adapter does not answer as it must, or has no effect
+    │   └── NoRuntime            the base model cannot be opened; no version is to blame
     └── RunInterrupted           the user stopped a run (finished rounds are safe)
 
 A message says what was found, what was expected and what to do. It never contains private data.
@@ -74,6 +76,8 @@ __all__ = [
     "NotReleased",
     "BelowSecurityFloor",
     "DeviceError",
+    "ProbeFailed",
+    "NoRuntime",
     "RunInterrupted",
 ]
 
@@ -221,6 +225,14 @@ class BelowSecurityFloor(UntrustedRelease):
 
 class DeviceError(FederatedError):
     """A slot, activation or request that the device refuses."""
+
+
+class ProbeFailed(DeviceError):
+    """An adapter that was loaded does not answer as its publisher measured, or answers as the base alone does."""
+
+
+class NoRuntime(DeviceError):
+    """The base model cannot be opened on this device; no version is to blame for that."""
 
 
 class RunInterrupted(FederatedError):

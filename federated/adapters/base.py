@@ -55,6 +55,18 @@ class BaseModel:
     parts: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
+    def quantization(self) -> str | None:
+        """How the weights were quantised; None where they are full."""
+        return self.parts.get("quantization")
+
+    @property
+    def full_digest(self) -> str:
+        """The fingerprint before quantisation; ``base_digest`` where there was none."""
+        if self.quantization is None:
+            return self.base_digest
+        return digest_of({name: part for name, part in self.parts.items() if name != "quantization"})
+
+    @property
     def hidden_size(self) -> int:
         """Size of the model's feature vectors.
 
@@ -75,7 +87,7 @@ def load_base(config: ModelConfig, *, app_dir: Path | None = None) -> BaseModel:
     (``encoder``), whatever the task: the fingerprint does not depend on what the base is used for.
 
     Args:
-        config: source, dtype, revision.
+        config: source, dtype, revision, quantization.
         app_dir: where relative folders are looked up after the working directory.
 
     Raises:
@@ -83,9 +95,21 @@ def load_base(config: ModelConfig, *, app_dir: Path | None = None) -> BaseModel:
         DataError: if an asset was not fetched.
     """
     kind, _, name = config.source.partition(":")
-    if kind == "tiny":
-        return _load_tiny(name, config.dtype)
-    return _load(locate(config, app_dir), config.dtype, config.source)
+    place = None if kind == "tiny" else locate(config, app_dir)
+    if config.quantization != "none":
+        return _load_quantized(place, name, config.dtype, config.source, config.quantization)
+    return _load_tiny(name, config.dtype) if place is None else _load(place, config.dtype, config.source)
+
+
+@lru_cache(maxsize=2)
+def _load_quantized(
+    place: Location | None, name: str, dtype: str, source: str, kind: Literal["int8", "nf4"]
+) -> BaseModel:
+    """The full weights are loaded past the cache, which would keep them, and go as the quantised ones are made."""
+    from federated.adapters.quantized import quantize
+
+    full = _load_tiny.__wrapped__(name, dtype) if place is None else _load.__wrapped__(place, dtype, source)
+    return quantize(full, kind)
 
 
 def base_from_module(model: nn.Module, tokenizer: Any | None = None, *, source: str = "module") -> BaseModel:

@@ -20,7 +20,7 @@ from federated.adapters.base import BaseModel
 from federated.errors import ModelError
 from federated.manifest import HeadSpec
 
-__all__ = ["MeanPoolClassifier", "StockClassifier", "backbone_path", "build_head", "generator_for"]
+__all__ = ["MeanPoolClassifier", "StockClassifier", "backbone_path", "build_head", "generator_for", "mean_pooled"]
 
 _LENGTH = 8.0
 
@@ -29,6 +29,22 @@ def generator_for(seed: int, purpose: str) -> torch.Generator:
     """An own generator for one purpose: streams of different purposes are unrelated, the global one is untouched."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def mean_pooled(output: Any, attention_mask: Tensor) -> Tensor:
+    """The mean of the real positions' features, of length 1.
+
+    Args:
+        output: features [batch, time, hidden], or an output object with ``last_hidden_state``.
+        attention_mask: [batch, time], 0 on padding.
+
+    Returns:
+        float32 [batch, hidden].
+    """
+    hidden = getattr(output, "last_hidden_state", output).float()
+    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
+    return nn.functional.normalize(pooled, dim=-1)
 
 
 class MeanPoolClassifier(nn.Module):
@@ -46,14 +62,15 @@ class MeanPoolClassifier(nn.Module):
         self.backbone = backbone
         self.classifier = nn.Linear(hidden_size, num_labels)
 
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits [batch, num_labels] of what `mean_pooled` returns."""
+        logits: Tensor = self.classifier(features * _LENGTH)
+        return logits
+
     def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Logits [batch, num_labels] of padded inputs; ``attention_mask`` [batch, time] is 0 on padding."""
         output = self.backbone(attention_mask=attention_mask, **inputs)
-        hidden = getattr(output, "last_hidden_state", output).float()
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
-        logits: Tensor = self.classifier(nn.functional.normalize(pooled, dim=-1) * _LENGTH)
-        return logits
+        return self.classify(mean_pooled(output, attention_mask))
 
 
 class StockClassifier(nn.Module):

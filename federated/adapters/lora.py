@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from federated.errors import ModelError
 from federated.manifest import AdapterSpec, ModuleSpec
 from federated.state import AdapterState, LoraPair
 
-__all__ = ["core_of", "dropouts_of", "factors_of", "inject", "set_rank", "set_residual"]
+__all__ = ["Branch", "branch_of", "core_of", "dropouts_of", "factors_of", "inject", "set_rank", "set_residual"]
 
 _ADAPTER, _RESIDUAL = "default", "residual"
 
@@ -115,6 +116,32 @@ def factors_of(root: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     """``factor_a`` (rank x d_in) and ``factor_b`` (d_out x rank) of an injected layer: the live parameters."""
     layer: Any = root.get_submodule(name)
     return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """What an adapter adds to one layer: the live modules, for reading.
+
+    Args:
+        down: x to ``A x`` (to ``core A x`` where there is a core).
+        up: that to ``B A x``.
+        scaling: alpha / rank, or what the spec says.
+    """
+
+    down: nn.Module
+    up: nn.Module
+    scaling: float
+
+    def update(self, inputs: torch.Tensor) -> torch.Tensor:
+        """``scaling * B A x`` in float32, computed in the same steps as in the layer itself."""
+        made: torch.Tensor = self.up(self.down(inputs.float())) * self.scaling
+        return made
+
+
+def branch_of(root: nn.Module, name: str) -> Branch:
+    """The branch of an injected layer; a residual is not part of it."""
+    layer: Any = root.get_submodule(name)
+    return Branch(layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER], layer.scaling[_ADAPTER])
 
 
 def core_of(root: nn.Module, name: str) -> nn.Parameter:

@@ -11,7 +11,8 @@ bfloat16. `AdapterModel.read` casts to the spec's dtype, `AdapterModel.masters` 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from torch import nn
 from federated.adapters.base import BaseModel
 from federated.adapters.heads import build_head
 from federated.adapters.kinds import FACTORLESS
-from federated.adapters.lora import core_of, dropouts_of, factors_of, inject, set_rank, set_residual
+from federated.adapters.lora import Branch, branch_of, core_of, dropouts_of, factors_of, inject, set_rank, set_residual
 from federated.adapters.spec import check_spec, check_task, head_spec, spec_for
 from federated.config import AdapterConfig, TaskConfig
 from federated.errors import ModelError
@@ -148,6 +149,21 @@ class AdapterModel:
                 raise ModelError(
                     f"adapter tensor {name}: found {given.dtype} {tuple(given.shape)}, expected {allowed[-1]} {shape}"
                 )
+
+    @cached_property
+    def branches(self) -> Mapping[str, Branch]:
+        """What the adapter adds to each layer that has factors, by the layer's name; its residual is left out."""
+        return {module.name: branch_of(self._tree, module.name) for module in self.spec.modules}
+
+    def replace_layer(self, name: str, layer: nn.Module) -> None:
+        """Put another layer in the place of an adapted one, in this tree alone; the adapter is not trained after that.
+
+        Args:
+            name: the layer's path in the base model.
+            layer: takes and returns what the base's does.
+        """
+        parent, _, last = name.rpartition(".")
+        self._tree.get_submodule(parent)._modules[last] = layer
 
     def to(self, device: torch.device | str) -> AdapterModel:
         """Move this tree to a device; the base keeps its own tensors where they are.

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from federated.adapters.base import BaseModel
 from federated.adapters.heads import MeanPoolClassifier, StockClassifier, backbone_path, generator_for
-from federated.adapters.prompt import MOST_TOKENS, check_room, most_positions
+from federated.adapters.prompt import MOST_TOKENS, Prompted, check_room, most_positions
 from federated.errors import ModelError
 from federated.manifest import AdapterSpec
 
-__all__ = ["check_prefix", "with_prefix"]
+__all__ = ["inner_model", "check_prefix", "with_prefix"]
 
 _MOST_VALUES = 2**27
 """Numbers in a prefix: in float32 no more fit a packet (512 MiB)."""
@@ -139,6 +139,12 @@ class _Prefixed(nn.Module):
         made = model.generate(input_ids=ids, **behind, **{**options, "return_dict_in_generate": True})
         made.sequences = made.sequences[:, self._count :]
         return made
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The language model behind a prompt or a prefix, which goes on once these are in its cache; else the model."""
+    inner: Any = model.model if isinstance(model, Prompted | _Prefixed) else model
+    return inner  # type: ignore[no-any-return]
 
 
 def with_prefix(

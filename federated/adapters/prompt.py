@@ -23,7 +23,7 @@ from federated.adapters.heads import MeanPoolClassifier, backbone_path, generato
 from federated.errors import ModelError
 from federated.manifest import AdapterSpec
 
-__all__ = ["MOST_TOKENS", "check_prompt", "check_room", "most_positions", "with_prompt"]
+__all__ = ["MOST_TOKENS", "Prompted", "check_prompt", "check_room", "most_positions", "with_prompt"]
 
 PROMPT = "prompt.embedding"
 """Canonical name of the vectors, [virtual_tokens, size of an embedding]."""
@@ -74,7 +74,7 @@ def _backbone(base: BaseModel) -> nn.Module:
     return base.model.get_submodule(backbone_path(base))
 
 
-class _Prompted(nn.Module):
+class Prompted(nn.Module):
     """What both kinds share: the prompt, and the inputs with it in front."""
 
     per_sample_parameters = ("prompt",)
@@ -98,7 +98,7 @@ class _Prompted(nn.Module):
         }
 
 
-class _PromptedBackbone(_Prompted):
+class _PromptedBackbone(Prompted):
     """A feature extractor with a prompt.
 
     Args:
@@ -119,7 +119,7 @@ class _PromptedBackbone(_Prompted):
         return features
 
 
-class _PromptedLM(_Prompted):
+class _PromptedLM(Prompted):
     """A causal language model with a prompt.
 
     Args:

@@ -29,6 +29,7 @@ _KINDS = {
 }
 _TYPES = ("lora", "lora_xs")
 _MOST_LABELS = 65_536
+_FULL_WEIGHTS = ("full", "lora_xs")
 
 
 def spec_for(base: BaseModel, adapter: AdapterConfig, task: TaskConfig, *, seed: int) -> AdapterSpec:
@@ -101,6 +102,11 @@ def check_spec(base: BaseModel, spec: AdapterSpec) -> None:
     if spec.head is not None and not 1 <= spec.head.num_labels <= _MOST_LABELS:
         raise ModelError(f"head.num_labels is {spec.head.num_labels}; expected 1 to {_MOST_LABELS}")
     _check_fields(spec)
+    if base.quantization is not None and spec.peft_type in _FULL_WEIGHTS:
+        raise ModelError(
+            f"an adapter of kind {spec.peft_type} reads the base's full weights, and {base.source} is quantised "
+            f"({base.quantization}); use adapter=lora, or set model.quantization=none"
+        )
     if spec.peft_type in FACTORLESS:
         FACTORLESS[spec.peft_type].check(base, spec)
         return

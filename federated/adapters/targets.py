@@ -29,6 +29,8 @@ def stores_transposed(layer: nn.Module) -> bool:
 
 def layer_sizes(layer: nn.Module) -> tuple[int, int]:
     """``(d_in, d_out)`` of a Linear or Conv1D."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features  # a quantised weight has another shape
     weight: Any = layer.weight
     first, second = (int(size) for size in weight.shape)
     return (first, second) if stores_transposed(layer) else (second, first)

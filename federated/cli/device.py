@@ -1,4 +1,7 @@
-"""``fedpeft device``: answer texts with a published version, or with the null adapter."""
+"""``fedpeft device try``: answer texts with a published version, or with the null adapter, straight from a registry.
+
+`federated.cli.device_agent` has the commands of a device that follows signed releases.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["app", "answer_table"]
 
 app = typer.Typer(help="Act as a device: hold adapter versions beside one base model and answer.", no_args_is_help=True)
-
-
-@app.callback()
-def _device() -> None:
-    """Keep ``try`` a subcommand, however few there are."""
 
 
 @app.command("try")

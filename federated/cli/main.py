@@ -29,15 +29,18 @@ from federated.cli import (
     audit,
     channel,
     device,
+    device_agent,
     privacy,
     registry,
     registry_care,
+    registry_devices,
     registry_diff,
     registry_export,
     release,
     release_keys,
     release_look,
     seals,
+    serve,
 )
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 
@@ -49,7 +52,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for name, command in (registry_care.COMMANDS | registry_diff.COMMANDS | registry_export.COMMANDS).items():
+for name, command in (
+    registry_care.COMMANDS | registry_diff.COMMANDS | registry_export.COMMANDS | registry_devices.COMMANDS
+).items():
     registry.app.command(name)(command)
 app.add_typer(registry.app, name="registry")
 app.add_typer(channel.app, name="channel")
@@ -61,7 +66,10 @@ release.app.add_typer(release_keys.app, name="keys")
 for name, command in (release_keys.COMMANDS | release_look.COMMANDS | seals.COMMANDS).items():
     release.app.command(name)(command)
 app.add_typer(release.app, name="release")
+for name, command in device_agent.COMMANDS.items():
+    device.app.command(name)(command)
 app.add_typer(device.app, name="device")
+app.command("serve")(serve.serve)
 app.add_typer(assets.app, name="assets")
 app.add_typer(privacy.app, name="privacy")
 

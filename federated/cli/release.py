@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from federated.cli.passphrases import Passphrases
+from federated.cli.probes import AppOption, ProbesOption, ProbeToleranceOption, measured
 from federated.cli.registry import AsOption, BlobsOption, RegistryOption, open_registry
 from federated.cli.release_variants import (
     DiffFromOption,
@@ -102,6 +103,9 @@ def publish(
         list[str] | None,
         typer.Option("--file", metavar="NAME=PATH", help="Release this file with the version; again for more."),
     ] = None,
+    probes: ProbesOption = None,
+    probe_tolerance: ProbeToleranceOption = 0.02,
+    app_dir: AppOption = Path(),
     variants: VariantsOption = "auto",
     held_out: HeldOutOption = None,
     tolerance: ToleranceOption = 0.002,
@@ -117,7 +121,7 @@ def publish(
     """Sign and publish the version that the registry's channel points at, with smaller variants beside it.
 
     Published before, it is published again: that is a rollback. Example: fedpeft release publish stable --held-out
-    held-out.csv
+    held-out.csv --probes inputs.jsonl
     """
     from federated.release import Artefact
 
@@ -130,6 +134,8 @@ def publish(
                 f"channel {channel!r} of registry {store.location} points nowhere; promote a version first: "
                 f"fedpeft channel promote VERSION --to {channel}"
             )
+        if probes is not None:
+            files |= measured(store, pointed[channel], probes, tolerance=probe_tolerance, app_dir=app_dir)
         artefact = add_variants(
             Artefact.of(store, pointed[channel], files),
             channel,

@@ -132,7 +132,7 @@ def loss_on(manifest: VersionManifest, held_out: Path, *, app_dir: Path | None =
     features = task.encode(rows)
 
     def loss(weights: bytes) -> float:
-        model = backend.build(manifest.spec, decode_tensors(weights))
+        model = backend.build(manifest.spec, decode_tensors(weights)).model
         return task.evaluate(model, features, batch_size=_BATCH).loss
 
     return loss

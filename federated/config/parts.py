@@ -54,12 +54,15 @@ class ModelConfig:
         gguf_file: file name inside ``source`` when the weights are GGUF.
         dtype: dtype of the frozen weights.
         revision: hub revision.
+        quantization: of the frozen linear layers, made after loading: ``int8`` (a quarter of float32), ``nf4`` (about a
+            seventh; needs the ``quant`` extra) or ``none``. A quantised base has a fingerprint of its own.
     """
 
     source: str = "tiny:bert"
     gguf_file: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     revision: str | None = None
+    quantization: Literal["none", "int8", "nf4"] = "none"
 
 
 @dataclass(frozen=True, config=STRICT)

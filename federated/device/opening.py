@@ -23,7 +23,8 @@ def open_runtime(
     Args:
         manifest: of any version of the run; its task, adapter and seed hold for all that are installed later.
         app_dir: where a relative ``source`` of the base is looked up after the working directory.
-        model: the device's own base, where the record's ``source`` is not to be followed.
+        model: the device's own base, where the record's ``source`` is not to be followed. With a ``quantization`` it
+            answers for versions of the full base: the device's choice, whose answers are close and not the same.
         capacity: as in `AdapterRuntime`.
 
     Raises:
@@ -34,9 +35,9 @@ def open_runtime(
     recipe = recipe_of(manifest)
     source = model or recipe.model
     base = load_base(source, app_dir=app_dir)
-    if base.base_digest != manifest.base_digest:
+    if manifest.base_digest not in (base.base_digest, base.full_digest):
         raise BaseMismatch(
             f"version {manifest.version_id[:12]} belongs to the base model {manifest.base_digest[:12]}, but "
             f"{source.source} is {base.base_digest[:12]}: give the folder of the base that it was trained on"
         )
-    return AdapterRuntime(TorchBackend(base, recipe), capacity=capacity)
+    return AdapterRuntime(TorchBackend(base, recipe, base_digest=manifest.base_digest), capacity=capacity)

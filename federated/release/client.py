@@ -30,7 +30,7 @@ from federated.release.fetching import fetched, held_in, kept_name
 from federated.release.records import ReleaseRecord, floors_of
 from federated.release.refusals import TUF_ERRORS
 from federated.release.roles import MANIFEST, TARGETS, WEIGHTS, check_channel, current_path, target_path
-from federated.release.source import Source, open_source
+from federated.release.source import Source, open_source, rest_of
 from federated.release.store import Store
 from federated.release.transfer import digest_of_target, holds, transfer
 from federated.release.ways import EXACT, accepted, ways_to
@@ -95,7 +95,13 @@ class _Metered:
         self._source = source
 
     def read(self, name: str) -> Generator[bytes, None, None]:
-        with closing(self._source.read(name)) as chunks:
+        return self._counted(self._source.read(name))
+
+    def read_from(self, name: str, start: int) -> Generator[bytes, None, None]:
+        return self._counted(rest_of(self._source, name, start))
+
+    def _counted(self, chunks: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
+        with closing(chunks):
             for chunk in chunks:
                 self.nbytes += len(chunk)
                 yield chunk

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from federated.errors import ReleaseError
 
-__all__ = ["locked", "read_file", "translated", "write_file"]
+__all__ = ["locked", "read_file", "sync_folder", "translated", "write_file"]
 
 
 @contextmanager
@@ -70,6 +70,19 @@ def read_file(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries, so that a rename in it outlives a power cut.
+
+    Raises:
+        OSError: as the file system raises it.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 @contextmanager

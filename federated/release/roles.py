@@ -21,6 +21,7 @@ __all__ = [
     "FLOORS",
     "MANIFEST",
     "ONLINE",
+    "PROBES",
     "ROOT",
     "SNAPSHOT",
     "TARGETS",
@@ -49,6 +50,9 @@ CURRENT = "current.json"
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 """Under a version: its record, whose SHA-256 is the version's id, and the full canonical weights."""
+
+PROBES = "probes.json"
+"""Under a version, where the publisher made them: inputs with what adapter and base alone must answer to them."""
 
 FLOORS = "security-floors.json"
 """The top-level target that carries the least release counters that may still be installed."""

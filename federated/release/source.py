@@ -1,25 +1,26 @@
 """Where the files of a release come from: a folder, a web server, or whatever follows `Source`.
 
 A source is not trusted: it can withhold, replace and repeat. It is asked for names such as ``metadata/timestamp.json``
-and gives bytes; who reads them counts and checks. Range requests, caches and peers would be sources of their own.
+and gives bytes; who reads them counts and checks. A source that can begin in the middle of a file is `Resumable`; of
+others the beginning is read again and thrown away. Caches and peers would be sources of their own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from federated.errors import EndlessData, MissingFile, ReleaseError, Unreachable
+from federated.errors import EndlessData, MissingFile, ReleaseError, Unreachable, WrongContent
 
-__all__ = ["FolderSource", "HttpSource", "Source", "chunks_of", "open_source", "read_all"]
+__all__ = ["FolderSource", "HttpSource", "Resumable", "Source", "chunks_of", "open_source", "read_all", "rest_of"]
 
 CHUNK = 256 * 1024
 _ABSENT = (403, 404, 410)  # object stores answer 403 for what is not there
@@ -47,6 +48,20 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Resumable(Source, Protocol):
+    """A source that can begin in the middle of a file."""
+
+    def read_from(self, name: str, start: int) -> Generator[bytes, None, None]:
+        """The file's bytes from ``start`` on, as they lie there; see `Source.read`.
+
+        Raises:
+            WrongContent: if the file has no such byte, or something else comes: begin from zero.
+            MissingFile, Unreachable: see `Source.read`.
+        """
+        ...
+
+
 class FolderSource:
     """A folder, a mounted stick, a bundle.
 
@@ -60,11 +75,16 @@ class FolderSource:
 
     def read(self, name: str) -> Generator[bytes, None, None]:
         """See `Source.read`."""
+        return self.read_from(name, 0)
+
+    def read_from(self, name: str, start: int) -> Generator[bytes, None, None]:
+        """See `Resumable.read_from`."""
         path = self._folder / unquote(name)
         if ".." in path.parts[len(self._folder.parts) :]:
             raise MissingFile(f"{name} is no file of {self.label}")
         try:
             with path.open("rb") as file:
+                file.seek(start)
                 while chunk := file.read(CHUNK):
                     yield chunk
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -100,11 +120,35 @@ class HttpSource:
 
     def read(self, name: str) -> Generator[bytes, None, None]:
         """See `Source.read`."""
-        try:
-            response = self._pool.request("GET", f"{self._base}/{name}", preload_content=False)
-            try:
-                self._check(response.status, name)
+        with self._asked(name, {}) as response:
+            self._check(response.status, name)
+            yield from response.stream(CHUNK)
+
+    def read_from(self, name: str, start: int) -> Generator[bytes, None, None]:
+        """See `Resumable.read_from`; of a server that ignores the range, the beginning is thrown away."""
+        wanted = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        with self._asked(name, wanted) as response:
+            status, headers = response.status, response.headers
+            if status == 416 or (status == 206 and not _continues(headers, start)):
+                raise WrongContent(
+                    f"{self.label} was asked for {name} from byte {start} on and answers HTTP {status} with "
+                    f"{headers.get('Content-Range', 'no range')!r}; it is begun again"
+                )
+            if status == 206:
                 yield from response.stream(CHUNK)
+                return
+            self._check(status, name)
+            yield from _skipped(response.stream(CHUNK), start)
+
+    @contextmanager
+    def _asked(self, name: str, headers: Mapping[str, str]) -> Iterator[urllib3.BaseHTTPResponse]:
+        """A response, whose connection is kept if all of it was read; what goes wrong is `Unreachable`."""
+        try:
+            response = self._pool.request(
+                "GET", f"{self._base}/{name}", preload_content=False, headers={**self._pool.headers, **headers}
+            )
+            try:
+                yield response
                 response.release_conn()
             finally:
                 response.close()  # a connection that was released stays open
@@ -139,15 +183,30 @@ def open_source(where: str | Path | Source) -> Source:
         raise ReleaseError(f"{where}: no URL, or no proxy, that can be used: {error}") from error
 
 
-def chunks_of(source: Source, name: str, limit: int) -> Generator[bytes, None, None]:
+def rest_of(source: Source, name: str, start: int) -> Generator[bytes, None, None]:
+    """A file from a byte on, also of a source that can only begin at zero.
+
+    Raises:
+        WrongContent, MissingFile, Unreachable: see `Resumable.read_from`.
+    """
+    return source.read_from(name, start) if isinstance(source, Resumable) else _skipped(source.read(name), start)
+
+
+def chunks_of(source: Source, name: str, limit: int, *, start: int | None = None) -> Generator[bytes, None, None]:
     """A file in pieces, ended as soon as it is too long.
+
+    Args:
+        source: not trusted.
+        name: as in `Source.read`.
+        limit: bytes that may come.
+        start: begin there, and take bytes as they lie at the source (`rest_of`).
 
     Raises:
         EndlessData: after more than ``limit`` bytes.
-        MissingFile, Unreachable: see `Source.read`.
+        WrongContent, MissingFile, Unreachable: see `Source.read` and `Resumable.read_from`.
     """
     seen = 0
-    with closing(source.read(name)) as chunks:
+    with closing(source.read(name) if start is None else rest_of(source, name, start)) as chunks:
         for chunk in chunks:
             seen += len(chunk)
             if seen > limit:
@@ -163,6 +222,20 @@ def read_all(source: Source, name: str, limit: int) -> bytes:
     """
     with closing(chunks_of(source, name, limit)) as chunks:
         return b"".join(chunks)
+
+
+def _skipped(chunks: Iterable[bytes], count: int) -> Generator[bytes, None, None]:
+    """All but the first ``count`` bytes."""
+    for chunk in chunks:
+        if count < len(chunk):
+            yield chunk[count:]
+        count -= min(count, len(chunk))
+
+
+def _continues(headers: Mapping[str, str], start: int) -> bool:
+    """Whether these are the bytes that were asked for, and not packed ones."""
+    plain = headers.get("Content-Encoding", "identity") == "identity"
+    return plain and re.fullmatch(rf"bytes {start}-\d+/(\d+|\*)", headers.get("Content-Range", "")) is not None
 
 
 def _proxy_for(url: str) -> str | None:

@@ -131,7 +131,11 @@ SHAPES = [
     ("resume", [], "found a list, expected true or false"),
     ("model.gguf_file", ["a.gguf"], "found a list, expected one text"),
     ("task.name", ["sensor"], "found a list, expected 'sequence_classification', 'causal_lm' or 'sensor'"),
-    ("model", None, "expected a section: model.KEY, where KEY is one of source, gguf_file, dtype, revision"),
+    (
+        "model",
+        None,
+        "expected a section: model.KEY, where KEY is one of source, gguf_file, dtype, revision, quantization",
+    ),
     ("tracking", [1], "expected a section: tracking.KEY, where KEY is one of tensorboard, progress"),
     (
         "data.partition",

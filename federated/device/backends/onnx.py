@@ -48,10 +48,12 @@ class OnnxHandle:
     Args:
         adapter: onnxruntime's; None for the base alone.
         record: what the base must say that it answered with.
+        nbytes: of its tensors.
     """
 
     adapter: LoraAdapter | None
     record: bytes
+    nbytes: int = 0
 
 
 class OnnxBackend:
@@ -140,9 +142,13 @@ class OnnxBackend:
         write_adapter(path, record, parameters)
         adapter = LoraAdapter()
         adapter.Load(str(path))
-        handle = OnnxHandle(adapter, record.to_bytes())
+        handle = OnnxHandle(adapter, record.to_bytes(), sum(one.nbytes for one in parameters.values()))
         weakref.finalize(handle, _remove, path)
         return handle
+
+    def nbytes(self, handle: OnnxHandle) -> int:
+        """Bytes of an adapter's tensors; 0 for the base alone."""
+        return handle.nbytes
 
     def predict(self, handle: OnnxHandle, rows: Sequence[Row]) -> Sequence[Prediction]:
         """The task's predictions, in the order of the rows.

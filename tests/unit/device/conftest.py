@@ -67,6 +67,9 @@ class FakeBackend:
         self.built.append(float(tensors["layer.factor_a"].array.flat[0]))
         return self.built[-1]
 
+    def nbytes(self, handle: float) -> int:
+        return 100
+
     def predict(self, handle: float, rows: Sequence[Mapping[str, Any]]) -> list[float]:
         return [handle for _ in rows]
 

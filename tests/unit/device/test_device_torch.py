@@ -62,14 +62,14 @@ def test_null_is_bit_equal_to_the_base_before_and_after_other_slots_served(any_r
         runtime.activate(digest)
         runtime.predict(ROWS[source])
     with runtime.pin(NULL) as slot:
-        alone = getattr(slot.handle, "backbone", slot.handle)
+        alone = getattr(slot.handle.model, "backbone", slot.handle.model)
         assert torch.equal(features(alone, source), expected)
     assert torch.equal(features(base, source), expected)
 
 
 def test_null_of_a_language_model_is_the_base_itself(recipe: Make, real_version: Make) -> None:
     runtime = open_runtime(real_version(recipe("tiny:llama"), 1).manifest)
-    assert runtime.active.handle is load_base(recipe("tiny:llama").model).model
+    assert runtime.active.handle.model is load_base(recipe("tiny:llama").model).model
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_slots_share_the_base_and_cost_only_their_adapter(any_recipe: Any, real_
     runtime, one, two = two_slots(any_recipe, real_version)
     for version in (one, two):
         with runtime.pin(version.digest) as slot:
-            held = {t.data_ptr(): t.nbytes for t in [*slot.handle.parameters(), *slot.handle.buffers()]}
+            held = {t.data_ptr(): t.nbytes for t in [*slot.handle.model.parameters(), *slot.handle.model.buffers()]}
         assert shared <= held.keys()
         adapter = sum(len(raw.data) for raw in decode_tensors(version.weights).values())
         assert sum(size for place, size in held.items() if place not in shared) == adapter
@@ -118,8 +118,8 @@ def test_slots_of_other_kinds_share_the_rest_of_the_base(
     runtime, one, two = two_slots(recipe(adapter=adapter), real_version)
     for version in (one, two):
         with runtime.pin(version.digest) as slot:
-            held = {t.data_ptr(): t.nbytes for t in [*slot.handle.parameters(), *slot.handle.buffers()]}
-            assert not any(tensor.requires_grad for tensor in slot.handle.parameters())
+            held = {t.data_ptr(): t.nbytes for t in [*slot.handle.model.parameters(), *slot.handle.model.buffers()]}
+            assert not any(tensor.requires_grad for tensor in slot.handle.model.parameters())
         size = sum(len(raw.data) for raw in decode_tensors(version.weights).values())
         assert sum(size for place, size in held.items() if place not in shared) == size
     answers = [runtime.predict(TEXTS, digest=digest).predictions for digest in (NULL, one.digest, two.digest)]
@@ -129,8 +129,8 @@ def test_slots_of_other_kinds_share_the_rest_of_the_base(
 def test_slots_are_for_reading(any_recipe: Any, real_version: Make) -> None:
     runtime, one, _ = two_slots(any_recipe, real_version)
     with runtime.pin(one.digest) as slot:
-        assert not slot.handle.training
-        assert not any(tensor.requires_grad for tensor in slot.handle.parameters())
+        assert not slot.handle.model.training
+        assert not any(tensor.requires_grad for tensor in slot.handle.model.parameters())
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_activation_in_mid_forward_does_not_touch_the_request(
     runtime, one, two = two_slots(recipe(), real_version)
     first, second = (runtime.predict(TEXTS, digest=version.digest).predictions for version in (one, two))
     runtime.activate(one.digest)
-    in_mid_forward(runtime.active.handle.backbone.encoder.layer[1], lambda: runtime.activate(two.digest))
+    in_mid_forward(runtime.active.handle.model.backbone.encoder.layer[1], lambda: runtime.activate(two.digest))
     assert runtime.predict(TEXTS).predictions == first
     assert runtime.predict(TEXTS).predictions == second
 
@@ -186,8 +186,8 @@ def test_switching_one_live_peft_model_in_mid_forward_mixes_two_adapters(recipe:
 def test_opening_loads_the_base_once(recipe: Make, real_version: Make) -> None:
     version = real_version(recipe(), 1)
     first, second = open_runtime(version.manifest), open_runtime(version.manifest)
-    assert first.active.handle.backbone.embeddings.word_embeddings.weight.data_ptr() == (
-        second.active.handle.backbone.embeddings.word_embeddings.weight.data_ptr()
+    assert first.active.handle.model.backbone.embeddings.word_embeddings.weight.data_ptr() == (
+        second.active.handle.model.backbone.embeddings.word_embeddings.weight.data_ptr()
     )
 
 
@@ -208,4 +208,4 @@ def test_a_failed_prediction_gives_its_task_back(recipe: Make, real_version: Mak
         runtime.predict([{"text": 7}])
     assert runtime.pins == {}
     assert len(runtime.predict(TEXTS).predictions) == 2
-    assert runtime.backend._tasks.qsize() == 1
+    assert runtime.backend._desks.qsize() == 1

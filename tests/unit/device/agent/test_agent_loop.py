@@ -35,7 +35,7 @@ def test_once_without_news_ends_at_once(fresh) -> None:
     began = seconds.monotonic()
     assert not run(worker(fresh), once=True)
     assert run(worker(fresh), once=True) is False
-    assert seconds.monotonic() - began < 20
+    assert seconds.monotonic() - began < 100
 
 
 def test_a_running_agent_polls_obeys_and_stops(fresh) -> None:
@@ -52,13 +52,13 @@ def test_a_running_agent_polls_obeys_and_stops(fresh) -> None:
         assert fresh.book.active == first
     finally:
         agent.stop()
-        thread.join(30)
+        thread.join(100)
     assert not thread.is_alive()
     assert (fresh.events[-1], fresh.book.boots) == ("stopped", 0)
 
 
 def wait_for(done) -> None:
-    until = seconds.monotonic() + 30
+    until = seconds.monotonic() + 200
     while True:
         try:
             if done():

@@ -33,6 +33,9 @@ PARTS = {
     "seed": 5,
 }
 
+WAIT = ("--wait", "300")
+"""Machines that run tests may be busy."""
+
 
 def manifest_and_weights(number: int, parent: str | None) -> tuple[VersionManifest, bytes]:
     base = load_base(ModelConfig(source="tiny:bert"))
@@ -118,15 +121,15 @@ def test_a_device_follows_obeys_and_reports(typed: Command, running: Command, he
     typed("channel", "promote", "v2", "--to", "stable")
     typed("release", "publish", "stable")
     wait_for(lambda: state_of(here, second) == "committed", process)
-    assert typed("device", "rollback").out == f"{first[:12]} answers again\n"
+    assert typed("device", "rollback", *WAIT).out == f"{first[:12]} answers again\n"
     assert "was overridden by hand; followed again once it moves" in typed("device", "status").out
-    assert typed("device", "activate", second[:8]).out == f"{second[:12]} answers\n"
-    assert "0 versions on this device begin with 'x'" in typed("device", "activate", "x", code=1).err
-    assert typed("device", "pin").out.startswith(f"the device stays at {second[:12]}")
+    assert typed("device", "activate", second[:8], *WAIT).out == f"{second[:12]} answers\n"
+    assert "0 versions on this device begin with 'x'" in typed("device", "activate", "x", *WAIT, code=1).err
+    assert typed("device", "pin", *WAIT).out.startswith(f"the device stays at {second[:12]}")
     assert f"pinned at {second[:12]}" in typed("device", "status").out
-    assert "first: fedpeft device pin --off" in typed("device", "install", code=1).err
-    assert typed("device", "pin", "--off").out == "the device follows its channel\n"
-    assert typed("device", "install").out == f"{second[:12]} answers\n"
+    assert "first: fedpeft device pin --off" in typed("device", "install", *WAIT, code=1).err
+    assert typed("device", "pin", "--off", *WAIT).out == "the device follows its channel\n"
+    assert typed("device", "install", *WAIT).out == f"{second[:12]} answers\n"
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors

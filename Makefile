@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 OFFLINE := HF_HUB_OFFLINE=1
 
 # Parts whose every line and branch is tested: a mistake there loses or corrupts somebody's work silently.
-FULLY_COVERED := federated/delta.py,federated/lowrank.py,federated/wire/*,federated/registry/*,federated/release/*,federated/privacy/*
+FULLY_COVERED := federated/delta.py,federated/files.py,federated/lowrank.py,federated/wire/*,federated/registry/*,federated/release/*,federated/privacy/*
 BENCHMARKS = $(basename $(notdir $(filter-out %/__init__.py,$(wildcard simulations/benchmarks/*.py))))
 
 .PHONY: help setup assets llama-cpp demo test test-interop lint types docs bench clean

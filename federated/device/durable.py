@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from federated import files
 from federated.errors import DeviceError
 
 __all__ = ["read_whole", "translated", "write_whole"]
@@ -35,19 +34,10 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         DeviceError: if the file system refuses; the old file is still there then.
     """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     with translated(f"write {path.name}"):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-        _sync(path.parent)
+        files.write_whole(path, data, mode=0o600)
+        files.sync_folder(path.parent)
 
 
 def read_whole(path: Path) -> bytes | None:
@@ -61,11 +51,3 @@ def read_whole(path: Path) -> bytes | None:
             return path.read_bytes()
         except FileNotFoundError:
             return None
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

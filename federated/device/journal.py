@@ -21,8 +21,9 @@ from pydantic.dataclasses import dataclass
 from federated.config import STRICT
 from federated.device.slots import NULL
 from federated.errors import DeviceError
+from federated.files import sync_folder
 from federated.manifest import canonical_json
-from federated.release.disk import read_file, sync_folder, translated, write_file
+from federated.release.disk import read_file, translated, write_file
 
 __all__ = ["FAILED", "FILE", "Book", "Entry", "Journal", "Reply", "State", "read_book"]
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from federated.errors import ReleaseError
+from federated.files import sync_folder
 from federated.manifest import VersionManifest, canonical_json, sha256_hex
 from federated.release import ReleaseRecord
-from federated.release.disk import sync_folder, translated, write_file
+from federated.release.disk import translated, write_file
 from federated.release.roles import MANIFEST, PROBES, WEIGHTS
 
 __all__ = ["Shelf", "Stored"]

@@ -10,9 +10,7 @@ that no row names.
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from federated.errors import CorruptBlob
+from federated.files import sync_folder, write_whole
 from federated.manifest import sha256_hex
 
 __all__ = ["REPAIR", "STRAY_SECONDS", "BlobStore", "Blobs", "check_digest", "is_digest"]
@@ -112,10 +111,10 @@ class BlobStore:
         path = self.path(digest)
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _sync_folder(self.root)
+            sync_folder(self.root)
         if not _holds(path, digest):
-            _write(path, data)
-        _sync_folder(path.parent)
+            write_whole(path, data)
+        sync_folder(path.parent)
         return digest
 
     def has(self, digest: str) -> bool:
@@ -172,25 +171,3 @@ def _is_old(path: Path) -> bool:
         return time.time() - path.stat().st_mtime > STRAY_SECONDS
     except FileNotFoundError:  # its writer renamed it meanwhile
         return False
-
-
-def _write(path: Path, data: bytes) -> None:
-    beside = path.parent / f".{path.name[:12]}-{secrets.token_hex(8)}.tmp"
-    try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in the folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

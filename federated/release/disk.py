@@ -6,15 +6,14 @@ Nothing here knows what is in them. Used on both sides: by the publisher for its
 from __future__ import annotations
 
 import fcntl
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from federated.errors import ReleaseError
+from federated.files import write_whole
 
-__all__ = ["locked", "read_file", "sync_folder", "translated", "write_file"]
+__all__ = ["locked", "read_file", "translated", "write_file"]
 
 
 @contextmanager
@@ -37,7 +36,7 @@ def translated(doing: str) -> Iterator[None]:
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Write durably: beside its place, flushed to the disk, renamed. A kill leaves the old file or the new one.
+    """Make the folder and write the file: a kill leaves the old file or the new one.
 
     Args:
         path: its folder is made.
@@ -48,16 +47,7 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         OSError: as the file system raises it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    write_whole(path, data, mode=mode)
 
 
 def read_file(path: Path) -> bytes | None:
@@ -70,19 +60,6 @@ def read_file(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's own entries, so that a rename in it outlives a power cut.
-
-    Raises:
-        OSError: as the file system raises it.
-    """
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 @contextmanager

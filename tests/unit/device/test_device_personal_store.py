@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from federated.device import durable
 from federated.device.personal_store import PersonalStore, PersonalVersion, Standing
 from federated.errors import DeviceError
 from federated.manifest import AdapterSpec, ModuleSpec, RawTensor, sha256_hex
@@ -99,8 +99,8 @@ def test_a_kill_at_any_step_leaves_the_old_version_or_the_new_one(
         return wrapped
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "open", dying(durable.os.open))
-        patch.setattr(durable.os, "fsync", dying(durable.os.fsync))
+        patch.setattr(os, "open", dying(os.open))
+        patch.setattr(os, "fsync", dying(os.fsync))
         patch.setattr(Path, "replace", dying(Path.replace))
         patch.setattr(Path, "unlink", lambda *_, **__: None)  # a dead process tidies nothing up
         died = False

@@ -14,9 +14,9 @@ import pytest
 from tuf.api.metadata import TargetFile
 
 from federated.errors import EndlessData, MissingFile, ReleaseError, Unreachable, WrongContent
+from federated.files import sync_folder
 from federated.release import FolderSource, HttpSource
 from federated.release.client import _Metered
-from federated.release.disk import sync_folder
 from federated.release.source import CHUNK, rest_of
 from federated.release.transfer import transfer
 from federated.testing.releases import Mirror

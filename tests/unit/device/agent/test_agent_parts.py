@@ -146,7 +146,7 @@ def test_each_write_is_flushed_with_its_folder(tmp_path: Path, time, monkeypatch
     monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(str(Path(f"/proc/self/fd/{fd}").readlink())), real(fd)))
     Journal(tmp_path, time).change(boots=1)
     assert len(flushed) == 2
-    assert flushed[0].startswith(str(tmp_path / ".journal.json."))
+    assert flushed[0].startswith(str(tmp_path / ".journal.json-"))
     assert flushed[1] == str(tmp_path)
 
 

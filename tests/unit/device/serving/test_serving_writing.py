@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -114,25 +115,28 @@ def kept(site: Any) -> list[Any]:
     return held
 
 
+def gone_on(site: Any) -> None:
+    """Let tokens be made, a few hundred a second, until the server has noticed that nobody reads them."""
+    site.wait_for(lambda: site.backend.step.release() or not site.service.runtime.pins)
+    site.wait_for(lambda: site.service.writer.gate.working == 0)
+
+
 def test_a_client_that_leaves_a_stream_gives_pin_and_place_back(site: Any, kept: list[Any]) -> None:
-    with site.public.stream("POST", "/v1/completions", json={"prompt": "slow", "stream": True, "max_tokens": 9}) as got:
+    body = {"prompt": "slow", "stream": True, "max_tokens": 1000}
+    with site.public.stream("POST", "/v1/completions", json=body) as got:
         site.backend.step.release()
         next(line for line in got.iter_lines() if line)
         assert list(site.service.runtime.pins.values()) == [1]
-    site.backend.step.release()  # the token under way is finished; no further one is begun
-    site.wait_no_pins()
-    site.wait_for(lambda: site.service.writer.gate.working == 0)
+    gone_on(site)
     assert site.backend.ended == 1
-    assert (kept[0].finish_reason, kept[0].completion_tokens) == ("cancelled", 2)
+    assert kept[0].finish_reason == "cancelled"
 
 
 def test_a_client_that_leaves_before_its_answer_gives_pin_and_place_back(site: Any, kept: list[Any]) -> None:
     with pytest.raises(httpx.ReadTimeout):
-        site.public.post("/v1/completions", json={"prompt": "slow", "max_tokens": 9}, timeout=0.5)
-    site.backend.step.release()
-    site.wait_no_pins()
-    site.wait_for(lambda: site.service.writer.gate.working == 0)
-    assert (kept[0].finish_reason, kept[0].completion_tokens) == ("cancelled", 1)
+        site.public.post("/v1/completions", json={"prompt": "slow", "max_tokens": 1000}, timeout=0.5)
+    gone_on(site)
+    assert kept[0].finish_reason == "cancelled"
 
 
 def test_requests_over_the_limit_wait_and_then_are_refused(sites: Callable[..., Any]) -> None:
@@ -208,6 +212,18 @@ def test_a_user_and_an_arm_get_their_adapter(site: Any) -> None:
     ]  # fmt: skip
     assert text("b", model="hers", user="bob") == "2"
     assert text("b", model="tiny:echo") == "3"
+
+
+def test_an_answer_does_not_wait_for_the_network_to_be_asked_again(site: Any) -> None:
+    """Nagle's algorithm and the client's delayed acknowledgement together take 40 ms, of every answer."""
+
+    def seconds() -> float:
+        begin = time.perf_counter()
+        site.public.get("/healthz")
+        return time.perf_counter() - begin
+
+    took = sorted(seconds() for _ in range(60))
+    assert took[20] < 0.03  # the first ones are acknowledged at once in any case
 
 
 def test_tokens_and_requests_are_counted(site: Any) -> None:

@@ -84,6 +84,7 @@ class Bench:
         self.base = load_base(self.recipe.model)
         self.runtime = AdapterRuntime(TorchBackend(self.base, self.recipe), capacity=capacity)
         self._seed = seed
+        self._shapes: dict[AdapterConfig, AdapterState] = {}
 
     @property
     def base_bytes(self) -> int:
@@ -93,7 +94,9 @@ class Bench:
     def version(self, number: int, adapter: AdapterConfig | None = None) -> Version:
         """A version whose random factors depend on its number."""
         recipe = replace(self.recipe, adapter=adapter or self.recipe.adapter)
-        state = attach(self.base, recipe.adapter, recipe.task, seed=0).read()
+        if recipe.adapter not in self._shapes:
+            self._shapes[recipe.adapter] = attach(self.base, recipe.adapter, recipe.task, seed=0).read()
+        state = self._shapes[recipe.adapter]
         random = torch.Generator().manual_seed(1000 * self._seed + number)
         tensors = {name: 0.15 * torch.randn(t.shape, generator=random) for name, t in state.tensors.items()}
         weights = encode_tensors(to_raw(tensors))

@@ -222,7 +222,8 @@ def test_an_answer_does_not_wait_for_the_network_to_be_asked_again(site: Any) ->
         site.public.get("/healthz")
         return time.perf_counter() - begin
 
-    assert min(seconds() for _ in range(30)) < 0.03
+    took = sorted(seconds() for _ in range(60))
+    assert took[20] < 0.03  # the first ones are acknowledged at once in any case
 
 
 def test_tokens_and_requests_are_counted(site: Any) -> None:

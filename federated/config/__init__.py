@@ -5,6 +5,7 @@ network as plain JSON scalars (`ExperimentConfig.to_json`). Nothing here names a
 nothing here imports Hydra: `federated.cli` composes.
 """
 
+from federated.config.admission import AdmissionConfig
 from federated.config.experiment import ExperimentConfig, experiment_from
 from federated.config.parts import (
     STRICT,
@@ -25,6 +26,7 @@ from federated.config.parts import (
 from federated.config.privacy import ClientPrivacyConfig, ExamplePrivacyConfig, PrivacyConfig
 
 __all__ = [
+    "AdmissionConfig",
     "STRICT",
     "AdapterConfig",
     "ClientPrivacyConfig",

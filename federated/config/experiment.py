@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from federated.config.admission import AdmissionConfig
 from federated.config.parts import (
     STRICT,
     AdapterConfig,
@@ -76,6 +77,7 @@ class ExperimentConfig:
     round: RoundConfig = Field(default_factory=RoundConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
+    admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
@@ -157,7 +159,8 @@ class ExperimentConfig:
 
     def for_clients(self) -> Self:
         """The experiment as it crosses the network: without the server's own places (registry, run folder)."""
-        return replace(self, run_dir="", registry="", registry_blobs="", start_from="", resume=False, gate=GateConfig())
+        own: dict[str, Any] = {"gate": GateConfig(), "admission": AdmissionConfig()}
+        return replace(self, run_dir="", registry="", registry_blobs="", start_from="", resume=False, **own)
 
     @cached_property
     def client_json(self) -> str:

@@ -32,6 +32,7 @@
     │       ├── EndlessData      more bytes than were signed or are allowed
     │       ├── NotReleased      nobody who may signed such a version
     │       └── BelowSecurityFloor
+    ├── DeploymentError          processes, enrolment and connections of a federation over devices
     ├── DeviceError              slots, activation, serving
     │   ├── ProbeFailed          an installed adapter does not answer as it must, or has no effect
     │   └── NoRuntime            the base model cannot be opened; no version is to blame
@@ -75,6 +76,7 @@ __all__ = [
     "EndlessData",
     "NotReleased",
     "BelowSecurityFloor",
+    "DeploymentError",
     "DeviceError",
     "ProbeFailed",
     "NoRuntime",
@@ -221,6 +223,10 @@ class NotReleased(UntrustedRelease):
 
 class BelowSecurityFloor(UntrustedRelease):
     """A version that was revoked: its release counter is below the signed security floor."""
+
+
+class DeploymentError(FederatedError):
+    """A process, connection or enrolment of a federation over devices that is not as it must be."""
 
 
 class DeviceError(FederatedError):

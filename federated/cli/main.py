@@ -28,8 +28,10 @@ from federated.cli import (
     assets,
     audit,
     channel,
+    deploy,
     device,
     device_agent,
+    device_join,
     privacy,
     registry,
     registry_care,
@@ -39,6 +41,7 @@ from federated.cli import (
     release,
     release_keys,
     release_look,
+    runs,
     seals,
     serve,
 )
@@ -66,9 +69,11 @@ release.app.add_typer(release_keys.app, name="keys")
 for name, command in (release_keys.COMMANDS | release_look.COMMANDS | seals.COMMANDS).items():
     release.app.command(name)(command)
 app.add_typer(release.app, name="release")
-for name, command in device_agent.COMMANDS.items():
+for name, command in (device_agent.COMMANDS | device_join.COMMANDS).items():
     device.app.command(name)(command)
 app.add_typer(device.app, name="device")
+app.add_typer(deploy.app, name="deploy")
+app.add_typer(runs.app, name="run")
 app.command("serve")(serve.serve)
 app.add_typer(assets.app, name="assets")
 app.add_typer(privacy.app, name="privacy")

@@ -328,12 +328,13 @@ class EngineConfig:
     """Where simulated clients run.
 
     Args:
-        name: ``inprocess`` (one base model in memory, forked workers) or ``ray`` (Flower's own engine).
+        name: ``inprocess`` (one base model in memory, forked workers), ``ray`` (Flower's own engine) or
+            ``deployment`` (devices, through a SuperLink; ``fedpeft run submit`` sets it).
         workers: processes; 0 takes one per core, 1 is sequential in this process (in-process engine).
         shuffle_arrivals: seeds a random order of replies (in-process; for tests); -1 keeps the natural order.
     """
 
-    name: Literal["inprocess", "ray"] = "inprocess"
+    name: Literal["inprocess", "ray", "deployment"] = "inprocess"
     workers: Annotated[int, Field(ge=0)] = 0
     shuffle_arrivals: Annotated[int, Field(ge=-1)] = -1
 

@@ -27,7 +27,17 @@ from federated.state import AdapterState
 from federated.tasks import Task, make_task
 from federated.training import LocalData, LocalTrainer
 
-__all__ = ["ClientSite", "Session", "app_folder", "open_session", "site_of", "use_app_folder", "use_client_store"]
+__all__ = [
+    "ClientSite",
+    "Session",
+    "app_folder",
+    "open_parts",
+    "open_session",
+    "opened_parts",
+    "site_of",
+    "use_app_folder",
+    "use_client_store",
+]
 
 _LOG = logging.getLogger(__name__)
 _APP_VARIABLE = "FEDPEFT_APP"
@@ -95,6 +105,10 @@ class Session:
         return LocalData(train, test, data.train)
 
 
+_opened: list[str] = []
+"""The parts that were opened last, for whoever keeps them for a process to come."""
+
+
 @lru_cache(maxsize=2)
 def _open(config_json: str, folder: Path | None) -> Session:
     config = experiment_from(config_json)
@@ -109,8 +123,23 @@ def _open(config_json: str, folder: Path | None) -> Session:
 def open_session(config: ExperimentConfig) -> Session:
     """The session of an experiment: from the cache when model, adapter, task, data, training and seed agree."""
     session = _open(config.parts_json, app_folder())
+    _opened[:] = [config.parts_json]
     source = open_source(config.data, config.task, app_dir=app_folder())
     return session if source is session.source else replace(session, source=source)  # the data may have changed since
+
+
+def opened_parts() -> str | None:
+    """What `open_session` opened last in this process; None before the first time."""
+    return _opened[0] if _opened else None
+
+
+def open_parts(parts: str) -> None:
+    """Open what another process's `opened_parts` names, so that processes forked from this one have it.
+
+    Raises:
+        FederatedError: whatever is wrong with it.
+    """
+    _open(parts, app_folder())
 
 
 @dataclass(frozen=True)

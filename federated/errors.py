@@ -36,6 +36,9 @@
     ├── DeviceError              slots, activation, serving
     │   ├── ProbeFailed          an installed adapter does not answer as it must, or has no effect
     │   └── NoRuntime            the base model cannot be opened; no version is to blame
+    ├── DeploymentError          certificates, keys, enrolment and processes of a deployment
+    │   ├── DoorUnreachable      the deployment's door does not answer
+    │   └── EnrolmentRefused     the door, or the operator, does not let this device in
     └── RunInterrupted           the user stopped a run (finished rounds are safe)
 
 A message says what was found, what was expected and what to do. It never contains private data.
@@ -80,6 +83,9 @@ __all__ = [
     "DeviceError",
     "ProbeFailed",
     "NoRuntime",
+    "DeploymentError",
+    "DoorUnreachable",
+    "EnrolmentRefused",
     "RunInterrupted",
 ]
 
@@ -239,6 +245,18 @@ class ProbeFailed(DeviceError):
 
 class NoRuntime(DeviceError):
     """The base model cannot be opened on this device; no version is to blame for that."""
+
+
+class DeploymentError(FederatedError):
+    """Certificates, keys, enrolled devices or processes of a deployment are not what they should be."""
+
+
+class DoorUnreachable(DeploymentError):
+    """The door of a deployment does not answer, or what answers cannot be it; worth trying again."""
+
+
+class EnrolmentRefused(DeploymentError):
+    """The door, or the operator, does not let this device in; trying again with the same invitation is no use."""
 
 
 class RunInterrupted(FederatedError):

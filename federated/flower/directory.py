@@ -11,18 +11,13 @@ from federated.config import ExperimentConfig
 from federated.errors import NotEnoughUpdates, WireError
 from federated.flower.exchange import exchange
 from federated.flower.records import Reply, query_content
+from federated.names import usable_client_id
 
 __all__ = ["Directory"]
 
-_LONGEST_ID = 200
 _LARGEST_PAUSE = 6
 _PATIENCE = 5.0
 """Seconds that a round waits for the names of nodes that came late, when others are there already."""
-
-
-def _usable(client_id: str) -> bool:
-    """Cohorts, tokens and stores are keyed on it, and it is shown: printable and of bounded length."""
-    return 0 < len(client_id) <= _LONGEST_ID and client_id.isprintable()
 
 
 class Directory:
@@ -106,7 +101,7 @@ class Directory:
         except WireError as error:
             self.problems.append((node, str(error)))
             return
-        if reply.reason or not _usable(reply.client_id):
+        if reply.reason or not usable_client_id(reply.client_id):
             self.problems.append((node, reply.message or "it gave no client id that can be used"))
         elif reply.client_id in self.nodes:
             self.problems.append(

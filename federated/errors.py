@@ -32,7 +32,6 @@
     │       ├── EndlessData      more bytes than were signed or are allowed
     │       ├── NotReleased      nobody who may signed such a version
     │       └── BelowSecurityFloor
-    ├── DeploymentError          processes, enrolment and connections of a federation over devices
     ├── DeviceError              slots, activation, serving
     │   ├── ProbeFailed          an installed adapter does not answer as it must, or has no effect
     │   └── NoRuntime            the base model cannot be opened; no version is to blame
@@ -83,7 +82,6 @@ __all__ = [
     "DeviceError",
     "ProbeFailed",
     "NoRuntime",
-    "DeploymentError",
     "DoorUnreachable",
     "EnrolmentRefused",
     "RunInterrupted",
@@ -229,10 +227,6 @@ class NotReleased(UntrustedRelease):
 
 class BelowSecurityFloor(UntrustedRelease):
     """A version that was revoked: its release counter is below the signed security floor."""
-
-
-class DeploymentError(FederatedError):
-    """A process, connection or enrolment of a federation over devices that is not as it must be."""
 
 
 class DeviceError(FederatedError):

@@ -65,6 +65,7 @@ _HOP = frozenset(
 )  # fmt: skip
 _NOTE = 2.0  # seconds between two notes of the traffic
 _MOST_KEYS = 10_000
+_HEADER_BYTES = 16_384
 
 
 @dataclass
@@ -200,9 +201,8 @@ async def _passed(client: httpx.AsyncClient, request: Request, flow: Flow, *, mo
             flow.up += len(part)
             yield part
 
-    headers = [(name, value) for name, value in request.headers.items() if name not in _HOP]
-    if "content-length" in request.headers:
-        headers.append(("content-length", request.headers["content-length"]))
+    dropped = _HOP - {"content-length"}
+    headers = [(name, value) for name, value in request.headers.raw if name.decode("latin-1") not in dropped]
     sent = client.build_request("POST", request.url.path, headers=headers, content=body())
     try:
         answer = await client.send(sent, stream=True)
@@ -257,14 +257,18 @@ def serve_door(folder: Path) -> None:
         port=config.door_port,
         limit_concurrency=config.max_requests,
         timeout_keep_alive=75,
+        ws="none",
         access_log=False,
         log_level="warning",
         server_header=False,
+        proxy_headers=False,
+        http="h11",
+        h11_max_incomplete_event_size=_HEADER_BYTES,
         **tls,
     )
 
 
 if __name__ == "__main__":
     os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s door: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s door: %(message)s")
     serve_door(Path(sys.argv[1]).resolve())

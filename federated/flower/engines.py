@@ -54,8 +54,8 @@ def simulate(config: ExperimentConfig, client_app: ClientApp) -> RunSummary:
     """
     if config.engine.name == "deployment":
         raise ConfigError(
-            "engine.name = 'deployment': clients are devices there, not part of this machine; 'fedpeft deploy up' starts "
-            "one here, 'fedpeft run submit' takes the same overrides"
+            "engine.name = 'deployment': clients are devices there, not part of this machine; 'fedpeft deploy up' "
+            "starts one here, 'fedpeft run submit' takes the same overrides"
         )
     torch.set_num_threads(1)  # before anything computes: forked workers must not inherit a thread pool
     _check_data(config)

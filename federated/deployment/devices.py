@@ -37,6 +37,7 @@ from federated.deployment.device_rules import (
     note_refusal,
     refusal,
     row_where,
+    rows_where,
     unknown,
     used_by,
     withdraw,
@@ -113,11 +114,14 @@ class DeviceBook:
             note(book, time_text(now), actor, "invited", client_id, f"until {time_text(expires)}, {how}")
         return made
 
-    def enrol(self, claim: Claim) -> Device:
+    def enrol(self, claim: Claim) -> tuple[Device, bool]:
         """Let a device use its invitation, once. The same keys with the same token find their entry again.
 
         Args:
             claim: with proofs that were checked.
+
+        Returns:
+            The entry, and whether it was made now.
 
         Raises:
             EnrolmentRefused: for a token that is unknown, used, withdrawn or out of date; which, the message says: it
@@ -129,7 +133,7 @@ class DeviceBook:
         with transaction(self.path) as book:
             invitation = invitation_of(book, claim)
             entry = None if invitation is None else used_by(book, invitation, claim)
-            refused = "" if entry else refusal(invitation, now)
+            refused, new = "" if entry else refusal(invitation, now), entry is None
             if invitation is not None and not (entry or refused):
                 entry = enter(book, claim, invitation, at=time_text(now))
             if invitation is not None and refused:
@@ -137,7 +141,7 @@ class DeviceBook:
         if entry is None:
             raise EnrolmentRefused(f"{claim.client_id}: {refused}")
         self.write_devices_file()
-        return entry
+        return entry, new
 
     def approve(self, client_id: str, *, actor: str) -> Device:
         """Let a device take part that asked; one that is in stays so.
@@ -199,6 +203,12 @@ class DeviceBook:
         check_device_name(client_id)
         with transaction(self.path) as book:
             return current(book, client_id)
+
+    def entries(self, client_id: str) -> list[Device]:
+        """All entries of a name, the oldest first."""
+        check_device_name(client_id)
+        with transaction(self.path) as book:
+            return [device_of(row) for row in rows_where(book, "client_id = ? ORDER BY number", client_id)]
 
     def devices(self) -> list[Device]:
         """All entries in their order, with those that are revoked."""

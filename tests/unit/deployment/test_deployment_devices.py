@@ -55,7 +55,7 @@ def invite(book: DeviceBook) -> Invite:
 
 
 def enrolled(book: DeviceBook, invite: Invite, name: str = "north", *, auto_approve: bool = True) -> Device:
-    return book.enrol(claim(invite(name, auto_approve=auto_approve), new_keys()))
+    return book.enrol(claim(invite(name, auto_approve=auto_approve), new_keys()))[0]
 
 
 def did(book: DeviceBook) -> list[tuple[str, str, str]]:
@@ -64,7 +64,7 @@ def did(book: DeviceBook) -> list[tuple[str, str, str]]:
 
 def test_a_device_is_invited_asks_and_is_approved(book: DeviceBook, invite: Invite, tmp_path: Path) -> None:
     keys = new_keys()
-    assert book.enrol(claim(invite(), keys)).state == "pending"
+    assert book.enrol(claim(invite(), keys))[0].state == "pending"
     assert not read_devices(tmp_path / "devices.json")
     book.approve("north", actor="ada")
     found = read_devices(tmp_path / "devices.json")["north"]
@@ -91,7 +91,7 @@ def test_a_revoked_name_is_invited_again_with_new_keys(book: DeviceBook, invite:
     enrolled(book, invite)
     book.revoke("north", actor="ada", reason="stolen")
     keys = new_keys()
-    again = book.enrol(claim(invite(auto_approve=True), keys))
+    again, _ = book.enrol(claim(invite(auto_approve=True), keys))
     assert [one.state for one in book.devices()] == ["revoked", "approved"]
     assert book.device("north") == again
     assert read_devices(tmp_path / "devices.json")["north"].update_key == keys.update_raw
@@ -111,7 +111,7 @@ def test_keys_of_a_revoked_device_are_never_taken_again(
     invitation = invite(name)
     with pytest.raises(KeysUsed):
         book.enrol(claim(invitation, fresh, node_key=node.node_line, update_key=update.update_raw))
-    assert book.enrol(claim(invitation, fresh)).state == "pending"
+    assert book.enrol(claim(invitation, fresh))[0].state == "pending"
 
 
 def test_a_token_opens_once(book: DeviceBook, invite: Invite) -> None:
@@ -127,13 +127,14 @@ def test_a_token_opens_once(book: DeviceBook, invite: Invite) -> None:
 def test_the_same_device_finds_its_entry_again(book: DeviceBook, invite: Invite, clock: Any) -> None:
     """Its answer may have been lost on the way."""
     invitation, keys = invite(), new_keys()
-    first = book.enrol(claim(invitation, keys))
+    first, new = book.enrol(claim(invitation, keys))
+    assert new
     clock.move(days=3)
-    assert book.enrol(claim(invitation, keys)) == first
+    assert book.enrol(claim(invitation, keys)) == (first, False)
     book.approve("north", actor="ada")
-    assert book.enrol(claim(invitation, keys)).state == "approved"
+    assert book.enrol(claim(invitation, keys))[0].state == "approved"
     book.revoke("north", actor="ada", reason="gone")
-    assert book.enrol(claim(invitation, keys)).state == "revoked"
+    assert book.enrol(claim(invitation, keys))[0].state == "revoked"
     assert len(book.devices()) == 1
 
 
@@ -169,7 +170,7 @@ def test_a_newer_invitation_ends_the_older_one(book: DeviceBook, invite: Invite)
     older, newer = invite(), invite()
     with pytest.raises(EnrolmentRefused, match="withdrawn at"):
         book.enrol(claim(older, new_keys()))
-    assert book.enrol(claim(newer, new_keys())).state == "pending"
+    assert book.enrol(claim(newer, new_keys()))[0].state == "pending"
 
 
 def test_revoking_withdraws_an_invitation(book: DeviceBook, invite: Invite) -> None:

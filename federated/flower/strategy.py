@@ -106,7 +106,8 @@ class DeltaStrategy(Strategy):
             self.server, publisher, self._tracker, privacy=self._privacy, promised=config.privacy, gate=gate
         )
         self._directory = Directory(config, least=clients_needed(self.rule, config.selection.fraction))
-        self._writer = TaskWriter(config, rule=self.rule, **names, secret=secret or secrets.token_bytes(32))
+        names |= {"secret": secret or secrets.token_bytes(32), "update_key": self._directory.update_key}
+        self._writer = TaskWriter(config, rule=self.rule, **names)
         self._book: RoundBook | None = None
         self._grid: Grid | None = None
 
@@ -243,10 +244,7 @@ class DeltaStrategy(Strategy):
 
     def _gather(self, grid: Grid) -> None:
         """Wait until enough clients are there."""
-        self._directory.wait(grid)
-        for node, text in self._directory.take_problems():
-            _LOG.warning("node %s takes no part: %s", node, text)
-            self._tracker.emit({"event": "node_problem", "node_id": str(node), "message": text})
+        self._directory.gather(grid, self._tracker)
 
     def _evaluate_here(self, result: FlowerResult, number: int, evaluate_fn: EvaluateFn | None) -> None:
         metrics = evaluate_fn(number, self.server.arrays()) if evaluate_fn else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flwr.app import Message
@@ -17,7 +18,6 @@ from federated.errors import NotEnoughUpdates, WireError
 from federated.flower.enrolled_nodes import EnrolledNodes, Fault
 from federated.flower.exchange import exchange
 from federated.flower.records import Reply, query_content
-from federated.tracking import Tracker
 
 __all__ = ["Directory", "Problem"]
 
@@ -55,6 +55,8 @@ class Directory:
     Args:
         config: the experiment.
         least: clients without which no round of its rule can succeed.
+        tell: takes a ``node_problem`` event for each node that takes no part, and a ``warning`` where names are bound
+            by signatures alone.
 
     Attributes:
         nodes: client id to node id.
@@ -62,8 +64,15 @@ class Directory:
         problems: nodes that take no part, and why; one that stays out for the same reason is named once.
     """
 
-    def __init__(self, config: ExperimentConfig, *, least: int = 1) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        *,
+        least: int = 1,
+        tell: Callable[[dict[str, Any]], object] = lambda _: None,
+    ) -> None:
         self._config = config
+        self._tell = tell
         self._least = max(least, config.selection.min_clients)
         self._tries: dict[int, tuple[int, int]] = {}  # node: times asked, look at which it is asked again
         self._looks = 0
@@ -82,7 +91,7 @@ class Directory:
         """What a client's updates must be signed with, as of the last look; None where it need not."""
         return self._enrolled.update_key(client_id)
 
-    def gather(self, grid: Grid, tracker: Tracker) -> None:
+    def gather(self, grid: Grid) -> None:
         """`wait`, and tell of each node that takes no part.
 
         Raises:
@@ -92,11 +101,11 @@ class Directory:
         self.wait(grid)
         for problem in self.take_problems():
             _LOG.warning("node %s takes no part: %s: %s", problem.node, problem.reason, problem.text)
-            tracker.emit(problem.as_event())
+            self._tell(problem.as_event())
         if self._enrolled.by_signature_alone and not self._warned:
             self._warned = True
             _LOG.warning("%s", _BY_SIGNATURE)
-            tracker.emit({"event": "warning", "message": _BY_SIGNATURE})
+            self._tell({"event": "warning", "message": _BY_SIGNATURE})
 
     def take_problems(self) -> list[Problem]:
         """The problems since the last call."""

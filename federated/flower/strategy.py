@@ -105,7 +105,8 @@ class DeltaStrategy(Strategy):
         self._closer = RoundCloser(
             self.server, publisher, self._tracker, privacy=self._privacy, promised=config.privacy, gate=gate
         )
-        self._directory = Directory(config, least=clients_needed(self.rule, config.selection.fraction))
+        least = clients_needed(self.rule, config.selection.fraction)
+        self._directory = Directory(config, least=least, tell=self._tracker.emit)
         names |= {"secret": secret or secrets.token_bytes(32), "update_key": self._directory.update_key}
         self._writer = TaskWriter(config, rule=self.rule, **names)
         self._book: RoundBook | None = None
@@ -192,7 +193,7 @@ class DeltaStrategy(Strategy):
         return result
 
     def _all_rounds(self, grid: Grid, rounds: int, *, result: FlowerResult, evaluate_fn: EvaluateFn | None) -> None:
-        self._gather(grid)
+        self._directory.gather(grid)
         if self.version_id is None:
             self._closer.publish([], 0, servable=True)
         name_lost(self.server, self._tracker)
@@ -239,12 +240,8 @@ class DeltaStrategy(Strategy):
         return self.aggregate_train(number, self._exchange(grid, messages))[1]
 
     def _buffer(self, rounds: BufferedRounds, grid: Grid, number: int) -> MetricRecord | None:
-        self._gather(grid)
+        self._directory.gather(grid)
         return rounds.run(number)
-
-    def _gather(self, grid: Grid) -> None:
-        """Wait until enough clients are there."""
-        self._directory.gather(grid, self._tracker)
 
     def _evaluate_here(self, result: FlowerResult, number: int, evaluate_fn: EvaluateFn | None) -> None:
         metrics = evaluate_fn(number, self.server.arrays()) if evaluate_fn else None
@@ -265,7 +262,7 @@ class DeltaStrategy(Strategy):
         """
         del config
         self.server.adopt(arrays)
-        self._gather(grid)
+        self._directory.gather(grid)
         self._grid = grid
         present, privacy = self._directory.nodes, self._privacy
         cohort = choose_cohort(self.config, server_round, present, standings=self.server.standings, privacy=privacy)

@@ -263,18 +263,20 @@ class TestSimulatedNodes:
         assert directory.nodes == {"client-000": 1}
         assert codes(directory) == [(2, "revoked"), (3, "unknown_client")]
 
-    def test_the_run_says_once_that_only_signatures_bind_names(self, directory: Directory):
+    def test_the_run_says_once_that_only_signatures_bind_names(self, config: Make, devices: Devices):
         tracker = MemoryTracker(clock=lambda: 0.0)
+        directory = Directory(config(admission={"devices": str(devices.path)}), tell=tracker.emit)
         with InProcessGrid(claiming(*NAMES), 3) as grid:
-            directory.gather(grid, tracker)
-            directory.gather(grid, tracker)
+            directory.gather(grid)
+            directory.gather(grid)
         (warning,) = tracker.of("warning")
         assert "the signature of its update alone" in warning["message"]
 
-    def test_nodes_with_keys_leave_nothing_to_say(self, directory: Directory):
+    def test_nodes_with_keys_leave_nothing_to_say(self, config: Make, devices: Devices):
         tracker = MemoryTracker(clock=lambda: 0.0)
+        directory = Directory(config(admission={"devices": str(devices.path)}), tell=tracker.emit)
         with KeyedGrid(claiming(*NAMES), 3) as grid:
-            directory.gather(grid, tracker)
+            directory.gather(grid)
         assert tracker.of("warning") == []
 
 

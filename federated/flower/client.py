@@ -60,6 +60,7 @@ def handle_query(message: Message, context: Context) -> Message:
     def answer() -> RecordDict:
         config = config_of(message)
         site = site_of(context.node_config, config)
+        _ = site.update_key  # one that does not open is said before a round waits for this client
         return name_content(site.client_id, site.max_rank)
 
     return _guarded(message, answer)
@@ -152,7 +153,7 @@ def _trained(
 
 
 def _train(task: Assignment, session: Session, *, state: AdapterState, store: ClientStore, site: ClientSite) -> _Answer:
-    head = ""
+    head, signing_key = "", site.update_key  # before anything is trained, and charged
     if task.plan.cached:
         start, result = cached(store, task, state)
     else:
@@ -170,6 +171,7 @@ def _train(task: Assignment, session: Session, *, state: AdapterState, store: Cl
         spec=state.spec,
         plan_digest=task.plan.digest,
         num_examples=result.num_examples,
+        signing_key=signing_key,
     )
     answer = _Answer(_finite(result.metrics), packet, head)
     line = canonical_json({"metrics": answer.metrics, "ledger_head": head})  # canonical JSON holds no line break

@@ -24,6 +24,7 @@ from federated.aggregation import check_combination, make_rule
 from federated.config import ExperimentConfig
 from federated.display import LiveDisplay
 from federated.errors import ConfigError, FederatedError, NotEnoughUpdates, RunInterrupted, StorageFull, VersionNotFound
+from federated.flower.enrolled import read_devices
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.flower.server_privacy import ServerPrivacy
 from federated.flower.session import Session, app_folder, open_session
@@ -98,6 +99,10 @@ class Run:
             config = replace(config, registry=str(Path(config.registry).resolve()))
         if config.registry_blobs and "://" not in config.registry_blobs:
             config = replace(config, registry_blobs=str(Path(config.registry_blobs).resolve()))
+        if config.admission.devices:
+            devices = Path(config.admission.devices).resolve()
+            read_devices(devices)
+            config = replace(config, admission=replace(config.admission, devices=str(devices)))
         self.session: Session = open_session(config)
         self.clients = len(self.session.source.client_ids)
         self.folder, self.run_id = self._folder(config)

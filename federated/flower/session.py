@@ -26,6 +26,7 @@ from federated.errors import ConfigError
 from federated.state import AdapterState
 from federated.tasks import Task, make_task
 from federated.training import LocalData, LocalTrainer
+from federated.wire import SigningKey, read_signing_key
 
 __all__ = [
     "ClientSite",
@@ -160,6 +161,8 @@ class ClientSite:
             part in runs with ``privacy.example`` alone.
         target_delta: the probability beside ``max_epsilon``; a run's own counts where it is smaller.
         least_noise: smallest ``privacy.example`` noise multiplier that it trains with.
+        signing_key: path of the private key (PEM, Ed25519, its owner's alone) that signs its updates; relative to the
+            client's own file; empty: they are not signed.
         share_metrics: whether it measures adapters on its held-out examples for the server, which no privacy protects;
             not said: only where ``max_epsilon`` and ``least_noise`` set no limit.
     """
@@ -179,6 +182,16 @@ class ClientSite:
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     least_noise: Annotated[float, Field(ge=0)] = 0.0
     share_metrics: bool | None = None
+    signing_key: str = ""
+
+    @property
+    def update_key(self) -> SigningKey | None:
+        """What signs its updates, read now; None where they are not signed.
+
+        Raises:
+            ConfigError: if it cannot be read, others may read it, or it is of another kind.
+        """
+        return read_signing_key(Path(self.signing_key)) if self.signing_key else None
 
     @property
     def measures(self) -> bool:
@@ -242,4 +255,4 @@ def _read_site(path: Path) -> ClientSite:
     if site.data is None or site.model is None:
         missing = "data" if site.data is None else "model"
         raise ConfigError(f"client-config {path}: {missing} must be given: a server never chooses a client's files")
-    return site
+    return replace(site, signing_key=str(path.absolute().parent / site.signing_key)) if site.signing_key else site

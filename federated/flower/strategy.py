@@ -105,8 +105,10 @@ class DeltaStrategy(Strategy):
         self._closer = RoundCloser(
             self.server, publisher, self._tracker, privacy=self._privacy, promised=config.privacy, gate=gate
         )
-        self._directory = Directory(config, least=clients_needed(self.rule, config.selection.fraction))
-        self._writer = TaskWriter(config, rule=self.rule, **names, secret=secret or secrets.token_bytes(32))
+        least = clients_needed(self.rule, config.selection.fraction)
+        self._directory = Directory(config, least=least, tell=self._tracker.emit)
+        names |= {"secret": secret or secrets.token_bytes(32), "update_key": self._directory.update_key}
+        self._writer = TaskWriter(config, rule=self.rule, **names)
         self._book: RoundBook | None = None
         self._grid: Grid | None = None
 
@@ -191,7 +193,7 @@ class DeltaStrategy(Strategy):
         return result
 
     def _all_rounds(self, grid: Grid, rounds: int, *, result: FlowerResult, evaluate_fn: EvaluateFn | None) -> None:
-        self._gather(grid)
+        self._directory.gather(grid)
         if self.version_id is None:
             self._closer.publish([], 0, servable=True)
         name_lost(self.server, self._tracker)
@@ -238,15 +240,8 @@ class DeltaStrategy(Strategy):
         return self.aggregate_train(number, self._exchange(grid, messages))[1]
 
     def _buffer(self, rounds: BufferedRounds, grid: Grid, number: int) -> MetricRecord | None:
-        self._gather(grid)
+        self._directory.gather(grid)
         return rounds.run(number)
-
-    def _gather(self, grid: Grid) -> None:
-        """Wait until enough clients are there."""
-        self._directory.wait(grid)
-        for node, text in self._directory.take_problems():
-            _LOG.warning("node %s takes no part: %s", node, text)
-            self._tracker.emit({"event": "node_problem", "node_id": str(node), "message": text})
 
     def _evaluate_here(self, result: FlowerResult, number: int, evaluate_fn: EvaluateFn | None) -> None:
         metrics = evaluate_fn(number, self.server.arrays()) if evaluate_fn else None
@@ -267,7 +262,7 @@ class DeltaStrategy(Strategy):
         """
         del config
         self.server.adopt(arrays)
-        self._gather(grid)
+        self._directory.gather(grid)
         self._grid = grid
         present, privacy = self._directory.nodes, self._privacy
         cohort = choose_cohort(self.config, server_round, present, standings=self.server.standings, privacy=privacy)

@@ -34,6 +34,7 @@ __all__ = [
     "encode_packet",
     "encode_tensors",
     "join_packet",
+    "split_packet",
 ]
 
 MAGIC = b"FPFT"
@@ -153,10 +154,20 @@ def decode_packet(data: bytes, limits: Limits = DEFAULT_LIMITS) -> tuple[dict[st
     Raises:
         WireError: for anything that `encode_packet` would not have written, or that is beyond the limits.
     """
+    header, view = split_packet(data, limits)
+    payload = bytes(view)
+    return header, decode_tensors(payload, limits), sha256_hex(payload)
+
+
+def split_packet(data: bytes, limits: Limits = DEFAULT_LIMITS) -> tuple[dict[str, Any], memoryview]:
+    """A packet's header, and its payload as bytes that nothing was read of yet: a view of ``data``.
+
+    Raises:
+        WireError: for a header that `encode_packet` would not have written, or that is beyond the limits.
+    """
     _check_length(data, limits)
     header, start = _packet_header(data, limits)
-    payload = bytes(memoryview(data)[start:])
-    return header, decode_tensors(payload, limits), sha256_hex(payload)
+    return header, memoryview(data)[start:]
 
 
 def _check_length(data: bytes, limits: Limits) -> None:

@@ -2,7 +2,7 @@
 
 `check_envelope` needs no tensors and always runs. `check_content` runs whenever the tensors are visible (under secure
 aggregation they are not). Both compare with what the server itself expects; nothing is learnt from the update about
-how to judge it. Signatures are carried, not verified. Called by `federated.wire.admission`.
+how to judge it. A signature is checked where the server knows the client's key. Called by `federated.wire.admission`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from federated.manifest import (
 )
 from federated.wire.limits import Limits
 from federated.wire.reasons import REASONS, refused
+from federated.wire.signing import check_signature
 from federated.wire.strict_json import shown
 
 __all__ = ["CODEC", "REASONS", "Expectation", "check_content", "check_envelope", "read_envelope"]
@@ -52,6 +53,8 @@ class Expectation:
         plan_digest: digest of the train plan that it sent.
         max_examples: largest number of examples that it lets one client claim.
         last_counter: the client's largest message counter seen in this run; 0 before the first.
+        update_key: public key that the update must be signed with, 32 bytes; None: signatures are not asked for, and
+            one that is there is carried and not verified.
     """
 
     run_id: str
@@ -65,6 +68,7 @@ class Expectation:
     plan_digest: str
     max_examples: int = 2**31 - 1
     last_counter: int = 0
+    update_key: bytes | None = None
 
 
 def read_envelope(header: Mapping[str, Any], *, client_id: str) -> Envelope:
@@ -117,6 +121,8 @@ def check_envelope(envelope: Envelope, expected: Expectation) -> None:
     if type(envelope.num_examples) is not int or not 1 <= envelope.num_examples <= expected.max_examples:
         found = f"num_examples {shown(envelope.num_examples)}, expected 1 to {expected.max_examples}"
         raise refused("bad_num_examples", found, who)
+    if expected.update_key is not None:  # last: all before it are comparisons
+        check_signature(envelope, expected.update_key, client_id=who)
 
 
 def check_content(

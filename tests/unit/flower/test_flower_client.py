@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from federated.config import ExperimentConfig
@@ -52,7 +54,7 @@ def ask(real_config: ExperimentConfig, real_session: Session, task: Assignment) 
     return send
 
 
-def admitted(reply: Reply, task: Assignment, session: Session) -> Any:
+def admitted(reply: Reply, task: Assignment, session: Session, update_key: bytes | None = None) -> Any:
     expected = Expectation(
         run_id=task.run_id,
         round_number=task.round_number,
@@ -63,6 +65,7 @@ def admitted(reply: Reply, task: Assignment, session: Session) -> Any:
         base_digest=task.base_digest,
         spec=session.initial.spec,
         plan_digest=task.plan.digest,
+        update_key=update_key,
     )
     assert reply.packet is not None, reply.message
     return admit(reply.packet, expected, layout=session.initial.layout())
@@ -331,6 +334,52 @@ class TestRefusals:
 
 
 QUOTED = "patient Jane Doe has diabetes"
+
+
+class TestSigning:
+    KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+
+    @pytest.fixture
+    def site(self, real_config: ExperimentConfig, tmp_path: Path) -> dict[str, str]:
+        """A client's own file, and its key beside it."""
+        pem = self.KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (tmp_path / "update.pem").write_bytes(pem)
+        (tmp_path / "update.pem").chmod(0o600)
+        (tmp_path / "client.yaml").write_text(json.dumps({**_own(real_config, tmp_path), "signing_key": "update.pem"}))
+        return {"client-config": str(tmp_path / "client.yaml")}
+
+    def test_an_update_is_signed_with_the_clients_own_key(
+        self, ask: Reply_, task: Assignment, real_session: Session, site: dict[str, str]
+    ):
+        envelope = admitted(ask(**site), task, real_session, self.KEY.public_key().public_bytes_raw()).envelope
+        assert envelope.client_id == CLIENT
+        assert envelope.signature is not None
+
+    def test_it_is_signed_once_and_sent_again_as_it_was(self, ask: Reply_, site: dict[str, str]):
+        assert ask(**site) == ask(**site)
+
+    def test_without_a_key_nothing_is_signed(self, ask: Reply_, task: Assignment, real_session: Session):
+        assert admitted(ask(), task, real_session).envelope.signature is None
+
+    def test_a_key_that_others_may_read_trains_nothing(
+        self, ask: Reply_, site: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("federated.training.LocalTrainer.run", None)
+        (tmp_path / "update.pem").chmod(0o644)
+        reply = ask(**site)
+        assert (reply.reason, reply.packet) == ("ConfigError", None)
+        assert reply.message == (
+            "signing_key update.pem: others may read it (mode 0644); expected 0600 or less: chmod 600"
+        )
+
+    def test_it_is_said_with_the_clients_name_already(
+        self, real_config: ExperimentConfig, site: dict[str, str], tmp_path: Path
+    ):
+        (tmp_path / "update.pem").unlink()
+        message = Message(query_content(real_config), 2, "query")
+        reply = Reply.from_message(handle_query(message, context(**site)))
+        assert reply.reason == "ConfigError"
+        assert "update.pem: No such file" in (reply.message or "")
 
 
 class TestPrivacy:

@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from fastapi import FastAPI, Request, Response
 from starlette.background import BackgroundTask
 from starlette.responses import StreamingResponse
 
+from federated.deployment.devices import DeviceBook
+from federated.deployment.enrolment import enrolment_routes
 from federated.deployment.layout import Layout
 from federated.deployment.server_config import ServerConfig, read_server_config
 from federated.files import write_whole
@@ -175,12 +178,20 @@ def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
     async def healthz() -> Response:
         return Response("ok\n", media_type="text/plain")
 
+    if not config.insecure:
+        book = DeviceBook(layout.folder, clock=lambda: datetime.now(UTC))
+        app.include_router(enrolment_routes(book, ca_pem=layout.ca.read_bytes(), on_change=_entered))
+
     @app.exception_handler(404)
     async def missing(_: Request, __: Exception) -> Response:
         traffic.refused += 1
         return Response(status_code=404)
 
     return app
+
+
+def _entered(name: str) -> None:
+    _LOG.info("device %s was entered into the book", name)
 
 
 class _TooLarge(Exception):
@@ -271,4 +282,6 @@ def serve_door(folder: Path) -> None:
 if __name__ == "__main__":
     os.umask(0o077)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s door: %(message)s")
+    logging.getLogger("federated").setLevel(logging.INFO)
+    _LOG.setLevel(logging.INFO)
     serve_door(Path(sys.argv[1]).resolve())

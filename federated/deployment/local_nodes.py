@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,21 @@ import yaml
 
 from federated.config import DataConfig, ExperimentConfig
 from federated.data import open_source
+from federated.deployment.certificates import ca_fingerprint
+from federated.deployment.devices import DeviceBook
+from federated.deployment.enrolling import enrol
+from federated.deployment.flwr_command import FlowerLink
+from federated.deployment.keys import NODE_KEY, UPDATE_KEY
 from federated.deployment.layout import Layout, NodeLayout
+from federated.deployment.nodes import sync_nodes
 from federated.deployment.server_config import ServerConfig
 from federated.errors import ConfigError
 
 __all__ = ["enrol_local_nodes", "make_local_nodes"]
 
 _MOST_STEPS = 2_000
+_ACTOR = "deploy up"
+_POLL_SECONDS = 0.5  # nobody pays for these looks but this machine
 
 
 def make_local_nodes(
@@ -64,8 +73,25 @@ def make_local_nodes(
 
 
 def enrol_local_nodes(layout: Layout, server: ServerConfig, names: Sequence[str]) -> None:
-    """Enrol devices on this machine as any device is enrolled: invited, through the door, with keys of their own."""
-    raise NotImplementedError
+    """Enrol devices on this machine as any device is enrolled: invited, through the door, with keys of their own.
+
+    Raises:
+        DeploymentError: if the door, or the SuperLink behind it, does not answer or refuses.
+    """
+    book = DeviceBook(layout.folder, clock=_now)
+    authority = ca_fingerprint(layout.ca.read_bytes())
+    for name in names:
+        node = layout.node(name)
+        if not (node.folder / "enrolment.json").is_file():
+            invitation = book.invite(
+                name, door=server.url, ca_sha256=authority, valid=timedelta(hours=1), auto_approve=True, actor=_ACTOR
+            )
+            enrol(invitation, node.folder)
+    sync_nodes(book, FlowerLink(layout.flwr_home), actor=_ACTOR)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _write_rows(path: Path, rows: Sequence[Any]) -> None:
@@ -91,12 +117,18 @@ def _client(node: NodeLayout, name: str, experiment: ExperimentConfig, *, secure
         "model": asdict(experiment.model),
         "max_rank": max(16, experiment.adapter.rank),
         "max_steps": _MOST_STEPS,
-        **({"signing_key": str(node.folder / "keys" / "update.pem")} if secured else {}),
+        **({"signing_key": UPDATE_KEY} if secured else {}),
     }
 
 
 def _training(server: ServerConfig, apps: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {"server": server.url, "client": "client.yaml", "state": "state", "apps": list(apps)}
+    found: dict[str, Any] = {
+        "server": server.url,
+        "client": "client.yaml",
+        "state": "state",
+        "apps": list(apps),
+        "poll_seconds": _POLL_SECONDS,
+    }
     if server.insecure:
         return {**found, "insecure": True}
-    return {**found, "ca": "ca.crt", "node_key": "keys/node"}
+    return {**found, "ca": "ca.crt", "node_key": NODE_KEY}

@@ -1,4 +1,4 @@
-"""The operator's process beside the SuperLink: keeps runs going.
+"""The operator's process beside the SuperLink: keeps runs going, and Flower's list of nodes in step with the book.
 
 Run as ``python -m federated.deployment.operating FOLDER``.
 """
@@ -9,9 +9,14 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
+from federated.deployment.devices import DeviceBook
+from federated.deployment.flwr_command import FlowerLink
 from federated.deployment.layout import Layout
+from federated.deployment.nodes import sync_nodes
 from federated.deployment.runs import Runs
 from federated.deployment.server_config import read_server_config
 from federated.errors import FederatedError
@@ -19,28 +24,52 @@ from federated.errors import FederatedError
 __all__ = ["keep"]
 
 _LOG = logging.getLogger(__name__)
-_LOOK = 10.0  # seconds
+_LOOK = 2.0  # seconds
+_RUNS_EVERY = 4  # looks
 
 
 def keep(folder: Path, stop: threading.Event) -> None:
-    """Resume runs that died, until ``stop`` is set.
+    """Register devices that were approved, end those that were revoked, resume runs that died, until ``stop`` is set.
 
     Raises:
         ConfigError: if the deployment's configuration cannot be read.
+        DeploymentError: if the book of devices cannot be opened.
     """
-    config = read_server_config(folder)
-    runs = Runs(Layout(folder), config)
-    said = ""
-    while config.keep_going and not stop.wait(_LOOK):
-        try:
-            for submission in runs.keep_going():
-                _LOG.warning("run %s died and goes on, attempt %d", submission.name, len(submission.flower_runs))
-            said = ""
-        except FederatedError as error:
-            if str(error) != said:
-                _LOG.warning("cannot look after the runs: %s", error)
-            said = str(error)
-    stop.wait()
+    layout, config = Layout(folder), read_server_config(folder)
+    runs, said = Runs(layout, config), dict[str, str]()
+    book = None if config.insecure else DeviceBook(folder, clock=lambda: datetime.now(UTC))
+    looks = 0
+    while not stop.wait(_LOOK):
+        if book is not None:
+            _tried("the list of devices", said, lambda: _step_nodes(book, layout))
+        if config.keep_going and looks % _RUNS_EVERY == 0:
+            _tried("the runs", said, lambda: _step_runs(runs))
+        looks += 1
+
+
+def _tried(what: str, said: dict[str, str], work: Callable[[], None]) -> None:
+    """Do it, and say once why it cannot be done: it is tried again at the next look."""
+    try:
+        work()
+        said[what] = ""
+    except FederatedError as error:
+        if said.get(what) != str(error):
+            _LOG.warning("cannot look after %s: %s", what, error)
+        said[what] = str(error)
+
+
+def _step_nodes(book: DeviceBook, layout: Layout) -> None:
+    """Ask Flower only when the book has something new: it takes a second of processor time."""
+    devices = [entry for one in book.devices() for entry in (one, *book.entries(one.client_id))]
+    if any((one.state == "approved") != bool(one.node_id) for one in devices if one.state in ("approved", "revoked")):
+        done = sync_nodes(book, FlowerLink(layout.flwr_home), actor="operator")
+        if done.registered or done.unregistered:
+            _LOG.info("let in: %s; ended: %s", ", ".join(done.registered) or "-", ", ".join(done.unregistered) or "-")
+
+
+def _step_runs(runs: Runs) -> None:
+    for submission in runs.keep_going():
+        _LOG.warning("run %s died and goes on, attempt %d", submission.name, len(submission.flower_runs))
 
 
 if __name__ == "__main__":

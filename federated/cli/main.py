@@ -28,8 +28,10 @@ from federated.cli import (
     assets,
     audit,
     channel,
+    deploy_devices,
     device,
     device_agent,
+    device_enrol,
     privacy,
     registry,
     registry_care,
@@ -66,9 +68,10 @@ release.app.add_typer(release_keys.app, name="keys")
 for name, command in (release_keys.COMMANDS | release_look.COMMANDS | seals.COMMANDS).items():
     release.app.command(name)(command)
 app.add_typer(release.app, name="release")
-for name, command in device_agent.COMMANDS.items():
+for name, command in (device_agent.COMMANDS | device_enrol.COMMANDS).items():
     device.app.command(name)(command)
 app.add_typer(device.app, name="device")
+app.add_typer(deploy_devices.app, name="deploy")
 app.command("serve")(serve.serve)
 app.add_typer(assets.app, name="assets")
 app.add_typer(privacy.app, name="privacy")

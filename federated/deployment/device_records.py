@@ -53,7 +53,8 @@ class Device:
         revoked_at: when that ended.
         remark: the reason of its revocation.
         node_id: under which Flower knows its node key; empty while Flower does not.
-        registering: Flower was asked to register the key, and its answer was not noted yet.
+        registering: Flower was asked to register the key, and its answer was not noted yet: ids of the nodes that it
+            let in then and the book did not know. None otherwise.
     """
 
     number: int
@@ -66,7 +67,7 @@ class Device:
     revoked_at: str
     remark: str
     node_id: str
-    registering: bool
+    registering: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ def device_of(row: sqlite3.Row) -> Device:
         approved_at=row["approved_at"] or "",
         revoked_at=row["revoked_at"] or "",
         remark=row["remark"],
-        node_id=row["node_id"] or "",
-        registering=bool(row["registering"]),
+        node_id=row["node_id"],
+        registering=None if row["registering"] is None else tuple(row["registering"].split()),
     )
 
 

@@ -43,8 +43,8 @@ CREATE TABLE devices (
     approved_at TEXT,
     revoked_at TEXT,
     remark TEXT NOT NULL DEFAULT '',
-    node_id TEXT,
-    registering INTEGER NOT NULL DEFAULT 0 CHECK (registering IN (0, 1))
+    node_id TEXT NOT NULL DEFAULT '',
+    registering TEXT
 );
 CREATE UNIQUE INDEX one_device_of_a_name ON devices (client_id) WHERE state != 'revoked';
 CREATE TABLE log (

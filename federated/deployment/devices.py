@@ -11,7 +11,7 @@ After each change it writes ``devices.json``, which is all that the strategy rea
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -233,16 +233,16 @@ class DeviceBook:
         with transaction(self.path) as book:
             return [LogEntry(*row) for row in book.execute("SELECT * FROM log ORDER BY number")]
 
-    def note_registering(self, number: int) -> None:
-        """Say that Flower is about to be asked to register an entry's key."""
+    def note_registering(self, number: int, strangers: Iterable[str] = ()) -> None:
+        """Say that Flower is about to be asked to register an entry's key, and which nodes nobody knows before that."""
         with transaction(self.path) as book:
-            book.execute("UPDATE devices SET registering = 1 WHERE number = ?", (number,))
+            book.execute("UPDATE devices SET registering = ? WHERE number = ?", (" ".join(sorted(strangers)), number))
 
     def note_node(self, number: int, node_id: str, *, actor: str) -> None:
         """Say under which id Flower knows an entry's key; empty: it does not."""
         with transaction(self.path) as book:
             entry = device_of(row_where(book, "number = ?", number))
-            book.execute("UPDATE devices SET registering = 0, node_id = ? WHERE number = ?", (node_id or None, number))
+            book.execute("UPDATE devices SET registering = NULL, node_id = ? WHERE number = ?", (node_id, number))
             if entry.node_id != node_id:
                 action = "registered" if node_id else "unregistered"
                 told = f"node {node_id or entry.node_id}"

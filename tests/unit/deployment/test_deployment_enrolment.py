@@ -26,7 +26,6 @@ from federated.deployment.keys import DeviceKeys
 from federated.deployment.rate_limit import RateLimit
 from federated.errors import DeploymentError
 
-
 LOG = "federated.deployment.enrolment"
 
 

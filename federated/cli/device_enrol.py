@@ -41,7 +41,7 @@ def enroll(
     from federated.deployment.enrolling import enrol, wait_for_approval
     from federated.deployment.invitations import parse_invitation
 
-    parsed = parse_invitation(sys.stdin.read(_LONGEST) if invitation == "-" else invitation)
+    parsed = parse_invitation(sys.stdin.readline(_LONGEST) if invitation == "-" else invitation)
     found = enrol(parsed, folder)
     _show(found, folder)
     if found.state == "pending" and wait:

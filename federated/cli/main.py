@@ -29,8 +29,10 @@ from federated.cli import (
     audit,
     channel,
     deploy,
+    deploy_devices,
     device,
     device_agent,
+    device_enrol,
     device_join,
     privacy,
     registry,
@@ -69,9 +71,11 @@ release.app.add_typer(release_keys.app, name="keys")
 for name, command in (release_keys.COMMANDS | release_look.COMMANDS | seals.COMMANDS).items():
     release.app.command(name)(command)
 app.add_typer(release.app, name="release")
-for name, command in (device_agent.COMMANDS | device_join.COMMANDS).items():
+for name, command in (device_agent.COMMANDS | device_enrol.COMMANDS | device_join.COMMANDS).items():
     device.app.command(name)(command)
 app.add_typer(device.app, name="device")
+for name, command in deploy_devices.COMMANDS.items():
+    deploy.app.command(name)(command)
 app.add_typer(deploy.app, name="deploy")
 app.add_typer(runs.app, name="run")
 app.command("serve")(serve.serve)

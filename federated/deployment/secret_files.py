@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def read_secret(path: Path) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            mode = path.stat().st_mode
+            mode = os.fstat(file.fileno()).st_mode
             data = file.read(_LARGEST)
     except OSError as error:
         raise DeploymentError(f"cannot read {path}: {error.strerror}") from None

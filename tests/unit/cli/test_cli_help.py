@@ -20,6 +20,7 @@ GROUPS = {
         "audit",
         "release",
         "device",
+        "deploy",
         "serve",
         "assets",
         "privacy",
@@ -53,7 +54,8 @@ GROUPS = {
         "check-seal",
     },
     ("release", "keys"): {"init", "add", "make"},
-    ("device",): {"try", "run", "status", "install", "activate", "rollback", "pin", "history", "report"},
+    ("device",): {"try", "run", "status", "install", "activate", "rollback", "pin", "history", "report", "enroll"},
+    ("deploy",): {"invite", "devices", "approve", "revoke", "history"},
     ("assets",): {"fetch", "list"},
     ("privacy",): {"plan", "spent", "audit"},
 }
@@ -90,7 +92,14 @@ def test_nothing_more_said_is_a_call_for_help(fedpeft: Callable[..., Any], group
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["simulate", "--help"], ["release", "--help"], ["registry", "list"], ["assets", "list"]],
+    [
+        ["--help"],
+        ["deploy", "--help"],
+        ["simulate", "--help"],
+        ["release", "--help"],
+        ["registry", "list"],
+        ["assets", "list"],
+    ],
 )
 def test_light_commands_load_no_heavy_library(finished: Path, arguments: list[str]) -> None:
     done = subprocess.run(

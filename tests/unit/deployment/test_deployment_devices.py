@@ -346,12 +346,14 @@ def test_a_file_that_cannot_be_written_is_said_and_made_up_for(
 
 def test_nodes_are_noted(book: DeviceBook, invite: Invite) -> None:
     entry = enrolled(book, invite)
+    book.note_registering(entry.number, {"8", "9"})
+    assert book.devices()[0].registering == ("8", "9")
     book.note_registering(entry.number)
-    assert book.devices()[0].registering
+    assert book.devices()[0].registering == ()
     book.note_node(entry.number, "17", actor="ada")
     book.note_node(entry.number, "17", actor="ada")
     found = book.devices()[0]
-    assert (found.node_id, found.registering) == ("17", False)
+    assert (found.node_id, found.registering) == ("17", None)
     book.note_node(entry.number, "", actor="ada")
     assert book.devices()[0].node_id == ""
     assert [(one.action, one.detail) for one in book.log()][-2:] == [

@@ -20,12 +20,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from federated.deployment import enrolment
 from federated.deployment.certificates import ca_fingerprint
-from federated.deployment.enrolment_messages import enrol_body, state_body
+from federated.deployment.enrolment_messages import (
+    EnrolBody,
+    StateBody,
+    asks_for_itself,
+    enrol_body,
+    proves,
+    state_body,
+)
 from federated.deployment.invitations import Invitation, encoded
 from federated.deployment.keys import DeviceKeys
 from federated.deployment.rate_limit import RateLimit
 from federated.errors import DeploymentError
-
 
 LOG = "federated.deployment.enrolment"
 
@@ -125,6 +131,48 @@ def test_a_proof_covers_every_field(door: Any, http: httpx.Client, field: str) -
     assert told(http.post("/enrol", json=good | {field: other[field]}))[:2] == (403, "refused")
     assert not door.book.devices()
     assert http.post("/enrol", json=good).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"client_id": "south"},
+        {"node_key": new_keys().node_line},
+        {"update_key": encoded(new_keys().update_raw)},
+        {"node_proof": "A" * 138},
+        {"update_proof": "A" * 86},
+        {},
+    ],
+    ids=lambda changed: "".join(changed) or "nothing",
+)
+def test_a_statement_names_what_is_asked_for(changed: dict[str, str]) -> None:
+    """By itself, whatever the book would say besides."""
+    token_sha256, ca_sha256 = bytes(32), "ab" * 32
+    good = enrol_body(
+        new_keys(), client_id="north", token=bytes(32), token_sha256=token_sha256, ca_sha256=ca_sha256
+    ).model_dump()
+    about = {"token_sha256": token_sha256, "ca_sha256": ca_sha256}
+    assert proves(EnrolBody(**good | changed), **about) is not bool(changed)
+    assert not proves(EnrolBody(**good), **about | {"token_sha256": bytes([1]) * 32})
+    assert not proves(EnrolBody(**good), **about | {"ca_sha256": "cd" * 32})
+
+
+@pytest.mark.parametrize("changed", [{"client_id": "south"}, {"at": 8}, {"proof": "A" * 86}, {}], ids=str)
+def test_a_question_names_who_asks_and_when(changed: dict[str, Any]) -> None:
+    keys = new_keys()
+    good = state_body(keys, client_id="north", at=7, ca_sha256="ab" * 32).model_dump()
+    asked = StateBody(**good | changed)
+    assert asks_for_itself(asked, update_key=keys.update_raw, ca_sha256="ab" * 32) is not bool(changed)
+    assert not asks_for_itself(StateBody(**good), update_key=keys.update_raw, ca_sha256="cd" * 32)
+    assert not asks_for_itself(StateBody(**good), update_key=new_keys().update_raw, ca_sha256="ab" * 32)
+
+
+def test_one_statement_is_not_taken_for_another() -> None:
+    """What the update key signs to enrol is not what it signs to ask, nor what it signs of an update."""
+    keys = new_keys()
+    body = enrol_body(keys, client_id="north", token=bytes(32), token_sha256=bytes(32), ca_sha256="ab" * 32)
+    asked = StateBody(client_id="north", at=7, proof=body.update_proof)
+    assert not asks_for_itself(asked, update_key=keys.update_raw, ca_sha256="ab" * 32)
 
 
 def test_a_thief_of_the_invitation_cannot_enrol_somebody_elses_public_keys(door: Any, http: httpx.Client) -> None:

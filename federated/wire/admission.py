@@ -33,7 +33,8 @@ class Admitted:
 
     Args:
         envelope: as it arrived, and as it was expected.
-        tensors: name to tensor, exactly the expected layout, every value finite; read-only views.
+        tensors: name to tensor, exactly the expected layout, every value finite; read-only views of the packet, which
+            stays in memory as long as they do.
         norm: L2 norm over all tensors together, in adapter units (float64); 0.0 when nothing changed, which the
             caller should report.
     """
@@ -67,7 +68,7 @@ def admit(data: bytes, expected: Expectation, *, layout: TensorLayout, limits: L
     digest = sha256_hex(payload)
     if envelope.payload_digest != digest:
         raise refused("payload_digest_mismatch", f"the payload's SHA-256 is {digest}", who)
-    tensors = _decoded(lambda: decode_tensors(bytes(payload), limits), who)
+    tensors = _decoded(lambda: decode_tensors(payload, limits), who)
     norm = check_content(envelope, tensors, layout=layout, limits=limits)
     return Admitted(envelope, tensors, norm)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from federated.manifest import (
+    DTYPE_BYTES,
     PROTOCOL_VERSION,
     AdapterSpec,
     Envelope,
@@ -35,6 +36,7 @@ CODEC = "safetensors"
 """The only payload encoding so far."""
 
 _MAX_COUNTER = 2**63 - 1  # what a database column holds
+_AT_ONCE = 2**16  # numbers in float64 at a time: a norm of any tensor needs half a MB
 
 
 @dataclass(frozen=True)
@@ -212,10 +214,13 @@ def _layout_fault(found: TensorLayout, expected: TensorLayout) -> str | None:
 def _square_sum(name: str, tensor: RawTensor, client_id: str) -> float:
     if tensor.dtype == "U8":  # which values are sent, and no values
         return 0.0
+    data, step, total = memoryview(tensor.data), _AT_ONCE * DTYPE_BYTES[tensor.dtype], 0.0
     # Overflow and NaN are found in the result, where they cannot be missed, and not by numpy's warnings.
     with np.errstate(all="ignore"):
-        values = tensor.array.astype(np.float64).ravel()
-        total = float(np.square(values, out=values).sum())
+        for start in range(0, len(data), step):
+            part = data[start : start + step]
+            values = RawTensor(tensor.dtype, (-1,), part).array.astype(np.float64)
+            total += float(np.square(values, out=values).sum())
     if not math.isfinite(total):
         raise refused("not_finite", f"tensor {name} holds a NaN, an infinity or values beyond all use", client_id)
     return total

@@ -35,7 +35,7 @@ from federated.flower.records import (
     reply_content,
 )
 from federated.flower.session import ClientSite, Session, open_session, site_of
-from federated.manifest import canonical_json, digest_of
+from federated.manifest import canonical_json, digest_of, sha256_hex
 from federated.state import AdapterState, to_raw
 from federated.training import LocalResult, client_seed
 from federated.uploads import pack
@@ -98,14 +98,17 @@ def _run_task(message: Message, config: ExperimentConfig, site: ClientSite) -> R
     session = replace(open_session(config), config=config)  # the cached one may be of a run of other rounds
     _check_base(task, session, site)
     state = parse_adapter_packet(packet_of(message.content))
-    store = ClientStore(Path(site.store), run_id=task.run_id, client_id=site.client_id)
+    own = site.data is not None
+    store = ClientStore(Path(site.store), run_id=task.run_id, client_id=site.client_id, durable=own)
     if task.plan.mode == "evaluate":
         if not site.measures:
             return reply_content(site.client_id, task.task_token, {})
         return _evaluate(task, session, recalled(store, task.plan, state, version_id=task.parent_version))
-    answered = _answered(store, task)
+    key = _answer_key(task, config, packet_of(message.content))
+    answered = _answered(store, task, key)
     if answered is None:
         answered = _train(task, session, state=state, store=store, site=site)
+        _keep(store, task, key, answered)
     return reply_content(
         site.client_id, task.task_token, answered.metrics, answered.packet, ledger_head=answered.ledger_head
     )
@@ -171,26 +174,37 @@ def _train(task: Assignment, session: Session, *, state: AdapterState, store: Cl
         plan_digest=task.plan.digest,
         num_examples=result.num_examples,
     )
-    answer = _Answer(_finite(result.metrics), packet, head)
-    line = canonical_json({"metrics": answer.metrics, "ledger_head": head})  # canonical JSON holds no line break
-    store.put(task.round_number, _answer_key(task), line + b"\n" + packet)
-    return answer
+    return _Answer(_finite(result.metrics), packet, head)
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
-def _answer_key(task: Assignment) -> str:
-    return f"answer-{task.plan.phase}-{digest_of([task.task_token, task.plan.digest])[:24]}"
+def _answer_key(task: Assignment, config: ExperimentConfig, packet: bytes) -> str:
+    """Names an answer by all that it depends on: a round that is done again may start elsewhere, or ask for more."""
+    asked = [task.task_token, task.plan.digest, task.parent_version, config.parts_json, sha256_hex(packet)]
+    return f"answer-{task.plan.phase}-{digest_of(asked)[:24]}"
 
 
-def _answered(store: ClientStore, task: Assignment) -> _Answer | None:
-    """The answer given to this very task before: sent again as it was, not computed a second time."""
-    line, _, packet = (store.get(task.round_number, _answer_key(task)) or b"").partition(b"\n")
-    if not packet:
+def _keep(store: ClientStore, task: Assignment, key: str, answer: _Answer) -> None:
+    kept = {"metrics": answer.metrics, "ledger_head": answer.ledger_head, "packet": sha256_hex(answer.packet)}
+    store.put(task.round_number, key, canonical_json(kept) + b"\n" + answer.packet)  # the JSON holds no line break
+
+
+def _answered(store: ClientStore, task: Assignment, key: str) -> _Answer | None:
+    """The answer given to this very task before: sent again as it was, not computed a second time.
+
+    What the disk did not keep whole is no answer: it is computed, and charged, anew.
+    """
+    line, _, packet = (store.get(task.round_number, key) or b"").partition(b"\n")
+    try:
+        kept = json.loads(line)
+        whole = kept["packet"] == sha256_hex(packet)
+    except (ValueError, KeyError, TypeError):
         return None
-    kept = json.loads(line)
+    if not whole:
+        return None
     return _Answer(kept["metrics"], packet, kept["ledger_head"])
 
 

@@ -269,8 +269,8 @@ class DeltaStrategy(Strategy):
         self.server.adopt(arrays)
         self._gather(grid)
         self._grid = grid
-        present, privacy = self._directory.nodes, self._privacy
-        cohort = choose_cohort(self.config, server_round, present, standings=self.server.standings, privacy=privacy)
+        known: Any = {"standings": self.server.standings, "privacy": self._privacy, "tracker": self._tracker}
+        cohort = choose_cohort(self.config, server_round, self._directory.nodes, **known)
         event = {"event": "round_start", "round_number": server_round, "cohort": list(cohort)}
         self._tracker.emit({**event, "version_id": self.version_id})
         return self._write(server_round, cohort, mode="train")

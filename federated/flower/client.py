@@ -18,12 +18,14 @@ from flwr.app import Context, Message, RecordDict
 
 from federated.config import ExperimentConfig
 from federated.delta import apply_some
-from federated.errors import BaseMismatch, ConfigError
+from federated.errors import BaseMismatch, ConfigError, NotNow
 from federated.flower.client_cache import cache, cached
 from federated.flower.client_memory import recalled, remember
 from federated.flower.client_privacy import ExampleBudget, check_limits
 from federated.flower.client_steering import Steering
 from federated.flower.client_store import ClientStore
+from federated.flower.conditions import require
+from federated.flower.declined import not_now_content
 from federated.flower.records import (
     Assignment,
     assignment_of,
@@ -55,12 +57,12 @@ class _Answer(NamedTuple):
 
 
 def handle_query(message: Message, context: Context) -> Message:
-    """Answer with this client's id and the largest rank that it trains."""
+    """Answer with this client's id and the largest rank that it trains, and whether its owner lets it train now."""
 
     def answer() -> RecordDict:
         config = config_of(message)
         site = site_of(context.node_config, config)
-        return name_content(site.client_id, site.max_rank)
+        return _when_allowed(site, lambda: name_content(site.client_id, site.max_rank))
 
     return _guarded(message, answer)
 
@@ -75,9 +77,18 @@ def handle_train(message: Message, context: Context) -> Message:
         config = config_of(message)
         site = site_of(context.node_config, config)
         check_limits(config, site)
-        return _run_task(message, site.applied_to(config), site)
+        return _when_allowed(site, lambda: _run_task(message, site.applied_to(config), site))
 
     return _guarded(message, answer)
+
+
+def _when_allowed(site: ClientSite, answer: Callable[[], RecordDict]) -> RecordDict:
+    """The answer, or "not now" where a condition of the owner does not hold; nothing was read or computed then."""
+    try:
+        require(site.conditions, Path(site.store))
+    except NotNow as error:
+        return not_now_content(site.client_id, site.max_rank, error)
+    return answer()
 
 
 def _guarded(message: Message, answer: Callable[[], RecordDict]) -> Message:

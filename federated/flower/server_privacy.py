@@ -113,18 +113,19 @@ class ServerPrivacy:
             ledger.close()
             raise
 
-    def plan(self, present: Collection[str]) -> None:
+    def plan(self, present: Collection[str], resting: Collection[str] = ()) -> None:
         """Fix the round's planned cohort; the first call fixes the population of sampled cohorts and of groups.
 
         Args:
             present: the clients that are there.
+            resting: those that said "not now": they belong to a population, and may be drawn and not be there.
 
         Raises:
             PrivacyError: if ``target_delta`` promises nothing to so many clients, so small a cohort leaves no budget
                 for the updates, so few clients cannot be divided, or the cohort key or the groups cannot be kept.
         """
         if self._cohorts is None:
-            self._cohorts = self._made_cohorts(present)
+            self._cohorts = self._made_cohorts({*present, *resting})
         population = len(self._cohorts.population) if self._cohorts else len(present)
         if self._config.privacy.target_delta * population >= 1:
             raise PrivacyError(too_likely(self._config.privacy.target_delta, population))
@@ -226,6 +227,7 @@ def choose_cohort(
     standings: Mapping[str, Standing],
     privacy: ServerPrivacy | None = None,
     tracker: Tracker | None = None,
+    resting: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Who takes part in a round; with client-level privacy it is planned and charged first.
 
@@ -236,12 +238,13 @@ def choose_cohort(
         standings: what is known of each.
         privacy: of the run, where there is any.
         tracker: takes a ``warning`` event where a round is charged once more.
+        resting: clients that said "not now": they are not asked.
 
     Raises:
         BudgetExhausted: if the round does not fit what is left; nobody is asked then.
     """
     if privacy is not None:
-        privacy.plan(present)
+        privacy.plan(present, resting)
         said = privacy.charge(round_number)
         if said:
             _LOG.warning("%s", said)

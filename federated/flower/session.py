@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -23,6 +23,7 @@ from federated.config.parts import MAX_PARAMS
 from federated.config.wording import expectation
 from federated.data import Source, open_source
 from federated.errors import ConfigError
+from federated.flower.conditions import Conditions
 from federated.state import AdapterState
 from federated.tasks import Task, make_task
 from federated.training import LocalData, LocalTrainer
@@ -133,6 +134,7 @@ class ClientSite:
         least_noise: smallest ``privacy.example`` noise multiplier that it trains with.
         share_metrics: whether it measures adapters on its held-out examples for the server, which no privacy protects;
             not said: only where ``max_epsilon`` and ``least_noise`` set no limit.
+        conditions: when it takes part; otherwise it says "not now".
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a limit misspelt is no limit
@@ -150,6 +152,7 @@ class ClientSite:
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     least_noise: Annotated[float, Field(ge=0)] = 0.0
     share_metrics: bool | None = None
+    conditions: Conditions = field(default_factory=Conditions)
 
     @property
     def measures(self) -> bool:

@@ -30,6 +30,7 @@ from federated.cli import (
     channel,
     device,
     device_agent,
+    device_personal,
     privacy,
     registry,
     registry_care,
@@ -68,6 +69,7 @@ for name, command in (release_keys.COMMANDS | release_look.COMMANDS | seals.COMM
 app.add_typer(release.app, name="release")
 for name, command in device_agent.COMMANDS.items():
     device.app.command(name)(command)
+device.app.add_typer(device_personal.app, name="personal")
 app.add_typer(device.app, name="device")
 app.command("serve")(serve.serve)
 app.add_typer(assets.app, name="assets")

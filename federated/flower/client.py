@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flwr.app import Context, Message, RecordDict
 
@@ -43,17 +43,21 @@ from federated.training import LocalResult, client_seed
 from federated.uploads import pack
 from federated.wire import seal_update
 
+if TYPE_CHECKING:
+    from federated.flower.client_agent import DeviceSide
+
 __all__ = ["handle_query", "handle_train"]
 
 _LOG = logging.getLogger(__name__)
 
 
 class _Answer(NamedTuple):
-    """What is sent, and stored to be sent again as it was."""
+    """What is sent, and stored to be sent again as it was; ``learnt`` stays, and is None where nobody trained."""
 
     metrics: dict[str, float]
     packet: bytes
     ledger_head: str = ""
+    learnt: AdapterState | None = None
 
 
 def handle_query(message: Message, context: Context) -> Message:
@@ -108,21 +112,45 @@ def _run_task(message: Message, config: ExperimentConfig, site: ClientSite) -> R
         raise ConfigError(f"adapter.rank = {task.plan.rank}: this client allows at most {site.max_rank}")
     session = replace(open_session(config), config=config)  # the cached one may be of a run of other rounds
     _check_base(task, session, site)
-    state = parse_adapter_packet(packet_of(message.content))
+    state, device = parse_adapter_packet(packet_of(message.content)), _device_of(site)
     own = site.data is not None
     store = ClientStore(Path(site.store), run_id=task.run_id, client_id=site.client_id, durable=own)
     if task.plan.mode == "evaluate":
         if not site.measures:
             return reply_content(site.client_id, task.task_token, {})
+        state = _start(device, task, session, state)
         return _evaluate(task, session, recalled(store, task.plan, state, version_id=task.parent_version))
     key = _answer_key(task, config, packet_of(message.content))
     answered = _answered(store, task, key)
     if answered is None:
+        state = _start(device, task, session, state)
         answered = _train(task, session, state=state, store=store, site=site)
         _keep(store, task, key, answered)
+        if device is not None and answered.learnt is not None:
+            device.keep(task, answered.learnt, session)
     return reply_content(
         site.client_id, task.task_token, answered.metrics, answered.packet, ledger_head=answered.ledger_head
     )
+
+
+def _device_of(site: ClientSite) -> DeviceSide | None:
+    """The device's room is loaded where its owner says that there is an agent, and nowhere else."""
+    if site.agent is None:
+        return None
+    from federated.flower.client_agent import DeviceSide
+
+    return DeviceSide(site.agent, personal=site.personal)
+
+
+def _start(device: DeviceSide | None, task: Assignment, session: Session, received: AdapterState) -> AdapterState:
+    """What was received, or the same as the device's agent verified it.
+
+    Raises:
+        NotVerified: if it must have verified it, and has not.
+    """
+    if device is None or task.plan.cached:  # a later exchange starts from what this client trained
+        return received
+    return device.start(task, received, fresh=session.initial)
 
 
 def _evaluate(task: Assignment, session: Session, state: AdapterState) -> RecordDict:
@@ -166,11 +194,12 @@ def _trained(
 
 
 def _train(task: Assignment, session: Session, *, state: AdapterState, store: ClientStore, site: ClientSite) -> _Answer:
-    head = ""
+    head, learnt = "", None
     if task.plan.cached:
         start, result = cached(store, task, state)
     else:
         start, result, head = _trained(task, session, state=state, store=store, site=site)
+        learnt = apply_some(start, result.delta)
     packet = seal_update(
         to_raw(pack(task.plan, start, result.delta)),
         run_id=task.run_id,
@@ -185,7 +214,7 @@ def _train(task: Assignment, session: Session, *, state: AdapterState, store: Cl
         plan_digest=task.plan.digest,
         num_examples=result.num_examples,
     )
-    return _Answer(_finite(result.metrics), packet, head)
+    return _Answer(_finite(result.metrics), packet, head, learnt)
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

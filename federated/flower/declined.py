@@ -1,4 +1,4 @@
-""" "Not now": a client that takes no part for the moment, because a condition of its owner does not hold. No failure."""
+"""What a client says that takes no part for the moment, since a condition of its owner does not hold: "not now"."""
 
 from __future__ import annotations
 

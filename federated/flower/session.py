@@ -28,7 +28,16 @@ from federated.state import AdapterState
 from federated.tasks import Task, make_task
 from federated.training import LocalData, LocalTrainer
 
-__all__ = ["ClientSite", "Session", "app_folder", "open_session", "site_of", "use_app_folder", "use_client_store"]
+__all__ = [
+    "AgentSite",
+    "ClientSite",
+    "Session",
+    "app_folder",
+    "open_session",
+    "site_of",
+    "use_app_folder",
+    "use_client_store",
+]
 
 _LOG = logging.getLogger(__name__)
 _APP_VARIABLE = "FEDPEFT_APP"
@@ -115,6 +124,21 @@ def open_session(config: ExperimentConfig) -> Session:
 
 
 @dataclass(frozen=True)
+class AgentSite:
+    """The device's agent beside a training client (`federated.device.agent`).
+
+    Args:
+        path: its ``device.yaml``, or its state folder.
+        require: train only from what it has verified.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    path: str
+    require: bool = False
+
+
+@dataclass(frozen=True)
 class ClientSite:
     """What the owner of a device fixes on its own disk; the server cannot change it.
 
@@ -135,6 +159,8 @@ class ClientSite:
         share_metrics: whether it measures adapters on its held-out examples for the server, which no privacy protects;
             not said: only where ``max_epsilon`` and ``least_noise`` set no limit.
         conditions: when it takes part; otherwise it says "not now".
+        agent: the agent of its device.
+        personal: name under which what it learns is kept in the agent's state folder, for the device to serve.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a limit misspelt is no limit
@@ -153,6 +179,8 @@ class ClientSite:
     least_noise: Annotated[float, Field(ge=0)] = 0.0
     share_metrics: bool | None = None
     conditions: Conditions = field(default_factory=Conditions)
+    agent: AgentSite | None = None
+    personal: str = ""
 
     @property
     def measures(self) -> bool:
@@ -213,6 +241,8 @@ def _read_site(path: Path) -> ClientSite:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
         raise ConfigError(f"client-config {path}: {f'{key}: ' if key else ''}{expectation([fault])}") from None
+    if site.personal and site.agent is None:
+        raise ConfigError(f"client-config {path}: personal needs agent.path: the state folder in which it is kept")
     if site.data is None or site.model is None:
         missing = "data" if site.data is None else "model"
         raise ConfigError(f"client-config {path}: {missing} must be given: a server never chooses a client's files")

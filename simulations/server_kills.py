@@ -10,6 +10,7 @@ What is held against each kill:
 
 - every version that was stored or reported before is there, whole (`lost_versions`);
 - no ledger has fewer charges than what was asked for, or left a client, in its name (`undercounted_ledgers`);
+- a client that was asked again for what it had answered sent the same bytes (`recomputed`);
 - at its end a run has one version for each round, and where nothing is random the very weights of a run that nobody
   killed: moments, rule memory, phases, counters and what clients remember went on (`other_ends`).
 
@@ -75,6 +76,7 @@ class Kills:
         by_scenario: kills of each.
         lost_versions: versions that were there, or reported, and are not any more.
         undercounted_ledgers: ledgers that say less than what was done.
+        recomputed: answers that came as other bytes when the task came again.
         other_ends: runs that ended elsewhere than one that nobody killed.
         resent: answers that were sent again as they were.
         charged_again: charges of what was never seen.
@@ -86,6 +88,7 @@ class Kills:
     by_scenario: dict[str, int] = field(default_factory=dict)
     lost_versions: int = 0
     undercounted_ledgers: int = 0
+    recomputed: int = 0
     other_ends: int = 0
     resent: int = 0
     charged_again: int = 0
@@ -251,7 +254,12 @@ class _Scenario:
         if rounds != list(range(ROUNDS + 1)):
             found.faults.append(f"{self._name} {name} has versions of the rounds {rounds}")
         answers = [json.loads(line) for line in _whole_lines(self._folder / f"{name}.witness")]
-        found.resent += len(answers) - len({(one["client_id"], one["packet"]) for one in answers})
+        different = {(one["client_id"], one["round_number"], one["phase"], one["packet"]) for one in answers}
+        again = len(different) - len({one[:-1] for one in different})
+        found.resent += len(answers) - len(different)
+        found.recomputed += again
+        if again:
+            found.faults.append(f"{self._name} {name}: {again} answers were other ones when the task came again")
         for ledger in sorted(folder.rglob("privacy_ledger.jsonl")):
             charged = Counter(_charged(ledger))
             done = self._asked(folder) if ledger.parent == folder else _answered(answers, ledger)
@@ -284,6 +292,7 @@ def _witnessed(path: Path) -> ClientApp:
             line = {
                 "client_id": task.client_id,
                 "round_number": task.round_number,
+                "phase": task.plan.phase,
                 "packet": hashlib.sha256(packet).hexdigest(),
             }
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -30,6 +30,10 @@ def test_no_ledger_says_less_than_was_done(found: Kills) -> None:
     assert found.undercounted_ledgers == 0, found.faults
 
 
+def test_what_was_answered_is_sent_again_as_it_was(found: Kills) -> None:
+    assert found.recomputed == 0, found.faults
+
+
 def test_the_end_is_that_of_a_run_that_nobody_killed(found: Kills) -> None:
     assert found.other_ends == 0, found.faults
 

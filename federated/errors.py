@@ -33,11 +33,13 @@
     │       ├── NotReleased      nobody who may signed such a version
     │       └── BelowSecurityFloor
     ├── DeviceError              slots, activation, serving
+    │   ├── NotVerified          the device's agent has not verified what a client is to train from
     │   ├── ProbeFailed          an installed adapter does not answer as it must, or has no effect
     │   └── NoRuntime            the base model cannot be opened; no version is to blame
     ├── DeploymentError          certificates, keys, enrolment and processes of a deployment
     │   ├── DoorUnreachable      the deployment's door does not answer
     │   └── EnrolmentRefused     the door, or the operator, does not let this device in
+    ├── NotNow                   a condition of the device's owner does not hold at the moment
     └── RunInterrupted           the user stopped a run (finished rounds are safe)
 
 A message says what was found, what was expected and what to do. It never contains private data.
@@ -80,10 +82,12 @@ __all__ = [
     "BelowSecurityFloor",
     "DeploymentError",
     "DeviceError",
+    "NotVerified",
     "ProbeFailed",
     "NoRuntime",
     "DoorUnreachable",
     "EnrolmentRefused",
+    "NotNow",
     "RunInterrupted",
 ]
 
@@ -233,6 +237,10 @@ class DeviceError(FederatedError):
     """A slot, activation or request that the device refuses."""
 
 
+class NotVerified(DeviceError):
+    """The device's agent has not verified the version that a client is asked to train from."""
+
+
 class ProbeFailed(DeviceError):
     """An adapter that was loaded does not answer as its publisher measured, or answers as the base alone does."""
 
@@ -251,6 +259,20 @@ class DoorUnreachable(DeploymentError):
 
 class EnrolmentRefused(DeploymentError):
     """The door, or the operator, does not let this device in; trying again with the same invitation is no use."""
+
+
+class NotNow(FederatedError):
+    """A condition of the device's owner does not hold at the moment: no failure, and worth asking again.
+
+    Attributes:
+        condition: its name in the client's file.
+        seconds: until it is worth asking again.
+    """
+
+    def __init__(self, condition: str, *, seconds: float) -> None:
+        super().__init__(f"its owner's condition {condition!r} does not hold")
+        self.condition = condition
+        self.seconds = seconds
 
 
 class RunInterrupted(FederatedError):

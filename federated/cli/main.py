@@ -34,6 +34,7 @@ from federated.cli import (
     device_agent,
     device_enrol,
     device_join,
+    device_personal,
     privacy,
     registry,
     registry_care,
@@ -73,6 +74,7 @@ for name, command in (release_keys.COMMANDS | release_look.COMMANDS | seals.COMM
 app.add_typer(release.app, name="release")
 for name, command in (device_agent.COMMANDS | device_enrol.COMMANDS | device_join.COMMANDS).items():
     device.app.command(name)(command)
+device.app.add_typer(device_personal.app, name="personal")
 app.add_typer(device.app, name="device")
 for name, command in deploy_devices.COMMANDS.items():
     deploy.app.command(name)(command)

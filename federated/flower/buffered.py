@@ -234,6 +234,7 @@ class BufferedRounds:
             pause(self._grid, self._config.round.poll_interval)
 
     def _settled(self, buffer: Buffer, task: Task, outcome: Outcome) -> None:
+        self._directory.heard([outcome])
         if outcome.status == "ok":
             self._server.counters[task.client_id] = outcome.counter
         self._tracker.emit({**outcome.as_event(buffer.number), "staleness": buffer.staleness_of(task)})

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from federated.config import ExperimentConfig, experiment_from
 from federated.corrections import CORRECTIONS
-from federated.errors import FederatedError, WireError
+from federated.errors import FederatedError, NotVerified, WireError
+from federated.flower.declined import NOT_NOW, Declined
 from federated.manifest import AdapterSpec, TrainPlan, canonical_json
 from federated.sparse import factor_shapes, fill, split, thin
 from federated.state import AdapterState, Tensors, from_raw, to_raw
@@ -134,6 +135,7 @@ class Reply:
     message: str | None = None
     rank: int | None = None
     ledger_head: str = ""
+    declined: Declined | None = None
 
     @classmethod
     def from_message(cls, message: Message) -> Self:
@@ -158,6 +160,7 @@ class Reply:
             message=_shown(head["message"], 500) if "message" in head else None,
             rank=_rank_of(head),
             ledger_head=_digest_in(head),
+            declined=_declined_in(head),
         )
 
 
@@ -168,6 +171,12 @@ def _rank_of(head: ConfigRecord) -> int | None:
     """The capacity that a client declares, where it is a number."""
     rank = head.get("rank")
     return rank if type(rank) is int and rank >= 1 else None
+
+
+def _declined_in(head: ConfigRecord) -> Declined | None:
+    if head.get("reason") != NOT_NOW:
+        return None
+    return Declined.claimed(_shown(head.get("condition", ""), 64), head.get("ask_again"))
 
 
 def _digest_in(head: ConfigRecord) -> str:
@@ -360,5 +369,5 @@ def refusal_content(client_id: str, error: Exception) -> RecordDict:
     """
     known = isinstance(error, FederatedError)
     text = _PATH.sub(r"\1", str(error)) if known else "unexpected error on the client; its own log has the details"
-    reason = type(error).__name__
+    reason = "not_verified" if isinstance(error, NotVerified) else type(error).__name__
     return RecordDict({"reply": ConfigRecord({"client_id": client_id, "reason": reason, "message": text})})

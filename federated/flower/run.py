@@ -1,7 +1,8 @@
 """One run on the server's side: its folder, registry, trackers and strategy, from a config to a report.
 
-The folder holds ``config.yaml`` (resolved), ``run.json`` (ids), ``metrics.jsonl``, ``registry/`` unless the config
-names another, ``versions.json`` and ``report.html``. Engines hand `Run.serve` a Grid; nothing here knows which.
+The folder holds ``config.yaml`` (resolved), ``run.json`` (ids), ``tasks.key`` (`federated.flower.run_key`),
+``metrics.jsonl``, ``registry/`` unless the config names another, ``versions.json`` and ``report.html``. Engines hand
+`Run.serve` a Grid; nothing here knows which.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from federated.aggregation import check_combination, make_rule
 from federated.config import ExperimentConfig
 from federated.display import LiveDisplay
 from federated.errors import ConfigError, FederatedError, NotEnoughUpdates, RunInterrupted, StorageFull, VersionNotFound
+from federated.files import sync_folder, write_whole
 from federated.flower.enrolled import read_devices
 from federated.flower.publisher import RegistryPublisher, TrainingState
+from federated.flower.run_key import kept_key
 from federated.flower.server_privacy import ServerPrivacy
 from federated.flower.session import Session, app_folder, open_session
 from federated.flower.starting import Start, start_of
@@ -121,7 +124,7 @@ class Run:
             run_id = f"{config.name}-{secrets.token_hex(4)}"
             _write_config(folder, config)
             record = {"run_id": run_id, "name": config.name, "code_version": __version__}
-            (folder / "run.json").write_text(json.dumps(record))
+            _write(folder / "run.json", json.dumps(record))
         except OSError as error:
             raise ConfigError(f"run_dir = {folder}: {error.strerror}; choose another with run_dir=") from None
         except (ValueError, KeyError):
@@ -229,8 +232,21 @@ class Run:
             tracker=tracker,
             run_id=self.run_id,
             resume=saved,
+            secret=self._secret(tracker),
             privacy=self._private(saved),
         )
+
+    def _secret(self, tracker: Tracker) -> bytes:
+        """The key of the task tokens, the one that the run had before it was stopped."""
+        key, is_new = kept_key(self.folder)
+        if self.config.resume and is_new:
+            message = (
+                "the run's folder holds no key of its task tokens: clients that had answered the round that is done "
+                "again do not know it again, train once more, and are charged once more"
+            )
+            _LOG.warning("%s", message)
+            tracker.emit({"event": "warning", "message": message})
+        return key
 
     def start(self, registry: Registry, *, resumed: bool = False) -> Start:
         """What round 1 starts from; a resumed run has left it behind, and ``start_from`` may mean another by now.
@@ -331,10 +347,14 @@ def version_row(record: VersionRecord) -> dict[str, Any]:
 
 
 def _write_config(folder: Path, config: ExperimentConfig) -> None:
-    """The resolved configuration, whole or as it was before."""
-    temporary = folder / ".config.yaml"
-    temporary.write_text(yaml.safe_dump(replace(config, resume=False).to_dict(), sort_keys=False))
-    temporary.replace(folder / "config.yaml")
+    """The resolved configuration."""
+    _write(folder / "config.yaml", yaml.safe_dump(replace(config, resume=False).to_dict(), sort_keys=False))
+
+
+def _write(path: Path, text: str) -> None:
+    """A small file, whole or as it was before, whatever ends this process."""
+    write_whole(path, text.encode())
+    sync_folder(path.parent)
 
 
 def _fresh(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -23,12 +23,14 @@ from federated.config.parts import MAX_PARAMS
 from federated.config.wording import expectation
 from federated.data import Source, open_source
 from federated.errors import ConfigError
+from federated.flower.conditions import Conditions
 from federated.state import AdapterState
 from federated.tasks import Task, make_task
 from federated.training import LocalData, LocalTrainer
 from federated.wire import SigningKey, read_signing_key
 
 __all__ = [
+    "AgentSite",
     "ClientSite",
     "Session",
     "app_folder",
@@ -144,6 +146,21 @@ def open_parts(parts: str) -> None:
 
 
 @dataclass(frozen=True)
+class AgentSite:
+    """The device's agent beside a training client (`federated.device.agent`).
+
+    Args:
+        path: its ``device.yaml``, or its state folder.
+        require: train only from what it has verified.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    path: str
+    require: bool = False
+
+
+@dataclass(frozen=True)
 class ClientSite:
     """What the owner of a device fixes on its own disk; the server cannot change it.
 
@@ -165,6 +182,9 @@ class ClientSite:
             client's own file; empty: they are not signed.
         share_metrics: whether it measures adapters on its held-out examples for the server, which no privacy protects;
             not said: only where ``max_epsilon`` and ``least_noise`` set no limit.
+        conditions: when it takes part; otherwise it says "not now".
+        agent: the agent of its device.
+        personal: name under which what it learns is kept in the agent's state folder, for the device to serve.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a limit misspelt is no limit
@@ -183,6 +203,9 @@ class ClientSite:
     least_noise: Annotated[float, Field(ge=0)] = 0.0
     share_metrics: bool | None = None
     signing_key: str = ""
+    conditions: Conditions = field(default_factory=Conditions)
+    agent: AgentSite | None = None
+    personal: str = ""
 
     @property
     def update_key(self) -> SigningKey | None:
@@ -252,6 +275,8 @@ def _read_site(path: Path) -> ClientSite:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
         raise ConfigError(f"client-config {path}: {f'{key}: ' if key else ''}{expectation([fault])}") from None
+    if site.personal and site.agent is None:
+        raise ConfigError(f"client-config {path}: personal needs agent.path: the state folder in which it is kept")
     if site.data is None or site.model is None:
         missing = "data" if site.data is None else "model"
         raise ConfigError(f"client-config {path}: {missing} must be given: a server never chooses a client's files")

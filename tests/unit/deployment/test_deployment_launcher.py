@@ -24,7 +24,7 @@ def spec(kind: TaskType = TaskType.CLIENT_APP, fab_hash: str | None = DIGEST) ->
     return ExecutionSpec(
         task_type=kind,
         runtime_api_address="127.0.0.1:1",
-        token="a token",
+        token="a token",  # noqa: S106 - of a task that is made up
         insecure=True,
         root_certificates_path=None,
         runtime_dependency_install=False,

@@ -202,6 +202,17 @@ class TestSentAgain:
         assert second.packet is not None
         assert first.packet != second.packet
 
+    def test_so_is_one_that_starts_elsewhere_or_asks_for_other_work(
+        self, ask: Reply_, task: Assignment, real_session: Session, real_config: ExperimentConfig
+    ):
+        """A round that is done again need not be the same: its second phase may rest on other clients' answers."""
+        moved = {name: tensor + 0.05 for name, tensor in real_session.initial.tensors.items()}
+        elsewhere = adapter_packet(AdapterState(real_session.initial.spec, moved))
+        slower = replace(real_config, train=replace(real_config.train, learning_rate=1e-5))
+        answers = [ask(), ask(packet=elsewhere), ask(config=slower), ask(replace(task, parent_version="q" * 64))]
+        assert len({answer.packet for answer in answers}) == 4
+        assert ask() == answers[0]
+
     def test_counters_grow_over_rounds(self, ask: Reply_, task: Assignment, real_session: Session):
         tasks = [replace(task, round_number=number) for number in (1, 2, 3)]
         assert [admitted(ask(one), one, real_session).envelope.counter for one in tasks] == [1, 2, 3]
@@ -212,15 +223,30 @@ class TestSentAgain:
         (folder,) = (tmp_path / "clients").iterdir()
         assert {path.name for path in folder.iterdir() if path.is_dir()} == {"2", "3"}
 
-    def test_a_half_kept_answer_is_made_anew(self, ask: Reply_, tmp_path: Path):
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda whole: whole[:20],
+            lambda whole: whole[:-1],
+            lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+            lambda whole: b"[]\n" + whole,
+            lambda whole: b"{}\n" + whole,
+            lambda whole: b"",
+        ],
+        ids=["half a line", "a byte short", "a flipped bit", "no record", "an empty record", "nothing"],
+    )
+    def test_an_answer_that_was_not_kept_whole_is_made_anew(
+        self, ask: Reply_, tmp_path: Path, damage: Callable[[bytes], bytes]
+    ):
+        """Sent as it is, the server would refuse it, again and again."""
         before = ask()
         (kept,) = (tmp_path / "clients").rglob("answer-*")
-        whole = kept.read_bytes()
-        kept.write_bytes(whole[:20])
+        damaged = damage(kept.read_bytes())
+        kept.write_bytes(damaged)
         after = ask()
-        assert after.packet is not None
-        assert before.packet is not None
-        assert kept.read_bytes() != whole[:20]
+        assert None is not after.packet != before.packet is not None
+        assert kept.read_bytes() != damaged
+        assert ask() == after
 
 
 KEEPING = TrainPlan(rank=2, kept=("factor_b", "dense"))

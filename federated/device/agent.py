@@ -82,7 +82,8 @@ class Agent:
 
         Raises:
             DeviceError: if another agent holds the folder, or its journal is damaged.
-            ReleaseError: if the disk refuses.
+            NoRuntime: if the base model cannot be opened.
+            ReleaseError: if the folder cannot be made or read; one that takes no more bytes serves.
         """
         self._lock.take()
         try:
@@ -163,8 +164,10 @@ class Agent:
         Raises:
             ReleaseError: if the disk refuses.
         """
-        self._verbs.obey()
-        self._steps.judge()
+        try:
+            self._verbs.obey()
+        finally:
+            self._steps.judge()
 
     def _begin(self) -> None:
         config = self.config
@@ -186,16 +189,30 @@ class Agent:
             steps=self._steps,
             take=self._take,
         )
-        boots = self._count_start()
+        counted = self._borne(self._count_start)
         try:
-            self._shelf.sweep(self._journal.book.versions.keys())
-            self._verbs.obey(offline=True)
-            self._steps.restore()
+            self._borne(lambda: self._shelf.sweep(self._journal.book.versions.keys()))
+            self._borne(lambda: self._verbs.obey(offline=True))
+            self._borne(self._steps.restore)
         except FederatedError:
-            self._journal.change(boots=boots - 1)  # nothing went down: this could be said in words
+            if counted:  # nothing went down: this could be said in words
+                self._borne(lambda: self._journal.change(boots=self._journal.book.boots - 1))
             raise
 
-    def _count_start(self) -> int:
+    def _borne(self, step: Callable[[], object]) -> bool:
+        """Take a step of a start; a disk that takes nothing is said, and what is installed serves all the same.
+
+        Returns:
+            Whether the disk let it.
+        """
+        try:
+            step()
+        except ReleaseError as error:
+            self._steps.tell("trouble", code=type(error).__name__, reason=str(error))
+            return False
+        return True
+
+    def _count_start(self) -> None:
         """Count this start against what is to blame if the one before came to nothing."""
         book = self._journal.book
         probed = [one for one in book.versions.values() if one.state == "probing"]
@@ -206,7 +223,6 @@ class Agent:
         self._steps.tell("started", boots=boots)
         if book.active != NULL and boots > self.config.probation.boots:
             self._steps.give_up_crashing(boots - 1)
-        return self._journal.book.boots
 
     def _wants(self, version_id: str) -> bool:
         book = self._journal.book

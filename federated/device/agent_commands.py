@@ -85,7 +85,7 @@ class Mailbox:
         try:
             told = json.loads(data)
             verb, version = told["verb"], told["version"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             verb = version = None
         if verb not in get_args(Verb) or not isinstance(version, str):
             raise DeviceError(f"command {name} is none; expected one of {', '.join(get_args(Verb))} and a version")

@@ -6,6 +6,7 @@ Each can be carried out twice without harm. What somebody decides by hand is kep
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from federated.device.agent_commands import Command, Mailbox
@@ -18,6 +19,8 @@ from federated.errors import DeviceError, FederatedError, ReleaseError
 from federated.release import ReleasedVersion
 
 __all__ = ["Verbs"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class Verbs:
@@ -66,6 +69,9 @@ class Verbs:
             return Reply(name, True, self._carry_out(command))
         except FederatedError as error:
             return Reply(name, False, str(error))
+        except Exception as error:  # noqa: BLE001 - whoever asked is told, and the agent goes on
+            _LOG.exception("unforeseen; what is installed goes on")
+            return Reply(name, False, f"unforeseen: {type(error).__name__}, see the agent's log")
 
     def _carry_out(self, command: Command) -> str:
         match command.verb:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -33,7 +34,10 @@ from federated.device.slots import NULL, AdapterRuntime
 from federated.errors import BaseMismatch, BelowSecurityFloor, ExpiredMetadata, FederatedError, ReleaseError
 from federated.release import ReleasedVersion, Source
 
-__all__ = ["Agent"]
+__all__ = ["TICK", "Agent"]
+
+TICK = 0.25
+"""Seconds between two looks at commands and health."""
 
 
 def _utc_now() -> datetime:
@@ -74,7 +78,7 @@ class Agent:
         self._stop = threading.Event()
         self._lock = StateLock(config.state)
         self._shelf = Shelf(config.state / "versions")
-        self._releases = Releases(config, source=source, clock=clock, monotonic=monotonic, wait=self.wait)
+        self._releases = Releases(config, source=source, clock=clock, monotonic=monotonic, wait=self._between)
         self._bench = Bench(config, self._shelf, self._releases, runtime_of)
 
     def __enter__(self) -> Self:
@@ -130,6 +134,21 @@ class Agent:
         """Wait, and say whether to stop."""
         return self._stop.wait(seconds)
 
+    def _between(self, seconds: float) -> bool:
+        """Wait between two pieces of a transfer, and say whether to stop.
+
+        A transfer may take hours: commands that need no source, and the health of what answers, do not wait for it.
+        """
+        while not self.stopping:
+            with suppress(FederatedError):  # the next tick says it
+                self._verbs.obey(offline=True)
+                self._steps.judge()
+            if seconds <= 0:
+                return False
+            self.wait(min(seconds, TICK))
+            seconds -= TICK
+        return True
+
     def tell(self, event: str, **details: str) -> None:
         """Log an event."""
         self._steps.tell(event, **details)
@@ -156,7 +175,7 @@ class Agent:
             offered=version_id,
             declined=declined if declined == version_id else "",
         )
-        return not self._wants(version_id) or self._take(released)
+        return not self._wants(version_id) or self._take(released, by_hand=False)
 
     def tick(self) -> None:
         """Carry out commands, and look at the active version's health.
@@ -229,7 +248,7 @@ class Agent:
         kept = book.pinned or book.declined or version_id == book.active
         return not (kept or book.state(version_id) == FAILED or self.undecided)
 
-    def _take(self, released: ReleasedVersion) -> bool:
+    def _take(self, released: ReleasedVersion, *, by_hand: bool = True) -> bool:
         """Bring a released version to probation, from wherever it is; a kill meanwhile is gone on from."""
         version_id = released.record.version_id
         try:
@@ -240,8 +259,10 @@ class Agent:
                 raise BaseMismatch(
                     f"it is for the base model {released.record.base_digest[:12]}; this device has another"
                 )
+            decisions = self._verbs.decisions
             self._stage(released)
-            self._steps.bring_up(version_id)
+            if self._verbs.decisions == decisions if by_hand else self._wants(version_id):
+                self._steps.bring_up(version_id)  # else somebody decided otherwise while it came
         except FederatedError as error:
             if not is_blameless(error):
                 self._enter(released, "discovered")

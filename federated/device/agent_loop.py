@@ -6,16 +6,13 @@ import logging
 import random
 from collections.abc import Callable
 
-from federated.device.agent import Agent
+from federated.device.agent import TICK, Agent
 from federated.device.agent_config import DeviceConfig
 from federated.errors import FederatedError
 
 __all__ = ["Pace", "run"]
 
 _LOG = logging.getLogger(__name__)
-
-TICK = 0.25
-"""Seconds between two looks at commands and health."""
 
 
 class Pace:

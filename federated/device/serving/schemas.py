@@ -43,13 +43,18 @@ Name = Annotated[str, StringConstraints(max_length=200)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
+def _same(value: Any, off: Any) -> bool:
+    """Whether a value is the one that means off: 0 is not False, which asks a completion for logprobs of its tokens."""
+    return isinstance(value, bool) == isinstance(off, bool) and bool(value == off)
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> Self:
         for name, value in (self.model_extra or {}).items():
-            if value is not None and value not in _OFF.get(name, ()):
+            if value is not None and not any(_same(value, off) for off in _OFF.get(name, ())):
                 expected = f", expected {_OFF[name][0]!r} or nothing" if _OFF.get(name) else ""
                 raise ValueError(f"{name[:60]!r} is not supported by this server{expected}: leave it out")
         return self

@@ -33,6 +33,7 @@
     │       ├── NotReleased      nobody who may signed such a version
     │       └── BelowSecurityFloor
     ├── DeviceError              slots, activation, serving
+    │   ├── UnknownAdapter       a name that leads nowhere
     │   ├── ProbeFailed          an installed adapter does not answer as it must, or has no effect
     │   └── NoRuntime            the base model cannot be opened; no version is to blame
     └── RunInterrupted           the user stopped a run (finished rounds are safe)
@@ -76,6 +77,7 @@ __all__ = [
     "NotReleased",
     "BelowSecurityFloor",
     "DeviceError",
+    "UnknownAdapter",
     "ProbeFailed",
     "NoRuntime",
     "RunInterrupted",
@@ -225,6 +227,10 @@ class BelowSecurityFloor(UntrustedRelease):
 
 class DeviceError(FederatedError):
     """A slot, activation or request that the device refuses."""
+
+
+class UnknownAdapter(DeviceError):
+    """No adapter of that name is on this device; no other one answers in its place."""
 
 
 class ProbeFailed(DeviceError):

@@ -146,7 +146,7 @@ class Service:
         while self.control.channel is not None:
             await asyncio.sleep(self._poll_seconds)
             try:
-                made = await self.in_thread(self.control.follow)
+                made = await self.in_thread(lambda: self.control.follow(patient=True))
             except Exception as error:  # noqa: BLE001 - whatever a store raises, what is served goes on
                 told = error if isinstance(error, FederatedError) else type(error).__name__
                 _LOG.warning("the channel %s cannot be followed: %s", self.control.channel, told)

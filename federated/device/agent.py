@@ -32,7 +32,9 @@ from federated.device.journal import FAILED, Journal, State
 from federated.device.shelf import Shelf
 from federated.device.slots import NULL, AdapterRuntime
 from federated.errors import BaseMismatch, BelowSecurityFloor, ExpiredMetadata, FederatedError, ReleaseError
+from federated.files import remove_left
 from federated.release import ReleasedVersion, Source
+from federated.release.disk import translated
 
 __all__ = ["TICK", "Agent"]
 
@@ -210,13 +212,21 @@ class Agent:
         )
         counted = self._borne(self._count_start)
         try:
-            self._borne(lambda: self._shelf.sweep(self._journal.book.versions.keys()))
+            self._borne(self._sweep)
             self._borne(lambda: self._verbs.obey(offline=True))
             self._borne(self._steps.restore)
         except FederatedError:
             if counted:  # nothing went down: this could be said in words
                 self._borne(lambda: self._journal.change(boots=self._journal.book.boots - 1))
             raise
+
+    def _sweep(self) -> None:
+        """Remove what kills left, in the folders where this agent alone writes."""
+        metadata = self.config.state / "release" / "metadata"
+        with translated("remove what was left"):
+            for folder in (self.config.state, metadata, metadata / "roots"):
+                remove_left(folder)
+        self._shelf.sweep(self._journal.book.versions.keys())
 
     def _borne(self, step: Callable[[], object]) -> bool:
         """Take a step of a start; a disk that takes nothing is said, and what is installed serves all the same.

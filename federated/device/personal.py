@@ -13,6 +13,7 @@ Imports no torch; the backend trains (`federated.device.backends.protocol.Learns
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ __all__ = ["PersonalAdapters", "Rebased"]
 
 Row = Mapping[str, Any]
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Rebased:
@@ -56,7 +59,8 @@ class Rebased:
 class PersonalAdapters:
     """Personal adapters of one runtime, each under its name in the runtime's routing.
 
-    What is on the disk is routed again when this is made; slots are built when they are first asked for.
+    What is on the disk is routed again when this is made; slots are built when they are first asked for. What is
+    damaged is told in the log and not routed: `forget` it, and train anew.
 
     Args:
         runtime: whose backend can train and give adapters back.
@@ -83,9 +87,12 @@ class PersonalAdapters:
         self._slots: dict[str, str] = {}  # stacked slot's digest to name
         runtime.add_refill(self._refill)
         for name in self._store.names():
-            standing = self._store.standing(name)
-            if standing is not None:
-                self._route(name, standing)
+            try:
+                standing = self._store.standing(name)
+                if standing is not None:
+                    self._route(name, standing)
+            except DeviceError as error:  # nobody else's adapter waits for one that is damaged
+                _LOG.warning("%s", error)
 
     def names(self) -> list[str]:
         """Whose adapters are here."""
@@ -185,7 +192,8 @@ class PersonalAdapters:
         Raises:
             DeviceError: for an unknown name, or if the file system refuses.
         """
-        self.standing(name)
+        if not self._store.holds(name):
+            self.standing(name)  # says what is here instead
         self._runtime.reroute(lambda routes: routes.without(name))
         self._slots = {digest: other for digest, other in self._slots.items() if other != name}
         self._store.forget(name)

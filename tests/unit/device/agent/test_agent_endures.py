@@ -240,3 +240,15 @@ def test_a_look_at_the_lock_keeps_no_agent_from_starting(yard) -> None:
         seconds.sleep(0.1)
     lock.release()
     assert not lock.is_held()
+
+
+def test_what_killed_writers_left_is_removed_at_a_start(yard) -> None:
+    with yard.started() as agent:
+        yard.settled(agent, 1)
+    ours = [yard.state / name / f".one-{'0' * 16}.tmp" for name in ("", "release/metadata", "release/metadata/roots")]
+    theirs = yard.state / "commands" / f".one-{'0' * 16}.tmp"  # somebody may be writing it
+    for path in (*ours, theirs):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(b"half")
+    with yard.started():
+        assert [path.exists() for path in (*ours, theirs)] == [False, False, False, True]

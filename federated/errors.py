@@ -34,6 +34,7 @@
     │       └── BelowSecurityFloor
     ├── DeviceError              slots, activation, serving
     │   ├── NotVerified          the device's agent has not verified what a client is to train from
+    │   ├── UnknownAdapter       a name that leads nowhere
     │   ├── ProbeFailed          an installed adapter does not answer as it must, or has no effect
     │   └── NoRuntime            the base model cannot be opened; no version is to blame
     ├── DeploymentError          certificates, keys, enrolment and processes of a deployment
@@ -83,6 +84,7 @@ __all__ = [
     "DeploymentError",
     "DeviceError",
     "NotVerified",
+    "UnknownAdapter",
     "ProbeFailed",
     "NoRuntime",
     "DoorUnreachable",
@@ -239,6 +241,10 @@ class DeviceError(FederatedError):
 
 class NotVerified(DeviceError):
     """The device's agent has not verified the version that a client is asked to train from."""
+
+
+class UnknownAdapter(DeviceError):
+    """No adapter of that name is on this device; no other one answers in its place."""
 
 
 class ProbeFailed(DeviceError):

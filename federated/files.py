@@ -10,13 +10,13 @@ import os
 import secrets
 from pathlib import Path
 
-__all__ = ["sync_folder", "write_new", "write_whole"]
+__all__ = ["remove_left", "sync_folder", "write_new", "write_whole"]
 
 
 def write_whole(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write beside the place, flush to the disk, rename. A kill leaves the old file or the new one.
 
-    A killed writer leaves ``.NAME-RANDOM.tmp`` in the folder, NAME cut to twelve characters.
+    A killed writer leaves ``.NAME-RANDOM.tmp`` in the folder, NAME cut to twelve characters: `remove_left`.
 
     Args:
         path: its folder must be there; `sync_folder` makes the rename survive a power cut too.
@@ -77,3 +77,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_left(folder: Path) -> None:
+    """Remove what killed writers left in a folder; nobody may be writing there now.
+
+    Raises:
+        OSError: as the file system raises it.
+    """
+    for path in folder.glob(".*-????????????????.tmp"):
+        path.unlink(missing_ok=True)

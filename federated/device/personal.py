@@ -63,7 +63,7 @@ class PersonalAdapters:
     """Personal adapters of one runtime, each under its name in the runtime's routing.
 
     What is on the disk is routed again when this is made, or at the first `refresh`; slots are built when they are
-    first asked for.
+    first asked for. What is damaged is told in the log and not routed: `forget` it, and train anew.
 
     Args:
         runtime: whose backend can train and give adapters back.
@@ -97,6 +97,7 @@ class PersonalAdapters:
         self._training = threading.Lock()  # one at a time: a device has few cores
         self._slots: dict[str, str] = {}  # slot's digest to name
         self._routed: dict[str, Standing] = {}
+        self._damaged: dict[str, str] = {}  # name to what was said of it
         runtime.add_refill(self._refill)
         if not follow:
             self.refresh()
@@ -116,17 +117,34 @@ class PersonalAdapters:
     def refresh(self) -> list[str]:
         """Route what another process has kept, rolled back or deleted since; returns whose it was.
 
-        Raises:
-            DeviceError: if a file is damaged, or cannot be read.
+        What is damaged is told in the log, once, and not routed: nobody else's adapter waits for it.
         """
-        found = {name: one for name in self._store.names() if (one := self._store.standing(name)) is not None}
+        found = {name: one for name in self._store.names() if (one := self._sound(name)) is not None}
         changed = [name for name, standing in found.items() if self._routed.get(name) != standing]
         for name in changed:
-            self._route(name, found[name])
+            try:
+                self._route(name, found[name])
+            except DeviceError as error:
+                self._tell(name, error)
         gone = sorted(set(self._routed) - set(found))
         for name in gone:
             self._unroute(name)
         return [*changed, *gone]
+
+    def _sound(self, name: str) -> Standing | None:
+        """Where a name stands; None also where that cannot be read."""
+        try:
+            standing = self._store.standing(name)
+        except DeviceError as error:
+            self._tell(name, error)
+            return None
+        self._damaged.pop(name, None)
+        return standing
+
+    def _tell(self, name: str, error: DeviceError) -> None:
+        if self._damaged.get(name) != str(error):
+            _LOG.warning("%s", error)
+        self._damaged[name] = str(error)
 
     def train(
         self, name: str, rows: Sequence[Row], config: TrainConfig, *, onto: str | None = None, seed: int = 0
@@ -208,7 +226,8 @@ class PersonalAdapters:
         Raises:
             DeviceError: for an unknown name, or if the file system refuses.
         """
-        self.standing(name)
+        if not self._store.holds(name):
+            self.standing(name)  # says what is here instead
         self._unroute(name)
         self._store.forget(name)
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from federated.manifest import AdapterSpec, RawTensor, canonical_json, sha256_he
 from federated.wire import decode_tensors, encode_tensors
 
 __all__ = ["PersonalStore", "PersonalVersion", "Standing"]
+
+_LOG = logging.getLogger(__name__)
 
 _STANDING = "standing.json"
 
@@ -98,11 +101,14 @@ class PersonalStore:
         self._keep = keep
 
     def names(self) -> list[str]:
-        """Whose adapters are here, sorted."""
+        """Whose adapters are here, sorted; a folder without a record that can be read is told in the log."""
         with translated("list the personal adapters"):
-            records = [min(place.glob("[0-9]*.json"), default=None) for place in self._folder.glob("*")]
-        found = [self._json(record)["name"] for record in records if record is not None]
-        return sorted(str(name) for name in found)
+            records = [sorted(place.glob("[0-9]*.json")) for place in self._folder.glob("*")]
+        return sorted(filter(None, map(self._name_in, records)))
+
+    def holds(self, name: str) -> bool:
+        """Whether anything of a name is here, damaged or not."""
+        return self._place(name).exists()
 
     def standing(self, name: str) -> Standing | None:
         """Which version is in use; None for a name without any.
@@ -212,6 +218,14 @@ class PersonalStore:
             for ending in ("json", "safetensors"):
                 with translated("delete an old personal version"):
                     (self._place(newest.name) / f"{number}.{ending}").unlink(missing_ok=True)
+
+    def _name_in(self, records: Sequence[Path]) -> str:
+        for path in records:
+            try:
+                return self._record(path).name
+            except DeviceError as error:
+                _LOG.warning("%s", error)
+        return ""
 
     def _record(self, path: Path) -> PersonalVersion:
         told = self._json(path)

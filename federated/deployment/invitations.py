@@ -10,7 +10,6 @@ The server keeps the token's SHA-256 alone. Made by the operator's command, read
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import secrets
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ def decoded(text: str) -> bytes:
     """
     try:
         data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, UnicodeError):
+    except ValueError:
         raise ValueError("not base64url") from None
     if encoded(data) != text:
         raise ValueError("not base64url in its one spelling")

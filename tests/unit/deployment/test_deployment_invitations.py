@@ -171,3 +171,10 @@ def test_what_is_no_door_is_refused_shortly(url: str) -> None:
     with pytest.raises(ConfigError, match="is no address of a door") as caught:
         check_door(url)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["A", "AB", "AA==", "A A", "AA\n", "+/", "\u0410\u0410", "AA="])
+def test_bytes_have_one_spelling(text: str) -> None:
+    assert decoded("AA") == b"\0"
+    with pytest.raises(ValueError, match="base64url"):
+        decoded(text)

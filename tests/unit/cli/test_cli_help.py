@@ -53,7 +53,8 @@ GROUPS = {
         "check-seal",
     },
     ("release", "keys"): {"init", "add", "make"},
-    ("device",): {"try", "run", "status", "install", "activate", "rollback", "pin", "history", "report"},
+    ("device",): {"try", "run", "status", "install", "activate", "rollback", "pin", "history", "report", "personal"},
+    ("device", "personal"): {"list", "rollback", "forget"},
     ("assets",): {"fetch", "list"},
     ("privacy",): {"plan", "spent", "audit"},
 }

@@ -16,6 +16,7 @@ needs as one line of JSON from standard input: a command line can be read by eve
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
 import json
@@ -52,6 +53,7 @@ _SUPEREXEC = "flwr.supercore.superexec.run_superexec"
 _SUPERNODE = "flwr.supernode.start_client_internal"
 _HEAVY = ("torch", "transformers", "peft", "federated.flower.client", _CLIENT)
 _NO_PIPE = -1
+_MOST_WAITING = 32
 _LONGEST = 60_000
 """Bytes that a pipe holds without a reader."""
 
@@ -132,12 +134,13 @@ class PinnedExecutor:
         self._parts = ""
 
     def get_eligible_capacity(self, supported_task_types: set[TaskType], **_: Any) -> tuple[set[TaskType], set[str]]:
-        """Client tasks, one at a time: a device has one memory and one model."""
-        return (supported_task_types & {TaskType.CLIENT_APP} if not self._children else set()), set()
+        """Client tasks, a few at a time; only one of them works, see `_working_alone`."""
+        free = len(self._children) < _MOST_WAITING
+        return (supported_task_types & {TaskType.CLIENT_APP} if free else set()), set()
 
     def wait_for_capacity(self, *_: Any, **__: Any) -> None:
-        """Return when there is none at work."""
-        while self._children:
+        """Return when another process may be started."""
+        while len(self._children) >= _MOST_WAITING:
             self.reconcile()
             time.sleep(self._launch.poll_seconds)
 
@@ -169,15 +172,15 @@ class PinnedExecutor:
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
-            apps, parent = self._launch.apps, self._owner
-            _in_child(lambda: _task(spec.runtime_api_address, spec.token, apps, parent=parent), writing)
+            launch, parent = self._launch, self._owner
+            _in_child(lambda: _task(launch, spec.token, parent=parent), writing)
         os.close(writing)
         return child, reading
 
     def _spawn(self, spec: ExecutionSpec) -> tuple[int, int]:
         command = [sys.executable, "-m", "federated.deployment.launcher", "task"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE)
-        task = {"address": spec.runtime_api_address, "token": spec.token, "apps": self._launch.apps}
+        task = {"launch": asdict(self._launch), "token": spec.token}
         if process.stdin is not None:  # it was asked for
             process.stdin.write(json.dumps({**task, "parent": self._owner}).encode() + b"\n")
             process.stdin.close()
@@ -238,25 +241,36 @@ def _tell(pipe: int) -> None:
         os.write(pipe, parts)
 
 
-def _task(address: str, token: str, apps: Collection[str], *, parent: int) -> None:
+def _task(launch: Launch, token: str, *, parent: int) -> None:
     """Take one message from the SuperNode, check its app, run it, answer. Leaves with SystemExit, as Flower does."""
     fits()
     module: Any = importlib.import_module(_CLIENT)
     unpack = module.install_from_fab
 
     def checked(content: bytes, *args: Any, **kwargs: Any) -> Path:
-        os.environ[PINNED] = check_bundle(content, apps)
+        os.environ[PINNED] = check_bundle(content, launch.apps)
+        _working_alone(Path(launch.secret).with_name("working.lock"))
         installed: Path = unpack(content, *args, **kwargs)
         return installed
 
     module.install_from_fab = checked
     module.run_clientapp(
-        runtime_api_address=address,
+        runtime_api_address=launch.address,
         token=token,
         insecure=True,
         parent_pid=parent,
         runtime_dependency_install=False,
     )
+
+
+def _working_alone(path: Path) -> None:
+    """Wait until no other task of this device works; the lock goes with the process.
+
+    The message is whole by then. One whose parts never come, because the server died while it sent them, waits for them
+    in its process for as long as Flower says, and holds up nobody.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _serve(launch: Launch) -> None:
@@ -313,6 +327,10 @@ def supernode(arguments: list[str], poll_seconds: float) -> None:
     flower_supernode()
 
 
+def _launch_of(plain: dict[str, Any]) -> Launch:
+    return Launch(**{**plain, "apps": tuple(plain["apps"])})
+
+
 def _main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s launcher: %(message)s")
     _LOG.setLevel(logging.INFO)
@@ -320,11 +338,11 @@ def _main() -> None:
     said = json.loads(sys.stdin.readline())
     kind = sys.argv[1] if len(sys.argv) > 1 else ""
     if kind == "task":
-        _in_child(lambda: _task(said["address"], said["token"], said["apps"], parent=said["parent"]), _NO_PIPE)
+        _in_child(lambda: _task(_launch_of(said["launch"]), said["token"], parent=said["parent"]), _NO_PIPE)
     if kind == "supernode":
         supernode(said["arguments"], said["poll_seconds"])
     else:
-        _serve(Launch(**{**said, "apps": tuple(said["apps"])}))
+        _serve(_launch_of(said))
 
 
 if __name__ == "__main__":

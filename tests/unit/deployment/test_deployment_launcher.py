@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import itertools
 import os
 import time
 from pathlib import Path
@@ -98,7 +99,7 @@ def ended(executor: PinnedExecutor) -> None:
 
 def launched(monkeypatch: pytest.MonkeyPatch, task: Task, apps: tuple[str, ...]) -> PinnedExecutor:
     patched(monkeypatch, task)
-    executor = PinnedExecutor(Launch("127.0.0.1:1", "secret", apps, warm=True))
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(task.folder / "secret"), apps, warm=True))
     assert executor.launch(spec()).status == LaunchResultStatus.ACCEPTED
     ended(executor)
     return executor
@@ -130,14 +131,62 @@ def test_the_parent_keeps_its_own_unpacking_and_environment(tmp_path: Path, monk
     assert PINNED not in os.environ
 
 
-def test_one_message_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    patched(monkeypatch, Task(tmp_path, BUNDLE))
-    executor = PinnedExecutor(Launch("127.0.0.1:1", "secret", (DIGEST,), warm=True))
+class Slow(Task):
+    """A task that takes its time, and says when."""
+
+    def run(self, **arguments: Any) -> None:
+        module: Any = importlib.import_module(launcher._CLIENT)
+        module.install_from_fab(self.content)
+        began = time.monotonic()
+        time.sleep(0.3)
+        (self.folder / f"times-{os.getpid()}").write_text(f"{began} {time.monotonic()}")
+        raise SystemExit(0)
+
+
+class Waiting(Task):
+    """A task whose message never comes."""
+
+    def run(self, **_: Any) -> None:
+        time.sleep(30)
+
+
+def test_one_message_is_worked_on_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, Slow(tmp_path, BUNDLE))
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=True))
+    for _ in range(3):
+        executor.launch(spec())
+    ended(executor)
+    times = sorted(tuple(map(float, path.read_text().split())) for path in tmp_path.glob("times-*"))
+    assert len(times) == 3
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(times))
+
+
+def test_one_whose_message_never_comes_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, Waiting(tmp_path, BUNDLE))
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=True))
+    executor.launch(spec())
     assert executor.get_eligible_capacity(set(TaskType)) == ({TaskType.CLIENT_APP}, set())
+    patched(monkeypatch, Slow(tmp_path, BUNDLE))
+    executor.launch(spec())
+    end = time.monotonic() + 30
+    while len(executor._children) > 1 and time.monotonic() < end:
+        executor.reconcile()
+        time.sleep(0.01)
+    assert len(list(tmp_path.glob("times-*"))) == 1
+    executor.close()
+    ended(executor)
+
+
+def test_there_is_an_end_to_how_many_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, Waiting(tmp_path, BUNDLE))
+    monkeypatch.setattr(launcher, "_MOST_WAITING", 2)
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=True))
+    executor.launch(spec())
     executor.launch(spec())
     assert executor.get_eligible_capacity(set(TaskType)) == (set(), set())
+    executor.close()
     executor.wait_for_capacity()
-    assert executor.get_eligible_capacity(set(TaskType)) == ({TaskType.CLIENT_APP}, set())
+    ended(executor)
 
 
 def test_a_device_runs_client_apps_alone() -> None:

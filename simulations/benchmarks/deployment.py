@@ -21,7 +21,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import statistics
@@ -54,6 +53,8 @@ _PYPROJECT = """
 [project]
 name = "plain-flower"
 version = "1.0.0"
+description = "FedAvg"
+license = "Apache-2.0"
 [tool.flwr.app]
 publisher = "benchmark"
 [tool.flwr.app.components]
@@ -153,7 +154,8 @@ def _plain(folder: Path, *, rounds: int, seed: int) -> list[float]:
     own = {**environment(home), "PYTHONPATH": str(ROOT)}
     times = folder / "times.json"
     values = {"experiment": _experiment(seed).client_json, "rounds": rounds, "times": str(times)}
-    config = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+    config = folder / "run.toml"
+    config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
     link = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
     with (
         _process(link, own, folder),
@@ -162,7 +164,7 @@ def _plain(folder: Path, *, rounds: int, seed: int) -> list[float]:
     ):
         time.sleep(5)
         done = subprocess.run(
-            [_program("flwr"), "run", str(app), "here", "--run-config", config, "--stream"],
+            [_program("flwr"), "run", str(app), "here", "--run-config", str(config), "--stream"],
             env=own,
             capture_output=True,
             text=True,
@@ -171,7 +173,7 @@ def _plain(folder: Path, *, rounds: int, seed: int) -> list[float]:
         )
     ends = json.loads(times.read_text()) if times.is_file() else []
     if len(ends) < rounds + 1:
-        raise SystemExit(f"plain Flower did not finish: {re.sub(chr(10) + '+', chr(10), done.stdout)[-2000:]}")
+        raise SystemExit(f"plain Flower did not finish: {(done.stdout + done.stderr)[-2000:]}")
     return [after - before for before, after in itertools.pairwise(ends[1:])]
 
 

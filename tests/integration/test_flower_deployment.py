@@ -73,7 +73,7 @@ class Deployment:
         if tls:
             certificate, key = _certificate(folder)
             self.link_flags = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
-            self.link_flags += ["--ssl-ca-certfile", str(certificate)]
+            self.link_flags += ["--ssl-ca-certfile", str(certificate), "--enable-supernode-auth"]
             self.node_flags = ["--root-certificates", str(certificate)]
             trust = f'root-certificates = "{certificate}"'
         self.app = folder / "federated-peft"
@@ -147,6 +147,10 @@ class Deployment:
         listed = self._flwr("ls", "here", "--run-id", found[1], "--format", "json")
         record: dict[str, Any] = json.loads(listed[listed.index("{") :])
         return Finished(record["runs"][0]["status"], log, run_dir, registry)
+
+    def register(self, public_key: Path) -> None:
+        """Let a SuperNode with that key connect."""
+        self._flwr("supernode", "register", str(public_key), "here")
 
     def _flwr(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -341,11 +345,13 @@ class Device:
         ):
             path.write_bytes(key.private_bytes(Encoding.PEM, form, NoEncryption()))
             path.chmod(0o600)
+        public = self.node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        (folder / "node.pub").write_bytes(public)
 
     @property
     def entry(self) -> dict[str, str]:
         """What the operator's file says of it."""
-        node_key = self.node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+        node_key = (self.folder / "node.pub").read_text()
         update_key = base64.b64encode(self.update.public_key().public_bytes_raw()).decode()
         return {"state": "approved", "node_key": node_key, "update_key": update_key}
 
@@ -360,7 +366,7 @@ class Device:
 def enrolled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     """Four nodes: one as it should be, one that does not sign, one that nobody enrolled, one under another's name.
 
-    With TLS: without it Flower authenticates no node.
+    With TLS, without which Flower authenticates no node; it lets all four connect.
     """
     deployment = Deployment(tmp_path_factory.mktemp("secured"), tls=True)
     _copy_app(deployment.app)
@@ -371,6 +377,7 @@ def enrolled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     (place / "devices.json").write_text(json.dumps({"format": 1, "devices": entries}))
     with deployment.superlink(), ExitStack() as nodes:
         for number, device in enumerate((thief, stranger, good, unsigned)):
+            deployment.register(device.folder / "node.pub")
             nodes.enter_context(deployment.supernode(f"device-{number}", *device.flags))
         policy = ("rounds=1", "selection.min_clients=2", f"admission.devices={place / 'devices.json'}")
         yield deployment.run("enrolled", *policy)

@@ -48,7 +48,7 @@ def fingerprint(line: str) -> str:
     """A key's short name, as ``ssh-keygen -l`` shows it.
 
     >>> fingerprint("ecdsa-sha2-nistp384 AAAA")[:12]
-    'SHA256:cJ5f4'
+    'SHA256:cJ6Ay'
     """
     body = base64.b64decode(line.partition(" ")[2] or "")
     return f"SHA256:{base64.b64encode(hashlib.sha256(body).digest()).decode().rstrip('=')}"

@@ -1,9 +1,9 @@
 """Where a run's events go: JSON lines, TensorBoard, memory, or several of them at once.
 
-An event is a flat mapping with the key ``"event"`` (``"run"``, ``"round_start"``, ``"client"``, ``"round"``,
-``"dropped"``, ``"final"``, ``"warning"``, ``"baseline"``, ``"activation"``, ``"answer"``, ``"end"``) and plain values.
-Whoever drives a run emits events; a tracker writes them down. Trackers decide nothing and never change a run:
-`federated.display` shows the same events on a terminal and `federated.report` reads the JSON lines back.
+An event is a flat mapping with the key ``"event"`` (``"run"``, ``"joined"``, ``"round_start"``, ``"client"``,
+``"round"``, ``"dropped"``, ``"final"``, ``"warning"``, ``"baseline"``, ``"activation"``, ``"answer"``, ``"end"``) and
+plain values. Whoever drives a run emits events; a tracker writes them down. Trackers decide nothing and never change
+a run: `federated.display` shows the same events on a terminal and `federated.report` reads the JSON lines back.
 """
 
 from __future__ import annotations

@@ -37,16 +37,14 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
 from federated.errors import DeploymentError
+from federated.flower.records import PINNED
 
-__all__ = ["PINNED", "TESTED", "Launch", "PinnedExecutor", "check_bundle", "fits", "supernode"]
+__all__ = ["TESTED", "Launch", "PinnedExecutor", "check_bundle", "fits", "supernode"]
 
 _LOG = logging.getLogger(__name__)
 
 TESTED = ("1.41.",)
 """Beginnings of the versions of Flower that the warm launcher was tested with."""
-
-PINNED = "FEDPEFT_PINNED_APP"
-"""Environment variable of a task's process: digest of the bundle that was checked, or ``unpinned``."""
 
 _CLIENT = "flwr.supernode.runtime.run_clientapp"
 _SUPEREXEC = "flwr.supercore.superexec.run_superexec"

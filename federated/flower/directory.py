@@ -69,7 +69,8 @@ class Directory:
     Args:
         config: the experiment.
         least: clients without which no round of its rule can succeed.
-        tell: takes a ``node_problem`` event for each node that takes no part, a ``not_now`` event for each client that
+        tell: takes a ``node_problem`` event for each node that takes no part, a ``joined`` event with the
+            digest of the pinned app for each client that comes, a ``not_now`` event for each client that
             says so, a ``waiting`` event when too few others are there, and a ``warning`` where names are bound by
             signatures alone.
         clock: seconds.
@@ -247,6 +248,7 @@ class Directory:
                 self._rest(client_id, node, reply.declined)
             else:
                 self.nodes[client_id] = node
+                self._tell({"event": "joined", "client_id": client_id, "node_id": str(node), "app": reply.app})
             if reply.rank is not None:
                 self.ranks[client_id] = reply.rank
 

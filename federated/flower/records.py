@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from federated.wire import DEFAULT_LIMITS, decode_packet, encode_packet
 
 __all__ = [
     "PACKET_STYPE",
+    "PINNED",
     "Assignment",
     "Reply",
     "adapter_packet",
@@ -49,6 +51,9 @@ __all__ = [
 
 PACKET_STYPE = "fedpeft.packet"
 """Serialisation type of our Array: bytes that only `federated.wire` reads."""
+
+PINNED = "FEDPEFT_PINNED_APP"
+"""Environment variable by which a device's launcher says which bundle it checked, or that it checks none."""
 
 _LARGEST_METRIC = 1e30
 """A larger claim is no measurement, and weighted means of such claims would not be finite."""
@@ -136,6 +141,7 @@ class Reply:
     rank: int | None = None
     ledger_head: str = ""
     declined: Declined | None = None
+    app: str = ""
 
     @classmethod
     def from_message(cls, message: Message) -> Self:
@@ -161,6 +167,7 @@ class Reply:
             rank=_rank_of(head),
             ledger_head=_digest_in(head),
             declined=_declined_in(head),
+            app=_shown(head.get("app", ""), 64),
         )
 
 
@@ -289,8 +296,13 @@ def packet_of(content: RecordDict) -> bytes:
 
 
 def name_content(client_id: str, rank: int) -> RecordDict:
-    """A client's answer to the query: its name, and the largest rank that it trains."""
-    return RecordDict({"reply": ConfigRecord({"client_id": client_id, "task_token": "", "rank": rank})})
+    """A client's answer to the query: its name, the largest rank that it trains, and what app its owner lets run.
+
+    The last is what the launcher said in this process: the digest of the pinned bundle, or ``unpinned``; and
+    ``unpinned`` where there is no such launcher.
+    """
+    app = os.environ.get(PINNED, "unpinned")
+    return RecordDict({"reply": ConfigRecord({"client_id": client_id, "task_token": "", "rank": rank, "app": app})})
 
 
 def query_content(config: ExperimentConfig) -> RecordDict:

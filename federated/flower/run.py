@@ -29,6 +29,7 @@ from federated.files import sync_folder, write_whole
 from federated.flower.enrolled import read_devices
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.flower.run_key import kept_key
+from federated.flower.run_lock import alone
 from federated.flower.server_privacy import ServerPrivacy
 from federated.flower.session import Session, app_folder, open_session
 from federated.flower.starting import Start, start_of
@@ -137,9 +138,10 @@ class Run:
         Raises:
             RunInterrupted: on Ctrl-C.
             NotEnoughUpdates: if no round moved the global adapter.
+            ConfigError: if another server works on this run.
             FederatedError: what ended the run; the report covers what was finished.
         """
-        with self.open_registry() as registry:
+        with alone(self.folder), self.open_registry() as registry:
             registry.require_base(self.session.adapter.base.base_digest)
             with run_trackers(self.folder, self.config) as tracker:
                 status, message = "failed", ""

@@ -13,8 +13,9 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResultStatus
 
 from federated.deployment import launcher
-from federated.deployment.launcher import PINNED, Launch, PinnedExecutor, check_bundle, fits
+from federated.deployment.launcher import Launch, PinnedExecutor, check_bundle, fits
 from federated.errors import DeploymentError
+from federated.flower.records import PINNED
 
 BUNDLE = b"an app's bundle"
 DIGEST = hashlib.sha256(BUNDLE).hexdigest()

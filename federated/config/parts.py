@@ -331,12 +331,22 @@ class EngineConfig:
         name: ``inprocess`` (one base model in memory, forked workers), ``ray`` (Flower's own engine) or
             ``deployment`` (devices, through a SuperLink; ``fedpeft run submit`` sets it).
         workers: processes; 0 takes one per core, 1 is sequential in this process (in-process engine).
+        address: of a Ray cluster, ``host:port`` or ``auto``; empty: a Ray of the run's own, on this machine.
         shuffle_arrivals: seeds a random order of replies (in-process; for tests); -1 keeps the natural order.
     """
 
     name: Literal["inprocess", "ray", "deployment"] = "inprocess"
     workers: Annotated[int, Field(ge=0)] = 0
+    address: Annotated[str, Field(pattern=r"^(auto|[A-Za-z0-9.-]+:[0-9]{1,5}|\[[0-9A-Fa-f:]+\]:[0-9]{1,5}|)$")] = ""
     shuffle_arrivals: Annotated[int, Field(ge=-1)] = -1
+
+    @model_validator(mode="after")
+    def _cluster_is_rays(self) -> Self:
+        if self.address and self.name != "ray":
+            raise ValueError(f"engine.address: a cluster is for engine=ray, found engine.name = {self.name}")
+        if self.address and self.workers:
+            raise ValueError("engine.workers: a cluster has one worker for each of its processors; leave it at 0")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)

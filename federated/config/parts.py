@@ -365,7 +365,9 @@ class TrackingConfig:
     Args:
         tensorboard: also write TensorBoard event files (needs the ``tensorboard`` extra).
         progress: show the live display; it falls back to plain lines where there is no terminal.
+        log_format: of the server's log lines: ``text``, or ``json`` with one object a line, which says rounds too.
     """
 
     tensorboard: bool = False
     progress: bool = True
+    log_format: Literal["text", "json"] = "text"

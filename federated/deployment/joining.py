@@ -111,11 +111,13 @@ def _node(config: TrainingConfig, port: int, secret: Path) -> _Child:
         arguments.append("--insecure")
     else:
         arguments += ["--root-certificates", str(config.ca), "--auth-supernode-private-key", str(config.node_key)]
-    return _Child("supernode", {"arguments": arguments, "poll_seconds": config.poll_seconds})
+    said = {"arguments": arguments, "poll_seconds": config.poll_seconds, "log_format": config.log_format}
+    return _Child("supernode", said)
 
 
 def _launcher(config: TrainingConfig, port: int, secret: Path) -> _Child:
     said = {"address": f"127.0.0.1:{port}", "secret": str(secret), "apps": list(config.apps), "warm": config.warm}
+    said["log_format"] = config.log_format
     return _Child("launcher", said)
 
 

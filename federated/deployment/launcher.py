@@ -36,6 +36,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
 from federated.errors import DeploymentError
+from federated.logs import LogFormat, set_up_logs
 
 __all__ = ["PINNED", "TESTED", "Launch", "PinnedExecutor", "check_bundle", "fits", "supernode"]
 
@@ -66,6 +67,7 @@ class Launch:
         apps: SHA-256 of the bundles that may run; empty: any.
         warm: fork instead of starting Python anew.
         poll_seconds: between two looks for a message.
+        log_format: ``text`` or ``json``.
     """
 
     address: str
@@ -73,6 +75,7 @@ class Launch:
     apps: tuple[str, ...]
     warm: bool
     poll_seconds: float = 0.2
+    log_format: LogFormat = "text"
 
 
 def fits(names: Collection[tuple[str, str]] = ((_CLIENT, "install_from_fab"), (_SUPEREXEC, "get_executor"))) -> None:
@@ -178,6 +181,7 @@ class PinnedExecutor:
         command = [sys.executable, "-m", "federated.deployment.launcher", "task"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE)
         task = {"address": spec.runtime_api_address, "token": spec.token, "apps": self._launch.apps}
+        task["log_format"] = self._launch.log_format
         assert process.stdin is not None  # noqa: S101 - asked for above
         process.stdin.write(json.dumps({**task, "parent": self._owner}).encode() + b"\n")
         process.stdin.close()
@@ -314,11 +318,10 @@ def supernode(arguments: list[str], poll_seconds: float) -> None:
 
 
 def _main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s launcher: %(message)s")
-    _LOG.setLevel(logging.INFO)
-    logging.getLogger("flwr").propagate = False  # it has a handler of its own
     said = json.loads(sys.stdin.readline())
     kind = sys.argv[1] if len(sys.argv) > 1 else ""
+    set_up_logs("supernode" if kind == "supernode" else "launcher", said["log_format"])
+    logging.getLogger("flwr").propagate = False  # it has a handler of its own
     if kind == "task":
         _in_child(lambda: _task(said["address"], said["token"], said["apps"], parent=said["parent"]), _NO_PIPE)
     if kind == "supernode":

@@ -25,6 +25,7 @@ from federated.deployment.runs import Runs
 from federated.deployment.server_config import ServerConfig, read_server_config
 from federated.deployment.status_page import StatusServer
 from federated.errors import FederatedError
+from federated.logs import set_up_logs
 
 __all__ = ["keep"]
 
@@ -88,10 +89,12 @@ def _step_nodes(book: DeviceBook, layout: Layout) -> None:
 
 def _step_runs(runs: Runs) -> None:
     for submission in runs.keep_going():
-        _LOG.warning("run %s died and goes on, attempt %d", submission.name, len(submission.flower_runs))
+        attempt, about = len(submission.flower_runs), {"run": submission.name}
+        _LOG.warning("run %s died and goes on, attempt %d", submission.name, attempt, extra=about)
 
 
 if __name__ == "__main__":
     os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s operator: %(message)s")
-    keep(Path(sys.argv[1]).resolve(), threading.Event())
+    _FOLDER = Path(sys.argv[1]).resolve()
+    set_up_logs("operator", read_server_config(_FOLDER).log_format)
+    keep(_FOLDER, threading.Event())

@@ -31,6 +31,7 @@ from federated.flower.session import Session, app_folder, open_session
 from federated.flower.starting import Start, start_of
 from federated.flower.strategy import DeltaStrategy
 from federated.logs import LogTracker
+from federated.mlflow_tracker import MlflowTracker
 from federated.registry import Registry, VersionRecord
 from federated.report import write_report
 from federated.run_history import history_of, result_warning
@@ -69,6 +70,8 @@ def run_trackers(run_dir: Path, config: ExperimentConfig) -> Iterator[MultiTrack
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl")]
     if config.tracking.tensorboard:
         trackers.append(TensorBoardTracker(run_dir / "tensorboard"))
+    if config.tracking.mlflow:
+        trackers.append(MlflowTracker(run_dir, uri=config.tracking.mlflow_uri, experiment=config.name))
     if config.engine.name == "deployment" or config.tracking.log_format == "json":
         trackers.append(LogTracker(run_dir.name))
     if config.tracking.progress:

@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
+from federated.device_events import note_event
 from federated.errors import DeploymentError
 from federated.logs import LogFormat, set_up_logs
 
@@ -249,7 +250,11 @@ def _task(address: str, token: str, apps: Collection[str], *, parent: int) -> No
     unpack = module.install_from_fab
 
     def checked(content: bytes, *args: Any, **kwargs: Any) -> Path:
-        os.environ[PINNED] = check_bundle(content, apps)
+        try:
+            os.environ[PINNED] = check_bundle(content, apps)
+        except DeploymentError:
+            note_event({"event": "answer", "kind": "app", "outcome": "refused", "reason": "app_not_pinned"})
+            raise
         installed: Path = unpack(content, *args, **kwargs)
         return installed
 

@@ -24,6 +24,7 @@ __all__ = ["COMMANDS", "picture"]
 
 _EVERY = 2.0  # seconds
 _MOST_RUNS, _MOST_DEVICES, _MOST_VERSIONS = 5, 30, 5
+_ALWAYS = 3  # columns that a table has even when they are empty
 
 
 def status(
@@ -84,9 +85,8 @@ def picture(view: Overview) -> RenderableType:
     parts += [Text.assemble(("could not be read: ", "yellow"), cell(fault)) for fault in view.faults]
     parts += [_runs(view), _devices(view), _versions(view)]
     if view.processes:
-        table = Table("process", "state", "pid", "seconds", title="Processes", title_justify="left")
-        fill(table, [[one.name, one.state, one.pid or "", f"{one.seconds:.0f}"] for one in view.processes])
-        parts.append(table)
+        rows = [[one.name, one.state, one.pid or "", f"{one.seconds:.0f}"] for one in view.processes]
+        parts.append(_table("Processes", ("process", "state", "pid", "seconds"), rows))
     return Group(*parts)
 
 
@@ -97,12 +97,20 @@ def _standing(view: Overview) -> Text:
     return Text(f"not up, or not kept by 'fedpeft deploy up'{secured}", style="yellow")
 
 
-def _runs(view: Overview) -> Table:
-    caption = _left(view.runs, _MOST_RUNS, view.runs_left_out)
-    table = Table("run", "state", "rounds", "now", "last round", "epsilon", "refused", "not now", "message",
-                  title="Runs", title_justify="left", caption=caption)  # fmt: skip
-    fill(table, [_run(one) for one in view.runs[:_MOST_RUNS]])
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str | None = None) -> Table:
+    """A table without the columns that nobody fills: most terminals are narrow."""
+    kept = [at for at in range(len(columns)) if at < _ALWAYS or any(str(row[at]) for row in rows)]
+    table = Table(title=title, title_justify="left", caption=caption)
+    for at in kept:
+        table.add_column(columns[at], no_wrap=at == 0, overflow="fold")
+    fill(table, [[row[at] for at in kept] for row in rows])
     return table
+
+
+def _runs(view: Overview) -> Table:
+    columns = ("run", "state", "rounds", "now", "last round", "epsilon", "refused", "not now", "message")
+    rows = [_run(one) for one in view.runs[:_MOST_RUNS]]
+    return _table("Runs", columns, rows, _left(view.runs, _MOST_RUNS, view.runs_left_out))
 
 
 def _run(run: RunView) -> list[object]:
@@ -120,23 +128,22 @@ def _run(run: RunView) -> list[object]:
 
 
 def _devices(view: Overview) -> Table:
-    caption = _left(view.devices, _MOST_DEVICES, view.devices_left_out)
-    table = Table("device", "state", "last seen", "up", "down", "updates", "refused", "not now",
-                  title="Devices", title_justify="left", caption=caption)  # fmt: skip
+    columns = ("device", "state", "last seen", "up", "down", "updates", "refused", "not now")
+    rows = []
     for one in view.devices[:_MOST_DEVICES]:
         seen = "never" if one.last_seen is None else f"{max(0.0, view.at - one.last_seen):.0f} s ago"
         up, down = byte_size(one.bytes_up), byte_size(one.bytes_down)
         counts = _counts(one.refusals), _counts(one.not_now)
-        fill(table, [[one.client_id, one.state, seen, up, down, one.updates, *counts]])
-    return table
+        rows.append([one.client_id, one.state, seen, up, down, one.updates, *counts])
+    return _table("Devices", columns, rows, _left(view.devices, _MOST_DEVICES, view.devices_left_out))
 
 
 def _versions(view: Overview) -> Table:
-    table = Table("version", "id", "channels", "clients", "made", title="Versions", title_justify="left")
-    for one in view.versions[:_MOST_VERSIONS]:
-        row = [one.name, short_digest(one.version_id), ", ".join(one.channels), one.participants]
-        fill(table, [[*row, moment(one.created_at)]])
-    return table
+    rows = [
+        [one.name, short_digest(one.version_id), ", ".join(one.channels), one.participants, moment(one.created_at)]
+        for one in view.versions[:_MOST_VERSIONS]
+    ]
+    return _table("Versions", ("version", "id", "channels", "clients", "made"), rows)
 
 
 def _counts(found: Mapping[str, int]) -> str:

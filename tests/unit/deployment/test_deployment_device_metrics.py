@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,10 @@ def test_others_may_read_the_numbers_and_nobody_finds_half_of_them(device: Devic
     device.look()
     assert device.file.stat().st_mode & 0o044
     assert [path.name for path in device.file.parent.iterdir()] == [METRICS_FILE]
+
+
+def test_the_documentation_names_every_metric(device: Device) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "observability.md").read_text()
+    device.look()
+    found = {one.name for one in text_string_to_metric_families(device.file.read_text())}
+    assert set(re.findall(r"`(fedpeft_training_[a-z_]+?)(?:_total)?`", page)) == found

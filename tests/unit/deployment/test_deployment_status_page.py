@@ -220,3 +220,9 @@ def test_a_loss_that_stands_still_or_is_missing_draws_a_line() -> None:
     assert 'class="line"' in render(replace(VIEW, runs=[flat]), nonce="n")
     none = replace(RUN, history=((1, None, None), (2, None, None)), last_round=None)
     assert 'class="line"' not in render(replace(VIEW, runs=[none]), nonce="n")
+
+
+def test_the_documentation_names_every_metric() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "observability.md").read_text()
+    named = set(re.findall(r"`(fedpeft_(?!training_)[a-z_]+?)(?:_total)?`", page))
+    assert named == {family.name for family in text_string_to_metric_families(metrics_text(VIEW).decode())}

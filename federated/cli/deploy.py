@@ -1,6 +1,7 @@
 """``fedpeft deploy``: a federation over devices on this machine's SuperLink: made, started, looked at, ended.
 
-`federated.cli.deploy_devices` has the commands on devices, `federated.cli.runs` those on runs.
+`federated.cli.deploy_devices` has the commands on devices, `federated.cli.deploy_status` the one that looks,
+`federated.cli.runs` those on runs.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from federated.cli.tables import console, fill, say
-from federated.errors import ConfigError, DeploymentError
+from federated.cli.deploy_status import COMMANDS
+from federated.cli.tables import say
+from federated.errors import ConfigError
 
 if TYPE_CHECKING:
     from federated.config import ExperimentConfig
@@ -173,24 +174,5 @@ def app_command(
     say(app_digest(app_dir or Path(read_server_config(folder.resolve()).app)))
 
 
-@app.command()
-def status(folder: FolderOption = FOLDER) -> None:
-    """Show processes, devices and runs."""
-    from federated.deployment.layout import Layout
-    from federated.deployment.processes import Processes
-    from federated.deployment.runs import Runs
-    from federated.deployment.server_config import read_server_config
-
-    place = folder.resolve()
-    config, layout = read_server_config(place), Layout(place)
-    say(f"{config.name}: {config.url}")
-    table = Table("process", "state", "pid", "seconds", "log")
-    try:
-        states = Processes(layout).states()
-    except DeploymentError as error:
-        raise DeploymentError(str(error)) from None
-    fill(table, [[one.name, one.state, one.pid or "", f"{one.since:.0f}", one.log] for one in states])
-    console().print(table)
-    from federated.cli.runs import show_runs
-
-    show_runs(Runs(layout, config))
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)

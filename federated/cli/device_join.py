@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -25,9 +24,10 @@ def join(
     """
     from federated.deployment.joining import join as take_part
     from federated.deployment.training_config import read_training_config
+    from federated.logs import set_up_logs
 
     settings = read_training_config(config)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    set_up_logs("join", settings.log_format)
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())

@@ -374,8 +374,20 @@ class TrackingConfig:
 
     Args:
         tensorboard: also write TensorBoard event files (needs the ``tensorboard`` extra).
+        mlflow: also write to MLflow (needs the ``mlflow`` extra).
+        mlflow_uri: of its tracking store; empty: files in ``mlruns`` in the run's folder.
         progress: show the live display; it falls back to plain lines where there is no terminal.
+        log_format: of the server's log lines: ``text``, or ``json`` with one object a line, which says rounds too.
     """
 
     tensorboard: bool = False
+    mlflow: bool = False
+    mlflow_uri: str = ""
     progress: bool = True
+    log_format: Literal["text", "json"] = "text"
+
+    @model_validator(mode="after")
+    def _names_a_store_that_is_used(self) -> Self:
+        if self.mlflow_uri and not self.mlflow:
+            raise ValueError("mlflow_uri is given, and mlflow is false: say tracking.mlflow=true too")
+        return self

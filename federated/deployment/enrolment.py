@@ -139,7 +139,8 @@ class _Desk:
         except EnrolmentRefused as error:
             _LOG.warning("enrolment from %s refused: %s", address, error)
             raise _no() from None
-        _LOG.info("enrolment from %s: %s is %s", address, device.client_id, device.state)
+        about = {"client": device.client_id}
+        _LOG.info("enrolment from %s: %s is %s", address, device.client_id, device.state, extra=about)
         return self._answer(device, BackgroundTask(self._tell, device.client_id) if new else None)
 
     def state(self, data: bytes, address: str) -> Response:

@@ -38,6 +38,7 @@ from federated.deployment.enrolment import enrolment_routes
 from federated.deployment.layout import Layout
 from federated.deployment.server_config import ServerConfig, read_server_config
 from federated.files import write_whole
+from federated.logs import set_up_logs
 
 __all__ = ["FLEET", "Traffic", "door_app", "serve_door"]
 
@@ -191,7 +192,7 @@ def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
 
 
 def _entered(name: str) -> None:
-    _LOG.info("device %s was entered into the book", name)
+    _LOG.info("device %s was entered into the book", name, extra={"client": name})
 
 
 class _TooLarge(Exception):
@@ -270,6 +271,7 @@ def serve_door(folder: Path) -> None:
         timeout_keep_alive=75,
         ws="none",
         access_log=False,
+        log_config=None,
         log_level="warning",
         server_header=False,
         proxy_headers=False,
@@ -281,7 +283,6 @@ def serve_door(folder: Path) -> None:
 
 if __name__ == "__main__":
     os.umask(0o077)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s door: %(message)s")
-    logging.getLogger("federated").setLevel(logging.INFO)
-    _LOG.setLevel(logging.INFO)
-    serve_door(Path(sys.argv[1]).resolve())
+    _FOLDER = Path(sys.argv[1]).resolve()
+    set_up_logs("door", read_server_config(_FOLDER).log_format)
+    serve_door(_FOLDER)

@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from federated.deployment.device_metrics import EVENTS_FILE, DeviceMetrics
 from federated.deployment.training_config import TrainingConfig
+from federated.device_events import EVENTS
 from federated.errors import DeploymentError
 
 __all__ = ["OFF_SWITCHES", "environment", "join"]
@@ -77,14 +79,30 @@ def join(config: TrainingConfig, *, stop: threading.Event) -> None:
     port = config.port or _free_port()
     children = [_node(config, port, secret), _launcher(config, port, secret)]
     for child in children:
-        child.environment = environment(home)
+        child.environment = {**environment(home), EVENTS: str(config.state / EVENTS_FILE)}
+    metrics = DeviceMetrics(
+        config.state, restarts=lambda: {child.kind: child.restarts for child in children}, pinned=not config.unpinned
+    )
+    said = ""
     try:
         while not stop.wait(_LOOK):
             for child in children:
                 child.look(time.monotonic(), longest=config.max_retry_seconds)
+            said = _written(metrics, said)
     finally:
         for child in children:
             child.end()
+
+
+def _written(metrics: DeviceMetrics, said: str) -> str:
+    """Write the metrics; a disk that refuses is said once, and ends nothing."""
+    try:
+        metrics.look()
+    except OSError as error:
+        if said != str(error):
+            _LOG.warning("the device's metrics cannot be written: %s", error)
+        return str(error)
+    return ""
 
 
 def _secret(folder: Path) -> Path:
@@ -111,11 +129,13 @@ def _node(config: TrainingConfig, port: int, secret: Path) -> _Child:
         arguments.append("--insecure")
     else:
         arguments += ["--root-certificates", str(config.ca), "--auth-supernode-private-key", str(config.node_key)]
-    return _Child("supernode", {"arguments": arguments, "poll_seconds": config.poll_seconds})
+    said = {"arguments": arguments, "poll_seconds": config.poll_seconds, "log_format": config.log_format}
+    return _Child("supernode", said)
 
 
 def _launcher(config: TrainingConfig, port: int, secret: Path) -> _Child:
     said = {"address": f"127.0.0.1:{port}", "secret": str(secret), "apps": list(config.apps), "warm": config.warm}
+    said["log_format"] = config.log_format
     return _Child("launcher", said)
 
 
@@ -130,6 +150,7 @@ class _Child:
     started: float = 0.0
     again: float = 0.0
     pause: float = 1.0
+    restarts: int = 0
 
     def look(self, now: float, *, longest: float) -> None:
         """Start it, or note that it ended and when to start it again."""
@@ -142,6 +163,7 @@ class _Child:
             return
         self.pause = 1.0 if now - self.started >= _WELL else min(2 * self.pause, longest)
         self.process, self.again = None, now + self.pause
+        self.restarts += 1
         _LOG.warning("the %s ended with code %d; it is started again in %.0f s", self.kind, code, self.pause)
 
     def _start(self, now: float) -> None:

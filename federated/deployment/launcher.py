@@ -36,8 +36,10 @@ from typing import Any, NoReturn
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
+from federated.device_events import note_event
 from federated.errors import DeploymentError
 from federated.flower.records import PINNED
+from federated.logs import LogFormat, set_up_logs
 
 __all__ = ["TESTED", "Launch", "PinnedExecutor", "check_bundle", "fits", "supernode"]
 
@@ -66,6 +68,7 @@ class Launch:
         apps: SHA-256 of the bundles that may run; empty: any.
         warm: fork instead of starting Python anew.
         poll_seconds: between two looks for a message.
+        log_format: ``text`` or ``json``.
     """
 
     address: str
@@ -73,6 +76,7 @@ class Launch:
     apps: tuple[str, ...]
     warm: bool
     poll_seconds: float = 0.2
+    log_format: LogFormat = "text"
 
 
 def fits(names: Collection[tuple[str, str]] = ((_CLIENT, "install_from_fab"), (_SUPEREXEC, "get_executor"))) -> None:
@@ -246,7 +250,11 @@ def _task(launch: Launch, token: str, *, parent: int) -> None:
     unpack = module.install_from_fab
 
     def checked(content: bytes, *args: Any, **kwargs: Any) -> Path:
-        os.environ[PINNED] = check_bundle(content, launch.apps)
+        try:
+            os.environ[PINNED] = check_bundle(content, launch.apps)
+        except DeploymentError:
+            note_event({"event": "answer", "kind": "app", "outcome": "refused", "reason": "app_not_pinned"})
+            raise
         _working_alone(Path(launch.secret).with_name("working.lock"))
         installed: Path = unpack(content, *args, **kwargs)
         return installed
@@ -330,11 +338,11 @@ def _launch_of(plain: dict[str, Any]) -> Launch:
 
 
 def _main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s launcher: %(message)s")
-    _LOG.setLevel(logging.INFO)
-    logging.getLogger("flwr").propagate = False  # it has a handler of its own
     said = json.loads(sys.stdin.readline())
     kind = sys.argv[1] if len(sys.argv) > 1 else ""
+    form = said["launch"]["log_format"] if kind == "task" else said["log_format"]
+    set_up_logs("supernode" if kind == "supernode" else "launcher", form)
+    logging.getLogger("flwr").propagate = False  # it has a handler of its own
     if kind == "task":
         _in_child(lambda: _task(_launch_of(said["launch"]), said["token"], parent=said["parent"]), _NO_PIPE)
     if kind == "supernode":

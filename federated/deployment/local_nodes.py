@@ -128,6 +128,7 @@ def _training(server: ServerConfig, apps: Sequence[str]) -> dict[str, Any]:
         "state": "state",
         "apps": list(apps),
         "poll_seconds": _POLL_SECONDS,
+        "log_format": server.log_format,
     }
     if server.insecure:
         return {**found, "insecure": True}

@@ -1,5 +1,7 @@
 """The operator's process beside the SuperLink: keeps runs going, and Flower's list of nodes in step with the book.
 
+It serves the status page too (`federated.deployment.status_page`).
+
 Run as ``python -m federated.deployment.operating FOLDER``.
 """
 
@@ -9,7 +11,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,9 +20,12 @@ from federated.deployment.devices import DeviceBook
 from federated.deployment.flwr_command import FlowerLink
 from federated.deployment.layout import Layout
 from federated.deployment.nodes import sync_nodes
+from federated.deployment.overview import Gatherer
 from federated.deployment.runs import Runs
-from federated.deployment.server_config import read_server_config
+from federated.deployment.server_config import ServerConfig, read_server_config
+from federated.deployment.status_page import StatusServer
 from federated.errors import FederatedError
+from federated.logs import set_up_logs
 
 __all__ = ["keep"]
 
@@ -39,12 +45,26 @@ def keep(folder: Path, stop: threading.Event) -> None:
     runs, said = Runs(layout, config), dict[str, str]()
     book = None if config.insecure else DeviceBook(folder, clock=lambda: datetime.now(UTC))
     looks = 0
-    while not stop.wait(_LOOK):
-        if book is not None:
-            _tried("the list of devices", said, lambda: _step_nodes(book, layout))
-        if config.keep_going and looks % _RUNS_EVERY == 0:
-            _tried("the runs", said, lambda: _step_runs(runs))
-        looks += 1
+    with _status_page(layout, config):
+        while not stop.wait(_LOOK):
+            if book is not None:
+                _tried("the list of devices", said, lambda: _step_nodes(book, layout))
+            if config.keep_going and looks % _RUNS_EVERY == 0:
+                _tried("the runs", said, lambda: _step_runs(runs))
+            looks += 1
+
+
+@contextmanager
+def _status_page(layout: Layout, config: ServerConfig) -> Iterator[None]:
+    """The page, while the block runs; without it, where its port is taken: runs must go on all the same."""
+    try:
+        server = StatusServer(Gatherer(layout, config), config.status_port)
+    except OSError as error:
+        _LOG.warning("no status page on port %d: %s; choose another status_port", config.status_port, error.strerror)
+        yield
+        return
+    with server:
+        yield
 
 
 def _tried(what: str, said: dict[str, str], work: Callable[[], None]) -> None:
@@ -69,10 +89,12 @@ def _step_nodes(book: DeviceBook, layout: Layout) -> None:
 
 def _step_runs(runs: Runs) -> None:
     for submission in runs.keep_going():
-        _LOG.warning("run %s died and goes on, attempt %d", submission.name, len(submission.flower_runs))
+        attempt, about = len(submission.flower_runs), {"run": submission.name}
+        _LOG.warning("run %s died and goes on, attempt %d", submission.name, attempt, extra=about)
 
 
 if __name__ == "__main__":
     os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s operator: %(message)s")
-    keep(Path(sys.argv[1]).resolve(), threading.Event())
+    _FOLDER = Path(sys.argv[1]).resolve()
+    set_up_logs("operator", read_server_config(_FOLDER).log_format)
+    keep(_FOLDER, threading.Event())

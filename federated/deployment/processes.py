@@ -29,6 +29,8 @@ from federated.files import write_whole
 __all__ = ["Processes", "Program", "State", "programs_of"]
 
 _PATIENCE = 30.0
+_LEAVE = 120.0
+"""Seconds for all processes to end, one group after the other, each at most twelve."""
 _LONGEST_SOCKET = 90
 """Characters of a Unix socket's path, of which the system allows about 100."""
 
@@ -196,7 +198,7 @@ class Processes:
         except DeploymentError:
             return
         self._call("shutdown")
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + _LEAVE
         while _alive(pid):
             if time.monotonic() > end:
                 raise DeploymentError(f"supervisord (process {pid}) does not end")

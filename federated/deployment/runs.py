@@ -33,7 +33,7 @@ from federated.tracking import read_events
 __all__ = ["Runs", "Standing", "Submission", "app_digest"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_OWN = ("run_dir", "registry", "admission.devices", "engine", "resume", "tracking.progress")
+_OWN = ("run_dir", "registry", "admission.devices", "engine", "resume", "tracking.progress", "tracking.log_format")
 """Keys that a deployment sets by itself."""
 _FRUITLESS = 5
 """So many resumed attempts in a row without a new round, and the keeper gives up."""
@@ -296,6 +296,7 @@ class Runs:
             "engine=deployment",
             "tracking.progress=false",
             *([] if self._config.insecure else [f"admission.devices={self._layout.devices_file}"]),
+            *(["tracking.log_format=json"] if self._config.log_format == "json" else []),
             *(["resume=true"] if begun else []),
         ]
         now = self._clock()

@@ -18,6 +18,7 @@ from federated.config import STRICT
 from federated.config.wording import one_line
 from federated.errors import ConfigError
 from federated.files import write_whole
+from federated.logs import LogFormat
 
 __all__ = ["ServerConfig", "read_server_config", "write_server_config"]
 
@@ -42,6 +43,7 @@ class ServerConfig:
         max_request_mb: most bytes of one request through the door. Flower cuts messages into pieces of 5 MB.
         max_requests: most requests that the door serves at the same time.
         keep_going: submit a run again, from its last published round, when its server process died.
+        log_format: of the lines that our own processes write: ``text``, or ``json`` with one object a line.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "federation"
@@ -56,6 +58,7 @@ class ServerConfig:
     max_request_mb: Positive = 64.0
     max_requests: Annotated[int, Field(ge=1)] = 512
     keep_going: bool = True
+    log_format: LogFormat = "text"
 
     @field_validator("hosts")
     @classmethod

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from federated.deployment.certificates import make_ca, make_server_certificate
+from federated.deployment.devices import DeviceBook
 from federated.deployment.layout import Layout
 from federated.deployment.links import Link
 from federated.deployment.processes import Processes, programs_of
@@ -50,6 +52,7 @@ def make_deployment(folder: Path, config: ServerConfig) -> Layout:
             file.write(secrets.token_bytes(_SECRET_BYTES))
         if not config.insecure:
             _certify(layout, config)
+            DeviceBook(folder, clock=_now).write_devices_file()
         Link(layout, config).write_connection()
         for place in (layout.runs, layout.logs, layout.nodes):
             place.mkdir(exist_ok=True, mode=0o700)
@@ -60,14 +63,13 @@ def make_deployment(folder: Path, config: ServerConfig) -> Layout:
 
 
 def _certify(layout: Layout, config: ServerConfig) -> None:
-    from federated.deployment.certificates import make_ca, make_server_certificate
-
-    def clock() -> datetime:
-        return datetime.now(UTC)
-
-    authority = make_ca(layout.tls, name=config.name, clock=clock)
+    authority = make_ca(layout.tls, name=config.name, clock=_now)
     hosts = list(dict.fromkeys([*config.hosts, "127.0.0.1", "localhost"]))
-    make_server_certificate(layout.tls, authority, hosts=hosts, clock=clock)
+    make_server_certificate(layout.tls, authority, hosts=hosts, clock=_now)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def bring_up(folder: Path, *, say: Callable[[str], object]) -> tuple[Layout, ServerConfig, Processes]:

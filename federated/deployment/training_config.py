@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from federated.config import STRICT
 from federated.config.wording import one_line
 from federated.errors import ConfigError
+from federated.logs import LogFormat
 
 __all__ = ["TrainingConfig", "read_training_config"]
 
@@ -43,6 +44,7 @@ class TrainingConfig:
             version.
         max_retry_seconds: longest pause before a SuperNode that ended is started again.
         insecure: no TLS, no authentication: for a try on loopback.
+        log_format: of the lines that our own processes write: ``text``, or ``json`` with one object a line.
     """
 
     server: str
@@ -57,6 +59,7 @@ class TrainingConfig:
     poll_seconds: Annotated[float, Field(ge=0.1, le=60)] = 3.0
     max_retry_seconds: Annotated[float, Field(ge=1)] = 30.0
     insecure: bool = False
+    log_format: LogFormat = "text"
 
     @field_validator("server")
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from federated.config import ExperimentConfig
 from federated.delta import apply_some
 from federated.errors import BaseMismatch, ConfigError, NotNow
 from federated.flower.client_cache import cache, cached
+from federated.flower.client_events import note_answer, note_trained
 from federated.flower.client_memory import recalled, remember
 from federated.flower.client_privacy import ExampleBudget, check_limits
 from federated.flower.client_steering import Steering
@@ -69,7 +71,7 @@ def handle_query(message: Message, context: Context) -> Message:
         _ = site.update_key  # one that does not open is said before a round waits for this client
         return _when_allowed(site, lambda: name_content(site.client_id, site.max_rank))
 
-    return _guarded(message, answer)
+    return _guarded("query", message, answer)
 
 
 def handle_train(message: Message, context: Context) -> Message:
@@ -84,7 +86,7 @@ def handle_train(message: Message, context: Context) -> Message:
         check_limits(config, site)
         return _when_allowed(site, lambda: _run_task(message, site.applied_to(config), site))
 
-    return _guarded(message, answer)
+    return _guarded("train", message, answer)
 
 
 def _when_allowed(site: ClientSite, answer: Callable[[], RecordDict]) -> RecordDict:
@@ -96,12 +98,14 @@ def _when_allowed(site: ClientSite, answer: Callable[[], RecordDict]) -> RecordD
     return answer()
 
 
-def _guarded(message: Message, answer: Callable[[], RecordDict]) -> Message:
+def _guarded(kind: str, message: Message, answer: Callable[[], RecordDict]) -> Message:
+    began = time.monotonic()
     try:
         content = answer()
     except Exception as error:  # noqa: BLE001 - the boundary: whatever happened becomes a named refusal
         _LOG.debug("client refuses", exc_info=True)
         content = refusal_content("", error)
+    note_answer(kind, message, content, seconds=time.monotonic() - began)
     return Message(content, reply_to=message)
 
 
@@ -178,8 +182,10 @@ def _trained(
     start = recalled(store, task.plan, state, version_id=task.parent_version)
     steering = Steering(store, task.plan, state, round_number=task.round_number)
     steered = steering.steered(start, learning_rate=session.config.train.learning_rate)
+    began, beside = time.monotonic(), session.config.privacy.target_delta
     result = session.trainer.run(steered, task.plan, data, seed=seed, private=private)
     result = replace(result, metrics={**result.metrics, **spent})
+    note_trained(task, result.metrics, seconds=time.monotonic() - began, target_delta=beside)
     steering.remember(result.delta, steps=int(result.metrics["steps"]))
     remember(
         store,

@@ -34,6 +34,8 @@ from federated.flower.server_privacy import ServerPrivacy
 from federated.flower.session import Session, app_folder, open_session
 from federated.flower.starting import Start, start_of
 from federated.flower.strategy import DeltaStrategy
+from federated.logs import LogTracker
+from federated.mlflow_tracker import MlflowTracker
 from federated.registry import Registry, VersionRecord
 from federated.report import write_report
 from federated.run_history import history_of, result_warning
@@ -68,10 +70,14 @@ class RunSummary:
 
 @contextmanager
 def run_trackers(run_dir: Path, config: ExperimentConfig) -> Iterator[MultiTracker]:
-    """The run's trackers: JSON lines always; live display and TensorBoard when asked for. Closed on leaving."""
+    """The run's trackers: JSON lines always; others when asked for, log lines on a deployment. Closed on leaving."""
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl")]
     if config.tracking.tensorboard:
         trackers.append(TensorBoardTracker(run_dir / "tensorboard"))
+    if config.tracking.mlflow:
+        trackers.append(MlflowTracker(run_dir, uri=config.tracking.mlflow_uri, experiment=config.name))
+    if config.engine.name == "deployment" or config.tracking.log_format == "json":
+        trackers.append(LogTracker(run_dir.name))
     if config.tracking.progress:
         trackers.append(LiveDisplay())
     tracker = MultiTracker(trackers)

@@ -136,7 +136,11 @@ SHAPES = [
         None,
         "expected a section: model.KEY, where KEY is one of source, gguf_file, dtype, revision, quantization",
     ),
-    ("tracking", [1], "expected a section: tracking.KEY, where KEY is one of tensorboard, progress"),
+    (
+        "tracking",
+        [1],
+        "expected a section: tracking.KEY, where KEY is one of tensorboard, mlflow, mlflow_uri, progress, log_format",
+    ),
     (
         "data.partition",
         ["iid"],

@@ -431,3 +431,25 @@ class TestPrivacy:
         assert reply.packet is not None
         assert not [row for row in rows if row in reply.packet]
         assert all(type(value) is float for value in reply.metrics.values())
+
+
+def test_what_a_client_did_is_noted_on_its_device_and_nowhere_else(
+    ask: Reply_, task: Assignment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "events.jsonl"
+    monkeypatch.setenv("FEDPEFT_EVENTS", str(path))
+    monkeypatch.setenv("FEDPEFT_CLIENT_STORE", str(tmp_path / "store"))
+    first = ask()
+    ask()  # sent again, not trained again
+    ask(replace(task, client_id="somebody else"))
+    ask(packet=b"no packet")
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(one["event"], one.get("outcome"), one.get("reason")) for one in events] == [
+        ("trained", None, None), ("answer", "ok", None), ("answer", "ok", None), ("answer", "refused", "ConfigError"),
+        ("answer", "refused", "WireError"),
+    ]  # fmt: skip
+    assert first.packet is not None
+    assert (events[1]["bytes_up"], events[1]["run"], events[1]["round"]) == (len(first.packet), "run", 1)
+    assert events[1]["bytes_down"] > 1000
+    assert events[0]["steps"] > 0
+    assert not {"train_loss", "num_examples", "message"} & {key for one in events for key in one}

@@ -56,11 +56,11 @@ class DeviceView:
         bytes_up: of the bodies that it sent through the door, in all runs and between them.
         bytes_down: of those that it got.
         requests: how many it made.
-        app: digest of the app bundle that it has pinned, or ``unpinned``, by its own word; empty before it joined a run.
         last_round: of the newest run that it gave an update to; 0 for none.
         updates: good ones, in all runs.
         refusals: by reason code, in all runs.
         not_now: by condition of its owner: how often it said that it does not train now.
+        app: digest of the app bundle that it has pinned, or ``unpinned``, by its own word; empty before it joined.
     """
 
     client_id: str
@@ -69,11 +69,11 @@ class DeviceView:
     bytes_up: int = 0
     bytes_down: int = 0
     requests: int = 0
-    app: str = ""
     last_round: int = 0
     updates: int = 0
     refusals: Counts = field(default_factory=dict)
     not_now: Counts = field(default_factory=dict)
+    app: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from federated.files import write_whole
 __all__ = ["Processes", "Program", "State", "programs_of"]
 
 _PATIENCE = 30.0
+_WITH_PARENT = Path(__file__).with_name("with_parent.py")
 _LONGEST_SOCKET = 90
 """Characters of a Unix socket's path, of which the system allows about 100."""
 
@@ -248,7 +249,7 @@ class Processes:
 
     def _section(self, program: Program) -> Iterator[str]:
         yield f"[program:{program.name}]"
-        yield f"command={_escaped(shlex.join(program.command))}"
+        yield f"command={_escaped(shlex.join([sys.executable, '-I', '-S', str(_WITH_PARENT), *program.command]))}"
         yield f"priority={program.order}"
         yield "autorestart=true"
         yield "startretries=1000000"  # the pause grows by a second for each

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from federated.deployment.devices import DeviceBook
@@ -31,7 +32,7 @@ __all__ = ["keep"]
 
 _LOG = logging.getLogger(__name__)
 _LOOK = 2.0  # seconds
-_RUNS_EVERY = 4  # looks
+_ASK_EVERY = 4  # looks
 
 
 def keep(folder: Path, stop: threading.Event) -> None:
@@ -49,8 +50,8 @@ def keep(folder: Path, stop: threading.Event) -> None:
         while not stop.wait(_LOOK):
             if book is not None:
                 _tried("the list of devices", said, lambda: _step_nodes(book, layout))
-            if config.keep_going and looks % _RUNS_EVERY == 0:
-                _tried("the runs", said, lambda: _step_runs(runs))
+            if config.keep_going:
+                _tried("the runs", said, partial(_step_runs, runs, ask=looks % _ASK_EVERY == 0))
             looks += 1
 
 
@@ -87,8 +88,8 @@ def _step_nodes(book: DeviceBook, layout: Layout) -> None:
             _LOG.info("let in: %s; ended: %s", ", ".join(done.registered) or "-", ", ".join(done.unregistered) or "-")
 
 
-def _step_runs(runs: Runs) -> None:
-    for submission in runs.keep_going():
+def _step_runs(runs: Runs, *, ask: bool) -> None:
+    for submission in runs.keep_going(ask=ask):
         attempt, about = len(submission.flower_runs), {"run": submission.name}
         _LOG.warning("run %s died and goes on, attempt %d", submission.name, attempt, extra=about)
 

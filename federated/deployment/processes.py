@@ -31,6 +31,7 @@ __all__ = ["Processes", "Program", "State", "programs_of"]
 _PATIENCE = 30.0
 _LEAVE = 120.0
 """Seconds for all processes to end, one group after the other, each at most twelve."""
+_WITH_PARENT = Path(__file__).with_name("with_parent.py")
 _LONGEST_SOCKET = 90
 """Characters of a Unix socket's path, of which the system allows about 100."""
 
@@ -250,7 +251,7 @@ class Processes:
 
     def _section(self, program: Program) -> Iterator[str]:
         yield f"[program:{program.name}]"
-        yield f"command={_escaped(shlex.join(program.command))}"
+        yield f"command={_escaped(shlex.join([sys.executable, '-I', '-S', str(_WITH_PARENT), *program.command]))}"
         yield f"priority={program.order}"
         yield "autorestart=true"
         yield "startretries=1000000"  # the pause grows by a second for each

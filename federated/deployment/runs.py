@@ -17,8 +17,9 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from federated.deployment.links import CONNECTION, Link
 from federated.deployment.server_config import ServerConfig
 from federated.errors import ConfigError, DeploymentError
 from federated.files import write_whole
+from federated.flower.serving import last_serving
 from federated.tracking import read_events
 
 __all__ = ["Runs", "Standing", "Submission", "app_digest"]
@@ -35,6 +37,8 @@ __all__ = ["Runs", "Standing", "Submission", "app_digest"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _OWN = ("run_dir", "registry", "admission.devices", "engine", "resume", "tracking.progress", "tracking.log_format")
 """Keys that a deployment sets by itself."""
+_CAN_GO_ON = ("interrupted",)
+"""Ends that are none: the process was told to end, or Flower gave it up while they could not reach each other."""
 _FRUITLESS = 5
 """So many resumed attempts in a row without a new round, and the keeper gives up."""
 
@@ -75,8 +79,7 @@ class Standing:
     Args:
         submission: what was submitted.
         flower: Flower's word for the newest attempt, such as ``running`` or ``finished:failed``.
-        state: ``running``, ``completed``, ``failed``, ``stopped``, ``died`` (its process is gone, and it can go on) or
-            ``interrupted``.
+        state: ``running``, ``completed``, ``failed``, ``stopped``, or ``died``: its process is gone, and it can go on.
         rounds_done: newest round that made a version.
         rounds: that it shall have; 0 before it said so.
         message: why it ended.
@@ -199,8 +202,7 @@ class Runs:
         """
         submission = replace(self.submission(name), stopped=True)
         self._write(submission)  # first: the keeper must not take it for one that died
-        if submission.flower_runs and self._flower(submission.flower_runs[-1]).split(":")[0] != "finished":
-            self._link.call("stop", submission.flower_runs[-1], CONNECTION)
+        self._end_last(submission)
         return submission
 
     def logs(self, name: str) -> str:
@@ -254,41 +256,56 @@ class Runs:
             DeploymentError: if the SuperLink does not answer.
         """
         submission = self.submission(name)
-        flower = self._flower(submission.flower_runs[-1]) if submission.flower_runs else "never submitted"
+        flower = self._flower(_newest(submission))
         done, rounds, end = self._recorded(submission)
-        state = "running"
-        if flower.startswith("finished") or flower in ("never submitted", "unknown"):
-            state = str(end.get("status", "died")) if end else "died"
-            state = "stopped" if submission.stopped and state != "completed" else state
+        state = self._state(submission, end, lambda: flower)
         return Standing(submission, flower, state, done, rounds, str(end.get("message", "")) or submission.gave_up)
 
-    def keep_going(self) -> list[Submission]:
+    def _state(self, submission: Submission, end: Mapping[str, Any], flower: Callable[[], str]) -> str:
+        """By the lock that the serving process holds, by its own last word, and where it has neither, by Flower's."""
+        last = last_serving(self.folder(submission.name))
+        if last is not None and last.alive:
+            return "stopped" if submission.stopped and _over(flower()) else "running"
+        if end.get("status") not in (None, *_CAN_GO_ON):
+            return str(end["status"])
+        begun = bool(end) or (last is not None and last.since >= submission.attempted)
+        if begun or _over(flower()):
+            return "stopped" if submission.stopped else "died"
+        return "running"
+
+    def keep_going(self, *, ask: bool = True) -> list[Submission]:
         """Resume each run whose process died and that nobody stopped; give up one that gets nowhere.
+
+        Args:
+            ask: Flower, of a process that has not begun to serve its run: it takes a second of processor time, and
+                Flower misses a process after a minute.
 
         Raises:
             DeploymentError: if the SuperLink does not answer.
         """
         found = []
         for submission in self.submissions():
-            if submission.stopped or submission.gave_up or self._ended(submission):
+            if submission.stopped or submission.gave_up:
                 continue
-            standing = self.standing(submission.name)
-            if standing.state != "died":
+            done, _, end = self._recorded(submission)
+            flower = partial(self._flower, _newest(submission)) if ask else str
+            if self._state(submission, end, flower) != "died":
                 continue
             recent = submission.rounds_before[-_FRUITLESS:]
-            if len(recent) == _FRUITLESS and recent[0] >= standing.rounds_done:
+            if len(recent) == _FRUITLESS and recent[0] >= done:
                 self._write(replace(submission, gave_up=f"{_FRUITLESS} attempts in a row finished no round"))
                 continue
             found.append(self._attempt(submission, resume=True))
         return found
 
-    def _ended(self, submission: Submission) -> bool:
-        """Whether its newest attempt ended by itself, well or not: asked before Flower is, which takes a second."""
-        return bool(self._recorded(submission)[2])
-
     def _attempt(self, submission: Submission, *, resume: bool) -> Submission:
         done, _, _ = self._recorded(submission)
-        begun = resume and (self.folder(submission.name) / "run.json").is_file()
+        folder = self.folder(submission.name)
+        begun = resume and (folder / "run.json").is_file()
+        if resume:
+            self._end_last(submission)
+        if resume and not begun and folder.exists():
+            shutil.rmtree(folder)  # killed before it had a name: a new one would be put beside it, where nobody looks
         overrides = [
             *submission.overrides,
             f"run_dir={self.folder(submission.name)}",
@@ -316,7 +333,15 @@ class Runs:
         self._write(made)
         return made
 
+    def _end_last(self, submission: Submission) -> None:
+        """Tell Flower that the last attempt is over, else its messages go on to devices until their time is up."""
+        newest = _newest(submission)
+        if not _over(self._flower(newest)):
+            self._link.call("stop", newest, CONNECTION)
+
     def _flower(self, flower_run: str) -> str:
+        if not flower_run:
+            return "never submitted"
         runs = self._link.record("ls", CONNECTION, "--run-id", flower_run).get("runs") or []
         return str(runs[0].get("status", "unknown")) if runs else "unknown"
 
@@ -346,6 +371,16 @@ class Runs:
     def _write(self, submission: Submission) -> None:
         self._layout.runs.mkdir(parents=True, exist_ok=True)
         write_whole(self._path(submission.name), json.dumps(asdict(submission)).encode())
+
+
+def _newest(submission: Submission) -> str:
+    """Flower's id of the newest attempt; empty where there is none."""
+    return submission.flower_runs[-1] if submission.flower_runs else ""
+
+
+def _over(flower: str) -> bool:
+    """Whether Flower's word for a run means that its process is gone."""
+    return flower.startswith("finished") or flower in ("never submitted", "unknown")
 
 
 def _quoted(override: str) -> str:

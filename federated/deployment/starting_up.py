@@ -21,6 +21,7 @@ from federated.errors import ConfigError, DeploymentError
 __all__ = ["bring_up", "free_ports", "make_deployment"]
 
 _PATIENCE = 90.0
+_ENDING = 15.0
 _SECRET_BYTES = 32
 
 
@@ -96,9 +97,12 @@ def bring_up(folder: Path, *, say: Callable[[str], object]) -> tuple[Layout, Ser
 
 
 def _check_ports(ports: Sequence[int]) -> None:
-    taken = [port for port in ports if _answers(port)]
-    if taken:
-        raise DeploymentError(f"port {taken[0]} is in use by another program; choose another in server.yaml")
+    """What a killed manager left behind is ending, and gets a moment for it."""
+    end = time.monotonic() + _ENDING
+    while taken := [port for port in ports if _answers(port)]:
+        if time.monotonic() > end:
+            raise DeploymentError(f"port {taken[0]} is in use by another program; choose another in server.yaml")
+        time.sleep(0.2)
 
 
 def _answers(port: int) -> bool:

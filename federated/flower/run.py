@@ -29,8 +29,8 @@ from federated.files import sync_folder, write_whole
 from federated.flower.enrolled import read_devices
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.flower.run_key import kept_key
-from federated.flower.run_lock import alone
 from federated.flower.server_privacy import ServerPrivacy
+from federated.flower.serving import serving
 from federated.flower.session import Session, app_folder, open_session
 from federated.flower.starting import Start, start_of
 from federated.flower.strategy import DeltaStrategy
@@ -44,6 +44,7 @@ from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, T
 __all__ = ["Run", "RunSummary", "run_trackers", "write_versions"]
 
 _LOG = logging.getLogger(__name__)
+_ENDED = "its process was told to end; finished rounds are published"
 _PERSONAL = "each client keeps a part of the model and is measured with its own: no version of this run can be served"
 
 
@@ -147,7 +148,7 @@ class Run:
             ConfigError: if another server works on this run.
             FederatedError: what ended the run; the report covers what was finished.
         """
-        with alone(self.folder), self.open_registry() as registry:
+        with serving(self.folder), self.open_registry() as registry:
             registry.require_base(self.session.adapter.base.base_digest)
             with run_trackers(self.folder, self.config) as tracker:
                 status, message = "failed", ""
@@ -166,6 +167,10 @@ class Run:
                     raise
                 except FederatedError as error:
                     message = str(error)
+                    raise
+                except BaseException as error:
+                    if not isinstance(error, Exception):  # from outside, Flower's word that it gave the run up too
+                        status, message = "interrupted", _ENDED
                     raise
                 finally:
                     if strategy is not None:

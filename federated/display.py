@@ -23,7 +23,14 @@ __all__ = ["LiveDisplay"]
 
 Event = Mapping[str, Any]
 _PERIOD = 0.25  # seconds between looks
-_STYLES = {"ok": "green", "refused": "bold red", "failed": "bold red", "late": "yellow", "waiting": "dim"}
+_STYLES = {
+    "ok": "green",
+    "refused": "bold red",
+    "failed": "bold red",
+    "late": "yellow",
+    "not_now": "dim",
+    "waiting": "dim",
+}
 
 
 class LiveDisplay:
@@ -103,8 +110,8 @@ class LiveDisplay:
                 self._held_out[max(self._rounds, default=0)] = event["evaluation"]
             case "baseline":
                 self._baselines[str(event["name"])] = _mean(event)
-            case "warning":
-                self._warnings.append(_plain_warning(event))
+            case "warning" | "waiting":
+                self._warnings.append(_PLAIN[str(event["event"])](event))
 
     def __rich__(self) -> RenderableType:
         """Everything on the screen; called by rich's refresh thread."""
@@ -246,6 +253,10 @@ def _plain_warning(event: Event) -> str:
     return f"warning: {event.get('message')}"
 
 
+def _plain_waiting(event: Event) -> str:
+    return f"waiting: {event.get('message')}"
+
+
 def _plain_baseline(event: Event) -> str:
     return f"baseline {event.get('name')}: {_words(_mean(event))}"
 
@@ -266,6 +277,7 @@ _PLAIN: Mapping[str, Callable[[Event], str]] = {
     "round": _plain_round,
     "final": _plain_final,
     "warning": _plain_warning,
+    "waiting": _plain_waiting,
     "baseline": _plain_baseline,
     "end": _plain_end,
 }

@@ -33,8 +33,14 @@
     │       ├── NotReleased      nobody who may signed such a version
     │       └── BelowSecurityFloor
     ├── DeviceError              slots, activation, serving
+    │   ├── NotVerified          the device's agent has not verified what a client is to train from
+    │   ├── UnknownAdapter       a name that leads nowhere
     │   ├── ProbeFailed          an installed adapter does not answer as it must, or has no effect
     │   └── NoRuntime            the base model cannot be opened; no version is to blame
+    ├── DeploymentError          certificates, keys, enrolment and processes of a deployment
+    │   ├── DoorUnreachable      the deployment's door does not answer
+    │   └── EnrolmentRefused     the door, or the operator, does not let this device in
+    ├── NotNow                   a condition of the device's owner does not hold at the moment
     └── RunInterrupted           the user stopped a run (finished rounds are safe)
 
 A message says what was found, what was expected and what to do. It never contains private data.
@@ -75,9 +81,15 @@ __all__ = [
     "EndlessData",
     "NotReleased",
     "BelowSecurityFloor",
+    "DeploymentError",
     "DeviceError",
+    "NotVerified",
+    "UnknownAdapter",
     "ProbeFailed",
     "NoRuntime",
+    "DoorUnreachable",
+    "EnrolmentRefused",
+    "NotNow",
     "RunInterrupted",
 ]
 
@@ -227,12 +239,46 @@ class DeviceError(FederatedError):
     """A slot, activation or request that the device refuses."""
 
 
+class NotVerified(DeviceError):
+    """The device's agent has not verified the version that a client is asked to train from."""
+
+
+class UnknownAdapter(DeviceError):
+    """No adapter of that name is on this device; no other one answers in its place."""
+
+
 class ProbeFailed(DeviceError):
     """An adapter that was loaded does not answer as its publisher measured, or answers as the base alone does."""
 
 
 class NoRuntime(DeviceError):
     """The base model cannot be opened on this device; no version is to blame for that."""
+
+
+class DeploymentError(FederatedError):
+    """Certificates, keys, enrolled devices or processes of a deployment are not what they should be."""
+
+
+class DoorUnreachable(DeploymentError):
+    """The door of a deployment does not answer, or what answers cannot be it; worth trying again."""
+
+
+class EnrolmentRefused(DeploymentError):
+    """The door, or the operator, does not let this device in; trying again with the same invitation is no use."""
+
+
+class NotNow(FederatedError):
+    """A condition of the device's owner does not hold at the moment: no failure, and worth asking again.
+
+    Attributes:
+        condition: its name in the client's file.
+        seconds: until it is worth asking again.
+    """
+
+    def __init__(self, condition: str, *, seconds: float) -> None:
+        super().__init__(f"its owner's condition {condition!r} does not hold")
+        self.condition = condition
+        self.seconds = seconds
 
 
 class RunInterrupted(FederatedError):

@@ -120,10 +120,9 @@ def _headline(history: History, metrics: Sequence[str]) -> list[tuple[str, str, 
 
 
 def _refusals(history: History) -> str:
-    count = sum(1 for event in history.client_events.values() if event.get("status") != "ok")
-    if not count:
-        return "no update refused"
-    return f"{count} update{'s' if count > 1 else ''} refused, failed or late"
+    count = sum(1 for event in history.client_events.values() if event.get("status") not in ("ok", "not_now"))
+    words = f"{count} update{'s' if count > 1 else ''} refused, failed or late" if count else "no update refused"
+    return f"{words}, {len(history.not_now)} times not now" if history.not_now else words
 
 
 def _gain(history: History, name: str) -> str:

@@ -66,7 +66,7 @@ def text_of(row: Row, number: int) -> str:
     text = row.get("text")
     if not isinstance(text, str):
         raise DataError(f"row {number}: found {type(text).__name__} under 'text', expected a string")
-    return text
+    return _whole(text, number)
 
 
 def some_text_of(row: Row, number: int) -> str:
@@ -78,6 +78,14 @@ def some_text_of(row: Row, number: int) -> str:
     text = row.get("text")
     if not isinstance(text, str) or not text:
         raise DataError(f"row {number}: expected a text that is not empty under 'text'")
+    return _whole(text, number)
+
+
+def _whole(text: str, number: int) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"row {number}: the text holds half of a surrogate pair, which is no character") from None
     return text
 
 

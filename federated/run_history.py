@@ -9,6 +9,7 @@ belongs: 0 is the adapter before the first round, k the global adapter after rou
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -29,6 +30,7 @@ class ClientSummary:
         num_examples: training examples behind its last good update.
         rounds: rounds with a good update.
         missed: reason code to number of rounds, for updates that were refused, failed or came late.
+        not_now: condition of its owner to how often it said "not now" because of it.
         train_loss: of its last good update.
         evaluation: the last measurement of a global adapter on its held-out data.
         bytes_up: sent, in all rounds.
@@ -41,6 +43,7 @@ class ClientSummary:
     num_examples: int | None
     rounds: int
     missed: Mapping[str, int]
+    not_now: Mapping[str, int]
     train_loss: float | None
     evaluation: Event | None
     bytes_up: int
@@ -60,6 +63,7 @@ class History:
         client_events: (round number, client id) to the ``client`` event.
         held_out: 0 or a finished round's number to the evaluation of the global adapter after it.
         baselines: name to its ``baseline`` event.
+        not_now: ``not_now`` events, in order: a client takes no part for the moment, by its owner's conditions.
         final: the ``final`` event, if the run came so far.
         activations: what the device activated, in order.
         answers: what the device answered, in order.
@@ -74,6 +78,7 @@ class History:
     client_events: dict[tuple[int, str], Event] = field(default_factory=dict)
     held_out: dict[int, Event] = field(default_factory=dict)
     baselines: dict[str, Event] = field(default_factory=dict)
+    not_now: list[Event] = field(default_factory=list)
     final: Event | None = None
     activations: list[Event] = field(default_factory=list)
     answers: list[Event] = field(default_factory=list)
@@ -97,6 +102,7 @@ class History:
     def clients(self) -> list[ClientSummary]:
         """One summary per client, by name."""
         names = {client_id for _, client_id in self.client_events}
+        names |= {str(event["client_id"]) for event in self.not_now}
         names |= {name for baseline in self.baselines.values() for name in baseline.get("detail") or {}}
         return [self._summary(name) for name in sorted(names)]
 
@@ -106,7 +112,7 @@ class History:
         last = good[-1] if good else {}
         missed: dict[str, int] = {}
         for event in events:
-            if event.get("status") != "ok":
+            if event.get("status") not in ("ok", "not_now"):
                 reason = str(event.get("reason") or event.get("status"))
                 missed[reason] = missed.get(reason, 0) + 1
         measured = [event["evaluation"] for event in events if event.get("evaluation")]
@@ -116,6 +122,7 @@ class History:
             num_examples=last.get("num_examples"),
             rounds=len(good),
             missed=missed,
+            not_now=Counter(str(event["condition"]) for event in self.not_now if event["client_id"] == client_id),
             train_loss=last.get("train_loss"),
             evaluation=measured[-1] if measured else None,
             bytes_up=int(sum(_known(events, "bytes_up"))),
@@ -168,10 +175,9 @@ def _take(history: History, event: Event) -> None:
             history.final = event
         case "baseline":
             history.baselines[str(event["name"])] = event
-        case "activation":
-            history.activations.append(event)
-        case "answer":
-            history.answers.append(event)
+        case "activation" | "answer" | "not_now" as kind:
+            lists = {"activation": history.activations, "answer": history.answers, "not_now": history.not_now}
+            lists[str(kind)].append(event)
         case "end":
             history.end = event
 
@@ -191,7 +197,9 @@ def result_warning(history: History) -> str:
     """
     start, final = history.held_out.get(0, {}), history.final or {}
     before, after = start.get("loss"), (final.get("evaluation") or {}).get("loss")
-    if before is None or not final or (after is None and final.get("refused")):  # a refused client may be why
+    if before is None or not final:
+        return ""
+    if after is None and (final.get("refused") or final.get("not_now")):  # they may be why
         return ""
     if after is None:
         return f"the held-out loss of the last adapter is not finite, at the start it was {before:.6g}{_ADVICE}"

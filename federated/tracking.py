@@ -1,9 +1,9 @@
-"""Where a run's events go: JSON lines, TensorBoard, memory, or several of them at once.
+"""Where a run's events go: JSON lines, TensorBoard, memory, or several at once (`federated.mlflow_tracker`: MLflow).
 
-An event is a flat mapping with the key ``"event"`` (``"run"``, ``"round_start"``, ``"client"``, ``"round"``,
-``"dropped"``, ``"final"``, ``"warning"``, ``"baseline"``, ``"activation"``, ``"answer"``, ``"end"``) and plain values.
-Whoever drives a run emits events; a tracker writes them down. Trackers decide nothing and never change a run:
-`federated.display` shows the same events on a terminal and `federated.report` reads the JSON lines back.
+An event is a flat mapping with the key ``"event"`` (``"run"``, ``"joined"``, ``"round_start"``, ``"client"``,
+``"round"``, ``"dropped"``, ``"final"``, ``"warning"``, ``"baseline"``, ``"activation"``, ``"answer"``, ``"end"``) and
+plain values. Whoever drives a run emits events; a tracker writes them down. Trackers decide nothing and never change
+a run: `federated.display` shows the same events on a terminal and `federated.report` reads the JSON lines back.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = [
     "JsonlTracker",
     "MemoryTracker",
     "MultiTracker",
+    "Scalars",
     "TensorBoardTracker",
     "Tracker",
     "plain_event",
@@ -216,10 +217,32 @@ class MultiTracker:
             raise failures[0]
 
 
-class TensorBoardTracker:
-    """Writes the numbers of rounds, the final evaluation and baselines as TensorBoard scalars.
+class Scalars:
+    """The numbers of rounds, the final evaluation, baselines and what was spent of privacy, as ``(tag, value, step)``.
 
     A round's evaluation is of the adapter that the round *started* from, so it stands at the step before.
+    """
+
+    def __init__(self) -> None:
+        self._last_round = 0
+
+    def of(self, event: Event) -> Iterator[tuple[str, float, int]]:
+        """Those of one event; events come in their order."""
+        kind = event.get("event")
+        if kind == "round":
+            self._last_round = step = int(event["round_number"])
+            yield from _numbers("round", {key: event.get(key) for key in _ROUND_NUMBERS}, step)
+            yield from _numbers("held_out", event.get("evaluation"), step - 1)
+            accounts = (event.get("privacy") or {}).get("accounts") or ()
+            yield from _numbers("epsilon", {f"each_{one['unit']}": one.get("epsilon") for one in accounts}, step)
+        elif kind == "final":
+            yield from _numbers("held_out", event.get("evaluation"), self._last_round)
+        elif kind == "baseline":
+            yield from _numbers(f"baseline_{event.get('name')}", event.get("evaluation"), self._last_round)
+
+
+class TensorBoardTracker:
+    """Writes `Scalars` as TensorBoard scalars.
 
     Args:
         directory: folder for the event files.
@@ -236,27 +259,16 @@ class TensorBoardTracker:
             )
         self.directory = Path(directory)
         self._writer: Any = None
-        self._last_round = 0
+        self._scalars = Scalars()
 
     def emit(self, event: Event) -> None:
         """Write the event's numbers; the writer and its thread start with the first of them, after workers forked."""
-        for tag, value, step in self._scalars(event):
+        for tag, value, step in self._scalars.of(event):
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._writer = SummaryWriter(str(self.directory))
             self._writer.add_scalar(tag, value, step, walltime=event.get("time"))
-
-    def _scalars(self, event: Event) -> Iterator[tuple[str, float, int]]:
-        kind = event.get("event")
-        if kind == "round":
-            self._last_round = step = int(event["round_number"])
-            yield from _numbers("round", {key: event.get(key) for key in _ROUND_NUMBERS}, step)
-            yield from _numbers("held_out", event.get("evaluation"), step - 1)
-        elif kind == "final":
-            yield from _numbers("held_out", event.get("evaluation"), self._last_round)
-        elif kind == "baseline":
-            yield from _numbers(f"baseline_{event.get('name')}", event.get("evaluation"), self._last_round)
 
     def close(self) -> None:
         """Flush and close the event file."""

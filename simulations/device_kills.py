@@ -186,6 +186,8 @@ def _check(config: DeviceConfig, answers: Mapping[str, float], found: Kills) -> 
             if answer != answers.get(active):
                 found.faults.append(f"{active[:12]} answers {answer}, expected {answers.get(active)}")
             found.null += active == NULL
+            if agent.runtime is None and Shelf(config.state / "versions").ids():
+                found.faults.append("versions are here, and no base is open for them")
             if had is not None and had.good and active == NULL:
                 found.faults.append(f"null answers, though {had.good[-1][:12]} was known good")
         shelf = Shelf(config.state / "versions")

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from federated.cli.compose import compose
 from federated.flower import Run, use_app_folder
+from federated.logs import set_up_logs
 
 app = ServerApp()
 
@@ -21,4 +22,5 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(__file__).resolve().parent.parent
     use_app_folder(folder)
     config = compose(folder, shlex.split(str(context.run_config.get("overrides", ""))))
+    set_up_logs("serverapp", config.tracking.log_format, whole=False)
     Run(config).serve(grid)

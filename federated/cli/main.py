@@ -28,8 +28,13 @@ from federated.cli import (
     assets,
     audit,
     channel,
+    deploy,
+    deploy_devices,
     device,
     device_agent,
+    device_enrol,
+    device_join,
+    device_personal,
     privacy,
     registry,
     registry_care,
@@ -39,6 +44,7 @@ from federated.cli import (
     release,
     release_keys,
     release_look,
+    runs,
     seals,
     serve,
 )
@@ -66,9 +72,14 @@ release.app.add_typer(release_keys.app, name="keys")
 for name, command in (release_keys.COMMANDS | release_look.COMMANDS | seals.COMMANDS).items():
     release.app.command(name)(command)
 app.add_typer(release.app, name="release")
-for name, command in device_agent.COMMANDS.items():
+for name, command in (device_agent.COMMANDS | device_enrol.COMMANDS | device_join.COMMANDS).items():
     device.app.command(name)(command)
+device.app.add_typer(device_personal.app, name="personal")
 app.add_typer(device.app, name="device")
+for name, command in deploy_devices.COMMANDS.items():
+    deploy.app.command(name)(command)
+app.add_typer(deploy.app, name="deploy")
+app.add_typer(runs.app, name="run")
 app.command("serve")(serve.serve)
 app.add_typer(assets.app, name="assets")
 app.add_typer(privacy.app, name="privacy")

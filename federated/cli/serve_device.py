@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING
 from federated.errors import DeviceError, FederatedError
 
 if TYPE_CHECKING:
-    from federated.device import AdapterRuntime, Agent, DeviceConfig, HealthReport
+    from federated.device import AdapterRuntime, Agent, DeviceConfig, HealthReport, PersonalAdapters
     from federated.manifest import VersionManifest
 
 __all__ = ["Beside", "agent_beside"]
 
 _LOG = logging.getLogger("federated.device")
 _STEP = 0.1
+_LOOK = 0.5
+"""Seconds between two looks at what other processes keep of personal adapters."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,17 @@ def agent_beside(file: Path, app_dir: Path) -> Iterator[Beside]:
         return runtime
 
     agent = Agent(settings, runtime_of)
-    thread = threading.Thread(target=_work, args=(agent, opened), name="agent")
-    thread.start()
+    threads = [threading.Thread(target=_work, args=(agent, opened), name="agent")]
+    threads[0].start()
     try:
         manifest, runtime = _waited(opened)
+        threads.append(threading.Thread(target=_follow, args=(runtime, settings, agent), name="personal"))
+        threads[1].start()
         yield Beside(runtime, manifest, agent.health, lambda: _trouble(settings))
     finally:
         agent.stop()
-        thread.join()
+        for thread in threads:
+            thread.join()
 
 
 def _work(agent: Agent, opened: Future[tuple[VersionManifest, AdapterRuntime]]) -> None:
@@ -89,6 +94,29 @@ def _work(agent: Agent, opened: Future[tuple[VersionManifest, AdapterRuntime]]) 
             opened.set_exception(error)
     if not opened.done():
         opened.set_exception(DeviceError("the agent was stopped before a version was here"))
+
+
+def _follow(runtime: AdapterRuntime, settings: DeviceConfig, agent: Agent) -> None:
+    """Serve what the training client of this device keeps, as soon as it is there; damage is said once, and mended."""
+    from federated.device import PersonalAdapters
+
+    personal, said = PersonalAdapters(runtime, settings.state / "personal", follow=True), ""
+    while not agent.wait(_LOOK):
+        try:
+            for name in personal.refresh():
+                _LOG.info("personal adapter %s: %s", name, _standing(personal, name))
+            said = ""
+        except FederatedError as error:
+            if str(error) != said:
+                said = str(error)
+                _LOG.warning("personal adapters: %s", said)
+
+
+def _standing(personal: PersonalAdapters, name: str) -> str:
+    if name not in personal.names():
+        return "deleted"
+    number = personal.standing(name).number
+    return f"version {number} answers" if number else "nothing of its own answers"
 
 
 def _waited(opened: Future[tuple[VersionManifest, AdapterRuntime]]) -> tuple[VersionManifest, AdapterRuntime]:

@@ -23,6 +23,7 @@ from federated.config import ExperimentConfig, experiment_from
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 from federated.flower import RunSummary
 from federated.flower import simulate as simulate_federation
+from federated.logs import set_up_logs
 
 __all__ = ["run"]
 
@@ -98,6 +99,8 @@ def _saved(path: Path) -> dict[str, Any]:
 
 
 def _one(config: ExperimentConfig, folder: Path, console: Console) -> RunSummary:
+    if config.tracking.log_format == "json":
+        set_up_logs("simulate", "json", whole=False)
     summary = simulate_federation(config, load_client_app(folder))
     console.print(f"last version  {summary.version_id[:16]}  (weights {summary.weights_digest[:16]})", highlight=False)
     console.print(f"registry      {summary.registry}", highlight=False, soft_wrap=True)

@@ -158,8 +158,8 @@ class ExperimentConfig:
         return json.dumps(asdict(self), sort_keys=True)
 
     def for_clients(self) -> Self:
-        """The experiment as it crosses the network: without the server's own places (registry, run folder)."""
-        own: dict[str, Any] = {"gate": GateConfig(), "admission": AdmissionConfig()}
+        """The experiment as it crosses the network: without the server's own places and trackers."""
+        own: dict[str, Any] = {"gate": GateConfig(), "admission": AdmissionConfig(), "tracking": TrackingConfig()}
         return replace(self, run_dir="", registry="", registry_blobs="", start_from="", resume=False, **own)
 
     @cached_property

@@ -328,14 +328,25 @@ class EngineConfig:
     """Where simulated clients run.
 
     Args:
-        name: ``inprocess`` (one base model in memory, forked workers) or ``ray`` (Flower's own engine).
+        name: ``inprocess`` (one base model in memory, forked workers), ``ray`` (Flower's own engine) or
+            ``deployment`` (devices, through a SuperLink; ``fedpeft run submit`` sets it).
         workers: processes; 0 takes one per core, 1 is sequential in this process (in-process engine).
+        address: of a Ray cluster, ``host:port`` or ``auto``; empty: a Ray of the run's own, on this machine.
         shuffle_arrivals: seeds a random order of replies (in-process; for tests); -1 keeps the natural order.
     """
 
-    name: Literal["inprocess", "ray"] = "inprocess"
+    name: Literal["inprocess", "ray", "deployment"] = "inprocess"
     workers: Annotated[int, Field(ge=0)] = 0
+    address: Annotated[str, Field(pattern=r"^(auto|[A-Za-z0-9.-]+:[0-9]{1,5}|\[[0-9A-Fa-f:]+\]:[0-9]{1,5}|)$")] = ""
     shuffle_arrivals: Annotated[int, Field(ge=-1)] = -1
+
+    @model_validator(mode="after")
+    def _cluster_is_rays(self) -> Self:
+        if self.address and self.name != "ray":
+            raise ValueError(f"engine.address: a cluster is for engine=ray, found engine.name = {self.name}")
+        if self.address and self.workers:
+            raise ValueError("engine.workers: a cluster has one worker for each of its processors; leave it at 0")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -363,8 +374,20 @@ class TrackingConfig:
 
     Args:
         tensorboard: also write TensorBoard event files (needs the ``tensorboard`` extra).
+        mlflow: also write to MLflow (needs the ``mlflow`` extra).
+        mlflow_uri: of its tracking store; empty: files in ``mlruns`` in the run's folder.
         progress: show the live display; it falls back to plain lines where there is no terminal.
+        log_format: of the server's log lines: ``text``, or ``json`` with one object a line, which says rounds too.
     """
 
     tensorboard: bool = False
+    mlflow: bool = False
+    mlflow_uri: str = ""
     progress: bool = True
+    log_format: Literal["text", "json"] = "text"
+
+    @model_validator(mode="after")
+    def _names_a_store_that_is_used(self) -> Self:
+        if self.mlflow_uri and not self.mlflow:
+            raise ValueError("mlflow_uri is given, and mlflow is false: say tracking.mlflow=true too")
+        return self

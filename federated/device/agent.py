@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -31,9 +32,14 @@ from federated.device.journal import FAILED, Journal, State
 from federated.device.shelf import Shelf
 from federated.device.slots import NULL, AdapterRuntime
 from federated.errors import BaseMismatch, BelowSecurityFloor, ExpiredMetadata, FederatedError, ReleaseError
+from federated.files import remove_left
 from federated.release import ReleasedVersion, Source
+from federated.release.disk import translated
 
-__all__ = ["Agent"]
+__all__ = ["TICK", "Agent"]
+
+TICK = 0.25
+"""Seconds between two looks at commands and health."""
 
 
 def _utc_now() -> datetime:
@@ -74,7 +80,7 @@ class Agent:
         self._stop = threading.Event()
         self._lock = StateLock(config.state)
         self._shelf = Shelf(config.state / "versions")
-        self._releases = Releases(config, source=source, clock=clock, monotonic=monotonic, wait=self.wait)
+        self._releases = Releases(config, source=source, clock=clock, monotonic=monotonic, wait=self._between)
         self._bench = Bench(config, self._shelf, self._releases, runtime_of)
 
     def __enter__(self) -> Self:
@@ -82,7 +88,8 @@ class Agent:
 
         Raises:
             DeviceError: if another agent holds the folder, or its journal is damaged.
-            ReleaseError: if the disk refuses.
+            NoRuntime: if the base model cannot be opened.
+            ReleaseError: if the folder cannot be made or read; one that takes no more bytes serves.
         """
         self._lock.take()
         try:
@@ -129,6 +136,21 @@ class Agent:
         """Wait, and say whether to stop."""
         return self._stop.wait(seconds)
 
+    def _between(self, seconds: float) -> bool:
+        """Wait between two pieces of a transfer, and say whether to stop.
+
+        A transfer may take hours: commands that need no source, and the health of what answers, do not wait for it.
+        """
+        while not self.stopping:
+            with suppress(FederatedError):  # the next tick says it
+                self._verbs.obey(offline=True)
+                self._steps.judge()
+            if seconds <= 0:
+                return False
+            self.wait(min(seconds, TICK))
+            seconds -= TICK
+        return True
+
     def tell(self, event: str, **details: str) -> None:
         """Log an event."""
         self._steps.tell(event, **details)
@@ -155,7 +177,7 @@ class Agent:
             offered=version_id,
             declined=declined if declined == version_id else "",
         )
-        return not self._wants(version_id) or self._take(released)
+        return not self._wants(version_id) or self._take(released, by_hand=False)
 
     def tick(self) -> None:
         """Carry out commands, and look at the active version's health.
@@ -163,8 +185,10 @@ class Agent:
         Raises:
             ReleaseError: if the disk refuses.
         """
-        self._verbs.obey()
-        self._steps.judge()
+        try:
+            self._verbs.obey()
+        finally:
+            self._steps.judge()
 
     def _begin(self) -> None:
         config = self.config
@@ -186,16 +210,38 @@ class Agent:
             steps=self._steps,
             take=self._take,
         )
-        boots = self._count_start()
+        counted = self._borne(self._count_start)
         try:
-            self._shelf.sweep(self._journal.book.versions.keys())
-            self._verbs.obey(offline=True)
-            self._steps.restore()
+            self._borne(self._sweep)
+            self._borne(lambda: self._verbs.obey(offline=True))
+            self._borne(self._steps.restore)
         except FederatedError:
-            self._journal.change(boots=boots - 1)  # nothing went down: this could be said in words
+            if counted:  # nothing went down: this could be said in words
+                self._borne(lambda: self._journal.change(boots=self._journal.book.boots - 1))
             raise
 
-    def _count_start(self) -> int:
+    def _sweep(self) -> None:
+        """Remove what kills left, in the folders where this agent alone writes."""
+        metadata = self.config.state / "release" / "metadata"
+        with translated("remove what was left"):
+            for folder in (self.config.state, metadata, metadata / "roots"):
+                remove_left(folder)
+        self._shelf.sweep(self._journal.book.versions.keys())
+
+    def _borne(self, step: Callable[[], object]) -> bool:
+        """Take a step of a start; a disk that takes nothing is said, and what is installed serves all the same.
+
+        Returns:
+            Whether the disk let it.
+        """
+        try:
+            step()
+        except ReleaseError as error:
+            self._steps.tell("trouble", code=type(error).__name__, reason=str(error))
+            return False
+        return True
+
+    def _count_start(self) -> None:
         """Count this start against what is to blame if the one before came to nothing."""
         book = self._journal.book
         probed = [one for one in book.versions.values() if one.state == "probing"]
@@ -206,14 +252,13 @@ class Agent:
         self._steps.tell("started", boots=boots)
         if book.active != NULL and boots > self.config.probation.boots:
             self._steps.give_up_crashing(boots - 1)
-        return self._journal.book.boots
 
     def _wants(self, version_id: str) -> bool:
         book = self._journal.book
         kept = book.pinned or book.declined or version_id == book.active
         return not (kept or book.state(version_id) == FAILED or self.undecided)
 
-    def _take(self, released: ReleasedVersion) -> bool:
+    def _take(self, released: ReleasedVersion, *, by_hand: bool = True) -> bool:
         """Bring a released version to probation, from wherever it is; a kill meanwhile is gone on from."""
         version_id = released.record.version_id
         try:
@@ -224,8 +269,10 @@ class Agent:
                 raise BaseMismatch(
                     f"it is for the base model {released.record.base_digest[:12]}; this device has another"
                 )
+            decisions = self._verbs.decisions
             self._stage(released)
-            self._steps.bring_up(version_id)
+            if self._verbs.decisions == decisions if by_hand else self._wants(version_id):
+                self._steps.bring_up(version_id)  # else somebody decided otherwise while it came
         except FederatedError as error:
             if not is_blameless(error):
                 self._enter(released, "discovered")

@@ -81,6 +81,16 @@ class Bench:
         with nullcontext() if self._runtime is None else self._runtime.pin(digest):
             yield digest
 
+    def open_base(self, manifest: VersionManifest) -> None:
+        """Open the runtime that a version is for, if none is open; nothing is installed.
+
+        Raises:
+            BaseMismatch, DeviceError: if the record does not lead to a base.
+            NoRuntime: if the base cannot be opened.
+        """
+        with _translated(manifest.version_id):
+            self._opened(manifest)
+
     def _load(self, version_id: str) -> str:
         if version_id == NULL:
             return NULL
@@ -102,8 +112,9 @@ class Bench:
                 self._runtime = self._runtime_of(manifest)
             except (BaseMismatch, DeviceError):
                 raise  # the version is for another base, or does not say how to rebuild its model
-            except FederatedError as error:
-                raise NoRuntime(f"the base model cannot be opened: {error}") from error
+            except Exception as error:  # no memory, no file, a library's own: none of it is the version's fault
+                said = f"{error}" if isinstance(error, FederatedError) else f"{type(error).__name__}: {error}"
+                raise NoRuntime(f"the base model cannot be opened: {said}") from error
         return self._runtime
 
     def _stored(self, version_id: str) -> Stored:

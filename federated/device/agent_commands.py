@@ -61,10 +61,15 @@ class Mailbox:
         Raises:
             ReleaseError: if the disk refuses.
         """
-        name = f"{now():020d}-{secrets.token_hex(4)}"
+        name = f"{self.now(now)}-{secrets.token_hex(4)}"
         with translated("leave a command for the agent"):
             write_file(self._folder / f"{name}.json", canonical_json({"verb": verb, "version": version}))
         return name
+
+    @staticmethod
+    def now(now: Callable[[], int] = time.time_ns) -> str:
+        """What the names of commands that are sent from now on sort after."""
+        return f"{now():020d}"
 
     def waiting(self) -> list[str]:
         """Names of the commands that are to be carried out, the oldest first."""
@@ -85,7 +90,7 @@ class Mailbox:
         try:
             told = json.loads(data)
             verb, version = told["verb"], told["version"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             verb = version = None
         if verb not in get_args(Verb) or not isinstance(version, str):
             raise DeviceError(f"command {name} is none; expected one of {', '.join(get_args(Verb))} and a version")

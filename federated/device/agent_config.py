@@ -133,6 +133,7 @@ def device_config(path: Path) -> DeviceConfig:
         raise ConfigError(f"{path}: cannot read the device's configuration: {said}") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ConfigError(f"{path}: expected keys and values such as 'channel: stable', found {type(found).__name__}")
+    found.pop("training", None)  # another program's: see `federated.deployment.training_config`
     try:
         return _CONFIG.validate_python(found).below(path.absolute().parent)
     except ValidationError as error:

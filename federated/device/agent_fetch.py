@@ -51,7 +51,7 @@ class SteadySource:
         source: not trusted.
         rate: bytes per second; 0: no limit.
         monotonic: seconds that never go back.
-        wait: waits so many seconds, and says whether to stop.
+        wait: called after each piece; waits so many seconds, and says whether to stop.
     """
 
     def __init__(

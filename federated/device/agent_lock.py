@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +13,9 @@ from federated.errors import DeviceError
 from federated.release.disk import translated
 
 __all__ = ["StateLock"]
+
+_TRIES, _STEP = 10, 0.02
+"""`StateLock.is_held` takes the lock for a moment; whoever starts just then waits for it."""
 
 
 class StateLock:
@@ -22,30 +27,27 @@ class StateLock:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
 
     def take(self) -> None:
-        """Hold the folder.
+        """Hold the folder; a disk that takes nothing any more is no hindrance, where the lock's file is there.
 
         Raises:
             DeviceError: if another process holds it.
-            ReleaseError: if it cannot be written.
+            ReleaseError: if it cannot be made or opened.
         """
         with translated("hold the device's state"):
             self._folder.mkdir(parents=True, exist_ok=True)
-            file = (self._folder / "agent.lock").open("a+", encoding="ascii")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(20).strip()
+            file = _opened(self._folder / "agent.lock")
+        if not any(_locked(file) for _ in range(_TRIES)):
+            holder = file.read(20).decode("ascii", "replace").strip()
             file.close()
             raise DeviceError(
                 f"{self._folder} is held by another agent (process {holder}); stop that one first"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with suppress(OSError):  # the number is for people alone
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
         self._file = file
 
     def release(self) -> None:
@@ -65,3 +67,22 @@ class StateLock:
             except BlockingIOError:
                 return True
         return False
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """Without a buffer, so that nothing is left to be written when it is closed."""
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+    except OSError:
+        if not path.is_file():
+            raise
+        return path.open("rb", buffering=0)
+
+
+def _locked(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(_STEP)
+        return False
+    return True

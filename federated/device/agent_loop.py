@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 
-from federated.device.agent import Agent
+from federated.device.agent import TICK, Agent
 from federated.device.agent_config import DeviceConfig
 from federated.errors import FederatedError
 
 __all__ = ["Pace", "run"]
 
-TICK = 0.25
-"""Seconds between two looks at commands and health."""
+_LOG = logging.getLogger(__name__)
 
 
 class Pace:
@@ -70,9 +70,15 @@ def run(agent: Agent, *, once: bool = False, chance: random.Random | None = None
 
 
 def _guarded(agent: Agent, step: Callable[[], object]) -> bool:
-    """Whether a step went well; a full disk, for one, must not end the service."""
+    """Whether a step went well. Neither a full disk nor what nobody foresaw may end the service.
+
+    An agent that ended would be started again, and its boot counter would blame the version that serves.
+    """
     try:
         return step() is not False
     except FederatedError as error:
         agent.tell("trouble", code=type(error).__name__, reason=str(error))
-        return False
+    except Exception as error:  # noqa: BLE001 - nobody foresaw it; see above
+        _LOG.exception("unforeseen; what is installed goes on")
+        agent.tell("trouble", code=type(error).__name__, reason="unforeseen, see the process's log")
+    return False

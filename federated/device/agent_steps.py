@@ -17,7 +17,7 @@ from federated.device.health import HealthReport, judge
 from federated.device.journal import FAILED, Entry, Journal
 from federated.device.shelf import Shelf
 from federated.device.slots import NULL
-from federated.errors import DeviceError, FederatedError, NoRuntime
+from federated.errors import DeviceError, FederatedError, NoRuntime, ReleaseError
 
 __all__ = ["Steps"]
 
@@ -76,6 +76,7 @@ class Steps:
         """
         active = self._journal.book.active
         if active == NULL:
+            self._open_base()
             return
         try:
             with self._bench.held(active) as digest:
@@ -83,6 +84,7 @@ class Steps:
         except NoRuntime:
             raise
         except FederatedError as error:
+            self._open_base()  # while the record is there: null may be all that is left
             self._give_up_loading(active, error)
             return
         self.tell("serving", active, state=self._journal.book.state(active))
@@ -281,18 +283,48 @@ class Steps:
                 yield one
         yield NULL
 
+    def _open_base(self) -> None:
+        """Open the base that versions here are for, first of those that answered: null answers without any of them.
+
+        Raises:
+            NoRuntime: if it cannot be opened.
+        """
+        book = self._journal.book
+        known = dict.fromkeys((book.active, *reversed(book.trail), *reversed(book.good), *self._shelf.ids()))
+        for manifest in filter(None, map(self._shelf.manifest, known)):
+            try:
+                self._bench.open_base(manifest)
+                return
+            except NoRuntime:
+                raise
+            except FederatedError as error:
+                self.tell("passed_over", manifest.version_id, reason=str(error))
+
     def _give_up_loading(self, version_id: str, error: FederatedError) -> None:
-        """Of damaged files the version is not to blame: it may be fetched again."""
-        if self._shelf.get(version_id) is None:
-            told = {"reason": str(error), "code": type(error).__name__}
-            self._journal.enter(version_id, "discovered", entry=told, **self._go_back(), boots=0)
-            self._shelf.drop(version_id)
-            self.tell("damaged", version_id, reason=str(error))
-        elif is_blameless(error):
-            self._journal.change(**self._go_back())
-            self.tell("passed_over", version_id, reason=str(error))
-        else:
+        """Of damaged files the version is not to blame: it may be fetched again.
+
+        As with `give_up`, a disk that refuses only delays the journal.
+        """
+        damaged = self._is_damaged(version_id)
+        if not (damaged or is_blameless(error)):
             self.give_up(version_id, error)
+            return
+        change = self._go_back()
+        self._owed = lambda: self._give_up_loading(version_id, error)
+        if damaged:
+            told = {"reason": str(error), "code": type(error).__name__}
+            self._journal.enter(version_id, "discovered", entry=told, **change, boots=0)
+            self._shelf.drop(version_id)
+        else:
+            self._journal.change(**change)
+        self._owed = None
+        self.tell("damaged" if damaged else "passed_over", version_id, reason=str(error))
+
+    def _is_damaged(self, version_id: str) -> bool:
+        try:
+            return self._shelf.get(version_id) is None
+        except ReleaseError:  # it may be whole: whoever may not read it, or has too many files open, does not know
+            return False
 
     def _point(self, digest: str) -> None:
         """Move the runtime's pointer, and watch what answers from now on."""

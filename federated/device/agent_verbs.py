@@ -6,6 +6,7 @@ Each can be carried out twice without harm. What somebody decides by hand is kep
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from federated.device.agent_commands import Command, Mailbox
@@ -19,6 +20,8 @@ from federated.release import ReleasedVersion
 
 __all__ = ["Verbs"]
 
+_LOG = logging.getLogger(__name__)
+
 
 class Verbs:
     """Carries out the commands in a mailbox.
@@ -27,6 +30,9 @@ class Verbs:
         mailbox, journal, shelf, releases: of the state folder.
         steps: loads, proves and routes.
         take: brings a released version to probation; says whether source and disk did their part.
+
+    Attributes:
+        decisions: how often somebody decided by hand what answers.
     """
 
     def __init__(
@@ -45,32 +51,49 @@ class Verbs:
         self._releases = releases
         self._steps = steps
         self._take = take
+        self._under_way = self._begun = ""
+        self.decisions = 0
 
     def obey(self, *, offline: bool = False) -> None:
-        """Carry out what waits; before anything serves, only up to the first command that needs the source.
+        """Carry out what waits.
+
+        Args:
+            offline: only up to the first command that needs the source: before anything serves, and while the source
+                sends something. Where that is for an install, only what was asked after it began goes before it.
 
         Raises:
             ReleaseError: if the disk refuses.
         """
         for name in self._mailbox.waiting():
-            if offline and self._mailbox.is_install(name):
+            if name == self._under_way:
+                continue
+            if offline and (name < self._begun or self._mailbox.is_install(name)):
                 return
             if name not in {reply.name for reply in self._journal.book.replies}:
-                self._journal.change(replies=(*self._journal.book.replies, self._answer(name)))
+                reply = self._answer(name)
+                self._journal.change(replies=(*self._journal.book.replies, reply))
             self._mailbox.done(name)
 
     def _answer(self, name: str) -> Reply:
         try:
             command = self._mailbox.read(name)
             self._steps.tell("command", verb=command.verb, version=command.version)
+            self.decisions += command.verb != "unpin"
             return Reply(name, True, self._carry_out(command))
         except FederatedError as error:
             return Reply(name, False, str(error))
+        except Exception as error:  # noqa: BLE001 - whoever asked is told, and the agent goes on
+            _LOG.exception("unforeseen; what is installed goes on")
+            return Reply(name, False, f"unforeseen: {type(error).__name__}, see the agent's log")
 
     def _carry_out(self, command: Command) -> str:
         match command.verb:
             case "install":
-                return self._install(command.version)
+                self._under_way, self._begun = command.name, self._mailbox.now()
+                try:
+                    return self._install(command.version)
+                finally:
+                    self._under_way = self._begun = ""
             case "activate":
                 return self._activate(self._named(command.version))
             case "rollback":

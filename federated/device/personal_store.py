@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from federated.device.durable import read_whole, translated, write_whole
+from federated.device.records import NULL
 from federated.device.routing import check_name
 from federated.errors import DeviceError, WireError
 from federated.manifest import AdapterSpec, RawTensor, canonical_json, sha256_hex
 from federated.wire import decode_tensors, encode_tensors
 
 __all__ = ["PersonalStore", "PersonalVersion", "Standing"]
+
+_LOG = logging.getLogger(__name__)
 
 _STANDING = "standing.json"
 
@@ -39,10 +43,12 @@ class PersonalVersion:
         previous: number that it was trained from; 0: from nothing.
         weights_digest: SHA-256 of its bytes.
         base_digest: the base model.
-        onto: weights digest of the global adapter that it was trained over.
-        onto_version: version id of that one.
+        onto: weights digest of the global adapter that it was trained over; ``"null"`` of a whole adapter, which stands
+            on the base alone.
+        onto_version: version id of that one; of a whole adapter, of the global version that its training started from.
         spec: its algebra.
         metrics: what training measured.
+        recipe: of a whole adapter: what to rebuild around its weights, as a version's record says it; else empty.
     """
 
     name: str
@@ -54,6 +60,12 @@ class PersonalVersion:
     onto_version: str
     spec: AdapterSpec
     metrics: Mapping[str, float]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a whole adapter, and not one that is stacked on a global version."""
+        return self.onto == NULL
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Standing:
 
     Args:
         number: the version; 0: none, the global adapter answers alone.
-        onto: weights digest of the global adapter that it stands on.
+        onto: weights digest of the global adapter that it stands on; ``"null"`` of whole adapters.
         stale: it did not pass its probe there, so the global adapter answers alone.
     """
 
@@ -89,11 +101,14 @@ class PersonalStore:
         self._keep = keep
 
     def names(self) -> list[str]:
-        """Whose adapters are here, sorted."""
+        """Whose adapters are here, sorted; a folder without a record that can be read is told in the log."""
         with translated("list the personal adapters"):
-            records = [min(place.glob("[0-9]*.json"), default=None) for place in self._folder.glob("*")]
-        found = [self._json(record)["name"] for record in records if record is not None]
-        return sorted(str(name) for name in found)
+            records = [sorted(place.glob("[0-9]*.json")) for place in self._folder.glob("*")]
+        return sorted(filter(None, map(self._name_in, records)))
+
+    def holds(self, name: str) -> bool:
+        """Whether anything of a name is here, damaged or not."""
+        return self._place(name).exists()
 
     def standing(self, name: str) -> Standing | None:
         """Which version is in use; None for a name without any.
@@ -117,6 +132,29 @@ class PersonalStore:
             DeviceError: if the file system refuses; the pointer is as it was.
         """
         write_whole(self._place(name) / _STANDING, canonical_json(asdict(standing)))
+
+    def known(self, name: str) -> Standing:
+        """Which version is in use.
+
+        Raises:
+            DeviceError: for an unknown name, or if the file is damaged.
+        """
+        found = self.standing(name)
+        if found is None:
+            raise DeviceError(f"no personal adapter named {name!r} on this device, found {self.names()}")
+        return found
+
+    def before(self, name: str) -> Standing:
+        """Where a rollback leads: the version before, on the same global one; 0 before the first, or one that is gone.
+
+        Raises:
+            DeviceError: for an unknown name, or if a file is damaged.
+        """
+        standing = self.known(name)
+        number = self.get(name, standing.number)[0].previous if standing.number else 0
+        if number not in self.numbers(name):
+            number = 0  # pruned, or none
+        return Standing(number, standing.onto, stale=standing.stale and number > 0)
 
     def next_number(self, name: str) -> int:
         """The number of the next version: above all that are there."""
@@ -180,6 +218,14 @@ class PersonalStore:
             for ending in ("json", "safetensors"):
                 with translated("delete an old personal version"):
                     (self._place(newest.name) / f"{number}.{ending}").unlink(missing_ok=True)
+
+    def _name_in(self, records: Sequence[Path]) -> str:
+        for path in records:
+            try:
+                return self._record(path).name
+            except DeviceError as error:
+                _LOG.warning("%s", error)
+        return ""
 
     def _record(self, path: Path) -> PersonalVersion:
         told = self._json(path)

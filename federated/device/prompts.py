@@ -20,6 +20,8 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     Raises:
         DeviceError: if the prompt has no token, is not of this shape, or the template refuses it.
     """
+    if not _encodable(prompt):
+        raise DeviceError("the prompt holds half of a surrogate pair, which is no character")
     if isinstance(prompt, str):
         ids = tokenizer(prompt, verbose=False)["input_ids"]
     elif tokenizer.chat_template:
@@ -29,6 +31,15 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if not ids:
         raise DeviceError("the prompt has no token; expected a text or messages that are not empty")
     return list(ids)
+
+
+def _encodable(prompt: Prompt) -> bool:
+    texts = [prompt] if isinstance(prompt, str) else [one["content"] for one in _checked(prompt)]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def plain_chat(messages: Any) -> str:

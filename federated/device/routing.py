@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from federated.device.records import NULL
-from federated.errors import DeviceError
+from federated.errors import DeviceError, UnknownAdapter
 
 __all__ = ["Route", "Routes", "check_name"]
 
@@ -72,7 +72,7 @@ class Routes:
         A user or an arm that nobody routed falls through to the next; a name does not.
 
         Raises:
-            DeviceError: for an unknown name: answering with another adapter would look like success.
+            UnknownAdapter: for an unknown name: answering with another adapter would look like success.
         """
         if route.name is not None:
             return self._slot_of(route.name)
@@ -85,7 +85,8 @@ class Routes:
         if name == NULL:
             return NULL
         if name not in self.names:
-            raise DeviceError(f"no adapter named {name[:70]!r} on this device, found {', '.join([NULL, *self.names])}")
+            found = ", ".join([NULL, *self.names])
+            raise UnknownAdapter(f"no adapter named {name[:70]!r} on this device, found {found}")
         return self.names[name]
 
     def named(self, name: str, digest: str) -> Routes:

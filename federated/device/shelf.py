@@ -7,6 +7,7 @@ Called by `federated.device.agent`, the only writer. Imports neither torch nor S
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -26,6 +27,8 @@ __all__ = ["Shelf", "Stored"]
 
 _STORED = "stored.json"
 _STAGING = ".staging-"
+_DAMAGED = (errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EBADMSG)
+"""What a worn medium answers; a version that reads so is fetched again, as one with other bytes is."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,15 @@ class Shelf:
         Raises:
             ReleaseError: if it is there and cannot be read.
         """
-        place = self._folder / version_id
-        if not (place / _STORED).is_file():
-            return None
         with translated("read a version"):
             try:
-                return _read(place, version_id)
+                return _read(self._folder / version_id, version_id)
             except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, ReleaseError):
                 return None
+            except OSError as error:
+                if error.errno in _DAMAGED:
+                    return None
+                raise
 
     def record(self, version_id: str) -> ReleaseRecord | None:
         """What was signed of a version that is there; its weights are not read."""
@@ -106,6 +110,14 @@ class Shelf:
             return ReleaseRecord.from_custom(stored["record"], version_id)
         except (OSError, ValueError, TypeError, KeyError, ReleaseError):
             return None
+
+    def manifest(self, version_id: str) -> VersionManifest | None:
+        """The record of a version that is there, also where its weights are damaged; None if it is damaged itself."""
+        try:
+            found = VersionManifest.from_dict(json.loads((self._folder / version_id / MANIFEST).read_bytes()))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+        return found if found.version_id == version_id else None
 
     def ids(self) -> list[str]:
         """The versions that are there, sorted."""

@@ -128,6 +128,7 @@ class BufferedRounds:
         Raises:
             RegistryError: if the version cannot be stored.
         """
+        self._drop_revoked(number)
         opened, state = self._clock(), self._server.global_state
         buffer = Buffer(
             number,
@@ -145,6 +146,15 @@ class BufferedRounds:
         )
         self._published += metrics is not None
         return None if metrics is None else metric_record(metrics)
+
+    def _drop_revoked(self, number: int) -> None:
+        """Wait no longer for those whose enrolment ended while they trained."""
+        gone = {key: task.client_id for key, task in self._tasks.items() if not self._directory.allows(task.client_id)}
+        if gone:
+            self._tasks = {key: task for key, task in self._tasks.items() if key not in gone}
+            abandon(self._grid, gone)
+            clients = tuple(sorted(gone.values()))
+            _name_dropped(self._tracker, clients, round_number=number - 1, why="their devices are no longer enrolled")
 
     def _order(self, number: int) -> list[str]:
         return order_clients(
@@ -224,6 +234,7 @@ class BufferedRounds:
             pause(self._grid, self._config.round.poll_interval)
 
     def _settled(self, buffer: Buffer, task: Task, outcome: Outcome) -> None:
+        self._directory.heard([outcome])
         if outcome.status == "ok":
             self._server.counters[task.client_id] = outcome.counter
         self._tracker.emit({**outcome.as_event(buffer.number), "staleness": buffer.staleness_of(task)})

@@ -9,21 +9,25 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flwr.app import Context, Message, RecordDict
 
 from federated.config import ExperimentConfig
 from federated.delta import apply_some
-from federated.errors import BaseMismatch, ConfigError
+from federated.errors import BaseMismatch, ConfigError, NotNow
 from federated.flower.client_cache import cache, cached
+from federated.flower.client_events import note_answer, note_trained
 from federated.flower.client_memory import recalled, remember
 from federated.flower.client_privacy import ExampleBudget, check_limits
 from federated.flower.client_steering import Steering
 from federated.flower.client_store import ClientStore
+from federated.flower.conditions import require
+from federated.flower.declined import not_now_content
 from federated.flower.records import (
     Assignment,
     assignment_of,
@@ -35,11 +39,14 @@ from federated.flower.records import (
     reply_content,
 )
 from federated.flower.session import ClientSite, Session, open_session, site_of
-from federated.manifest import canonical_json, digest_of
+from federated.manifest import canonical_json, digest_of, sha256_hex
 from federated.state import AdapterState, to_raw
 from federated.training import LocalResult, client_seed
 from federated.uploads import pack
 from federated.wire import seal_update
+
+if TYPE_CHECKING:
+    from federated.flower.client_agent import DeviceSide
 
 __all__ = ["handle_query", "handle_train"]
 
@@ -47,22 +54,24 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Answer(NamedTuple):
-    """What is sent, and stored to be sent again as it was."""
+    """What is sent, and stored to be sent again as it was; ``learnt`` stays, and is None where nobody trained."""
 
     metrics: dict[str, float]
     packet: bytes
     ledger_head: str = ""
+    learnt: AdapterState | None = None
 
 
 def handle_query(message: Message, context: Context) -> Message:
-    """Answer with this client's id and the largest rank that it trains."""
+    """Answer with this client's id and the largest rank that it trains, and whether its owner lets it train now."""
 
     def answer() -> RecordDict:
         config = config_of(message)
         site = site_of(context.node_config, config)
-        return name_content(site.client_id, site.max_rank)
+        _ = site.update_key  # one that does not open is said before a round waits for this client
+        return _when_allowed(site, lambda: name_content(site.client_id, site.max_rank))
 
-    return _guarded(message, answer)
+    return _guarded("query", message, answer)
 
 
 def handle_train(message: Message, context: Context) -> Message:
@@ -75,17 +84,28 @@ def handle_train(message: Message, context: Context) -> Message:
         config = config_of(message)
         site = site_of(context.node_config, config)
         check_limits(config, site)
-        return _run_task(message, site.applied_to(config), site)
+        return _when_allowed(site, lambda: _run_task(message, site.applied_to(config), site))
 
-    return _guarded(message, answer)
+    return _guarded("train", message, answer)
 
 
-def _guarded(message: Message, answer: Callable[[], RecordDict]) -> Message:
+def _when_allowed(site: ClientSite, answer: Callable[[], RecordDict]) -> RecordDict:
+    """The answer, or "not now" where a condition of the owner does not hold; nothing was read or computed then."""
+    try:
+        require(site.conditions, Path(site.store))
+    except NotNow as error:
+        return not_now_content(site.client_id, site.max_rank, error)
+    return answer()
+
+
+def _guarded(kind: str, message: Message, answer: Callable[[], RecordDict]) -> Message:
+    began = time.monotonic()
     try:
         content = answer()
     except Exception as error:  # noqa: BLE001 - the boundary: whatever happened becomes a named refusal
         _LOG.debug("client refuses", exc_info=True)
         content = refusal_content("", error)
+    note_answer(kind, message, content, seconds=time.monotonic() - began)
     return Message(content, reply_to=message)
 
 
@@ -97,18 +117,45 @@ def _run_task(message: Message, config: ExperimentConfig, site: ClientSite) -> R
         raise ConfigError(f"adapter.rank = {task.plan.rank}: this client allows at most {site.max_rank}")
     session = replace(open_session(config), config=config)  # the cached one may be of a run of other rounds
     _check_base(task, session, site)
-    state = parse_adapter_packet(packet_of(message.content))
-    store = ClientStore(Path(site.store), run_id=task.run_id, client_id=site.client_id)
+    state, device = parse_adapter_packet(packet_of(message.content)), _device_of(site)
+    own = site.data is not None
+    store = ClientStore(Path(site.store), run_id=task.run_id, client_id=site.client_id, durable=own)
     if task.plan.mode == "evaluate":
         if not site.measures:
             return reply_content(site.client_id, task.task_token, {})
+        state = _start(device, task, session, state)
         return _evaluate(task, session, recalled(store, task.plan, state, version_id=task.parent_version))
-    answered = _answered(store, task)
+    key = _answer_key(task, config, packet_of(message.content))
+    answered = _answered(store, task, key)
     if answered is None:
+        state = _start(device, task, session, state)
         answered = _train(task, session, state=state, store=store, site=site)
+        _keep(store, task, key, answered)
+        if device is not None and answered.learnt is not None:
+            device.keep(task, answered.learnt, session)
     return reply_content(
         site.client_id, task.task_token, answered.metrics, answered.packet, ledger_head=answered.ledger_head
     )
+
+
+def _device_of(site: ClientSite) -> DeviceSide | None:
+    """The device's room is loaded where its owner says that there is an agent, and nowhere else."""
+    if site.agent is None:
+        return None
+    from federated.flower.client_agent import DeviceSide
+
+    return DeviceSide(site.agent, personal=site.personal)
+
+
+def _start(device: DeviceSide | None, task: Assignment, session: Session, received: AdapterState) -> AdapterState:
+    """What was received, or the same as the device's agent verified it.
+
+    Raises:
+        NotVerified: if it must have verified it, and has not.
+    """
+    if device is None or task.plan.cached:  # a later exchange starts from what this client trained
+        return received
+    return device.start(task, received, fresh=session.initial)
 
 
 def _evaluate(task: Assignment, session: Session, state: AdapterState) -> RecordDict:
@@ -135,8 +182,10 @@ def _trained(
     start = recalled(store, task.plan, state, version_id=task.parent_version)
     steering = Steering(store, task.plan, state, round_number=task.round_number)
     steered = steering.steered(start, learning_rate=session.config.train.learning_rate)
+    began, beside = time.monotonic(), session.config.privacy.target_delta
     result = session.trainer.run(steered, task.plan, data, seed=seed, private=private)
     result = replace(result, metrics={**result.metrics, **spent})
+    note_trained(task, result.metrics, seconds=time.monotonic() - began, target_delta=beside)
     steering.remember(result.delta, steps=int(result.metrics["steps"]))
     remember(
         store,
@@ -152,11 +201,13 @@ def _trained(
 
 
 def _train(task: Assignment, session: Session, *, state: AdapterState, store: ClientStore, site: ClientSite) -> _Answer:
-    head = ""
+    head, learnt = "", None
+    signing_key = site.update_key  # before anything is trained, and charged
     if task.plan.cached:
         start, result = cached(store, task, state)
     else:
         start, result, head = _trained(task, session, state=state, store=store, site=site)
+        learnt = apply_some(start, result.delta)
     packet = seal_update(
         to_raw(pack(task.plan, start, result.delta)),
         run_id=task.run_id,
@@ -170,27 +221,39 @@ def _train(task: Assignment, session: Session, *, state: AdapterState, store: Cl
         spec=state.spec,
         plan_digest=task.plan.digest,
         num_examples=result.num_examples,
+        signing_key=signing_key,
     )
-    answer = _Answer(_finite(result.metrics), packet, head)
-    line = canonical_json({"metrics": answer.metrics, "ledger_head": head})  # canonical JSON holds no line break
-    store.put(task.round_number, _answer_key(task), line + b"\n" + packet)
-    return answer
+    return _Answer(_finite(result.metrics), packet, head, learnt)
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
-def _answer_key(task: Assignment) -> str:
-    return f"answer-{task.plan.phase}-{digest_of([task.task_token, task.plan.digest])[:24]}"
+def _answer_key(task: Assignment, config: ExperimentConfig, packet: bytes) -> str:
+    """Names an answer by all that it depends on: a round that is done again may start elsewhere, or ask for more."""
+    asked = [task.task_token, task.plan.digest, task.parent_version, config.parts_json, sha256_hex(packet)]
+    return f"answer-{task.plan.phase}-{digest_of(asked)[:24]}"
 
 
-def _answered(store: ClientStore, task: Assignment) -> _Answer | None:
-    """The answer given to this very task before: sent again as it was, not computed a second time."""
-    line, _, packet = (store.get(task.round_number, _answer_key(task)) or b"").partition(b"\n")
-    if not packet:
+def _keep(store: ClientStore, task: Assignment, key: str, answer: _Answer) -> None:
+    kept = {"metrics": answer.metrics, "ledger_head": answer.ledger_head, "packet": sha256_hex(answer.packet)}
+    store.put(task.round_number, key, canonical_json(kept) + b"\n" + answer.packet)  # the JSON holds no line break
+
+
+def _answered(store: ClientStore, task: Assignment, key: str) -> _Answer | None:
+    """The answer given to this very task before: sent again as it was, not computed a second time.
+
+    What the disk did not keep whole is no answer: it is computed, and charged, anew.
+    """
+    line, _, packet = (store.get(task.round_number, key) or b"").partition(b"\n")
+    try:
+        kept = json.loads(line)
+        whole = kept["packet"] == sha256_hex(packet)
+    except (ValueError, KeyError, TypeError):
         return None
-    kept = json.loads(line)
+    if not whole:
+        return None
     return _Answer(kept["metrics"], packet, kept["ledger_head"])
 
 

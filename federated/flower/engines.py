@@ -23,6 +23,7 @@ from federated.data import check_source
 from federated.errors import ConfigError, FederatedError, RunInterrupted
 from federated.flower.forking import cheap_forks
 from federated.flower.inprocess import InProcessGrid, default_workers
+from federated.flower.ray_cluster import connect
 from federated.flower.run import Run, RunSummary
 from federated.flower.session import open_session, use_client_store
 from federated.flower.stoppable import StoppableGrid
@@ -30,6 +31,8 @@ from federated.flower.stoppable import StoppableGrid
 __all__ = ["run_inprocess", "run_ray", "simulate"]
 
 T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
 
 _GRACE = 30.0
 """Seconds that a stopped run may take to write its report."""
@@ -52,6 +55,11 @@ def simulate(config: ExperimentConfig, client_app: ClientApp) -> RunSummary:
     Raises:
         FederatedError: before anything starts, for whatever cannot run; later, for what ended the run.
     """
+    if config.engine.name == "deployment":
+        raise ConfigError(
+            "engine.name = 'deployment': clients are devices there, not part of this machine; 'fedpeft deploy up' "
+            "starts one here, 'fedpeft run submit' takes the same overrides"
+        )
     torch.set_num_threads(1)  # before anything computes: forked workers must not inherit a thread pool
     _check_data(config)
     run = Run(config)
@@ -87,10 +95,10 @@ def run_inprocess(serve: Callable[[Grid], T], client_app: ClientApp, *, num_node
 
 
 def run_ray(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int, config: EngineConfig) -> T:
-    """Serve on Flower's Ray engine: one actor per worker, one CPU each.
+    """Serve on Flower's Ray engine: one actor per worker, one CPU each; on a cluster as many as it has.
 
     Raises:
-        ConfigError: if Ray is not installed.
+        ConfigError: if Ray is not installed, or there is no cluster at ``engine.address``.
         RunInterrupted: on Ctrl-C.
     """
     if importlib.util.find_spec("ray") is None:
@@ -114,6 +122,9 @@ def run_ray(serve: Callable[[Grid], T], client_app: ClientApp, *, num_nodes: int
             over.set()
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what befell a client is in its round's record
+    if config.address:
+        machines = connect(config.address)
+        _LOG.info("Ray cluster %s: %d machines", config.address, machines)
     workers = min(config.workers or default_workers(), num_nodes)
     try:
         run_simulation(

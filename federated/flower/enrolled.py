@@ -15,14 +15,14 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from federated.errors import ConfigError
 
-__all__ = ["FORMAT", "Device", "read_devices"]
+__all__ = ["FORMAT", "Device", "Enrolment", "read_devices", "read_enrolment"]
 
 FORMAT = 1
 _KEY_BYTES = 32
@@ -44,30 +44,76 @@ class Device:
     update_key: bytes
 
 
+@dataclass(frozen=True)
+class Enrolment:
+    """The whole file: those that may take part, and why the others may not.
+
+    Args:
+        devices: client id to device, of those that are approved.
+        others: client id to state, of the others.
+        names: node key to client id, of all that name one; who is approved comes before who is not.
+    """
+
+    devices: Mapping[str, Device] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def name_of(self, node_key: str) -> str | None:
+        """The client that a node key was enrolled for, if any."""
+        return self.names.get(node_key)
+
+
 def read_devices(path: Path) -> Mapping[str, Device]:
     """Client id to device, of those that are approved.
 
     Raises:
-        ConfigError: if the file cannot be read or is not of this format: nobody is let in then.
+        ConfigError: as `read_enrolment` does.
+    """
+    return read_enrolment(path).devices
+
+
+def read_enrolment(path: Path) -> Enrolment:
+    """Read the file.
+
+    Raises:
+        ConfigError: if it cannot be read, is not of this format, or has one node key for two approved devices: nobody
+            is let in then.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise ConfigError(f"admission.devices = {path}: format {found['format']!r}, expected {FORMAT}")
-        devices = [_device(name, one) for name, one in found["devices"].items() if one["state"] == "approved"]
+        devices = {name: _device(name, one) for name, one in found["devices"].items() if one["state"] == "approved"}
+        rest = {name: one for name, one in found["devices"].items() if name not in devices}
+        names = {line: name for name, one in rest.items() if (line := _key_line(one.get("node_key", "")))}
+        states = {name: str(one["state"]) for name, one in rest.items()}
+        return Enrolment(devices, states, names | _names(devices.values()))
     except OSError as error:
         raise ConfigError(f"admission.devices = {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"admission.devices = {path}: not a file of enrolled devices: {error!r}") from None
-    return {device.client_id: device for device in devices}
+
+
+def _names(devices: Iterable[Device]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for device in devices:
+        if device.node_key in names:
+            raise ValueError(f"{names[device.node_key]!r} and {device.client_id!r} have the same node key")
+        names[device.node_key] = device.client_id
+    return names
+
+
+def _key_line(text: object) -> str:
+    """Kind and body of a key, without its comment."""
+    return " ".join(str(text).split()[:_LINE_PARTS])
 
 
 def _device(client_id: str, one: Mapping[str, Any]) -> Device:
-    parts = str(one["node_key"]).split()
+    node_key = _key_line(one["node_key"])
     try:
         update_key = base64.b64decode(one["update_key"], validate=True)
     except binascii.Error:
         update_key = b""
-    if len(update_key) != _KEY_BYTES or len(parts) < _LINE_PARTS:
+    if len(update_key) != _KEY_BYTES or len(node_key.split()) < _LINE_PARTS:
         raise ValueError(f"device {client_id!r} has no usable keys")
-    return Device(client_id, " ".join(parts[:_LINE_PARTS]), update_key)
+    return Device(client_id, node_key, update_key)

@@ -152,6 +152,7 @@ class InProcessGrid(Grid):
     """
 
     waits = True
+    keyless = True
 
     def __init__(self, client_app: ClientApp, num_nodes: int, *, workers: int = 1, shuffle: int | None = None) -> None:
         if workers > 1 and "fork" not in multiprocessing.get_all_start_methods():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from flwr.app import Message
@@ -30,14 +30,25 @@ class TaskWriter:
         run_id: the run.
         base_digest: the base model that updates must belong to.
         secret: key of the task tokens.
+        update_key: what a client's update must be signed with; None where it need not.
     """
 
-    def __init__(self, config: ExperimentConfig, *, rule: Rule, run_id: str, base_digest: str, secret: bytes) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        *,
+        rule: Rule,
+        run_id: str,
+        base_digest: str,
+        secret: bytes,
+        update_key: Callable[[str], bytes | None] = lambda _: None,
+    ) -> None:
         self._config = config
         self._rule = rule
         self._run_id = run_id
         self._base_digest = base_digest
         self._secret = secret
+        self._update_key = update_key
 
     def write(
         self,
@@ -145,4 +156,5 @@ class TaskWriter:
             plan_digest=assignment.plan.digest,
             max_examples=self._config.round.max_examples,
             last_counter=last_counter,
+            update_key=self._update_key(assignment.client_id),
         )

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from federated.config import ExperimentConfig, experiment_from
 from federated.corrections import CORRECTIONS
-from federated.errors import FederatedError, WireError
+from federated.errors import FederatedError, NotVerified, WireError
+from federated.flower.declined import NOT_NOW, Declined
 from federated.manifest import AdapterSpec, TrainPlan, canonical_json
 from federated.sparse import factor_shapes, fill, split, thin
 from federated.state import AdapterState, Tensors, from_raw, to_raw
@@ -30,6 +32,7 @@ from federated.wire import DEFAULT_LIMITS, decode_packet, encode_packet
 
 __all__ = [
     "PACKET_STYPE",
+    "PINNED",
     "Assignment",
     "Reply",
     "adapter_packet",
@@ -48,6 +51,9 @@ __all__ = [
 
 PACKET_STYPE = "fedpeft.packet"
 """Serialisation type of our Array: bytes that only `federated.wire` reads."""
+
+PINNED = "FEDPEFT_PINNED_APP"
+"""Environment variable by which a device's launcher says which bundle it checked, or that it checks none."""
 
 _LARGEST_METRIC = 1e30
 """A larger claim is no measurement, and weighted means of such claims would not be finite."""
@@ -134,6 +140,8 @@ class Reply:
     message: str | None = None
     rank: int | None = None
     ledger_head: str = ""
+    declined: Declined | None = None
+    app: str = ""
 
     @classmethod
     def from_message(cls, message: Message) -> Self:
@@ -158,6 +166,8 @@ class Reply:
             message=_shown(head["message"], 500) if "message" in head else None,
             rank=_rank_of(head),
             ledger_head=_digest_in(head),
+            declined=_declined_in(head),
+            app=_shown(head.get("app", ""), 64),
         )
 
 
@@ -168,6 +178,12 @@ def _rank_of(head: ConfigRecord) -> int | None:
     """The capacity that a client declares, where it is a number."""
     rank = head.get("rank")
     return rank if type(rank) is int and rank >= 1 else None
+
+
+def _declined_in(head: ConfigRecord) -> Declined | None:
+    if head.get("reason") != NOT_NOW:
+        return None
+    return Declined.claimed(_shown(head.get("condition", ""), 64), head.get("ask_again"))
 
 
 def _digest_in(head: ConfigRecord) -> str:
@@ -280,8 +296,13 @@ def packet_of(content: RecordDict) -> bytes:
 
 
 def name_content(client_id: str, rank: int) -> RecordDict:
-    """A client's answer to the query: its name, and the largest rank that it trains."""
-    return RecordDict({"reply": ConfigRecord({"client_id": client_id, "task_token": "", "rank": rank})})
+    """A client's answer to the query: its name, the largest rank that it trains, and what app its owner lets run.
+
+    The last is what the launcher said in this process: the digest of the pinned bundle, or ``unpinned``; and
+    ``unpinned`` where there is no such launcher.
+    """
+    app = os.environ.get(PINNED, "unpinned")
+    return RecordDict({"reply": ConfigRecord({"client_id": client_id, "task_token": "", "rank": rank, "app": app})})
 
 
 def query_content(config: ExperimentConfig) -> RecordDict:
@@ -360,5 +381,5 @@ def refusal_content(client_id: str, error: Exception) -> RecordDict:
     """
     known = isinstance(error, FederatedError)
     text = _PATH.sub(r"\1", str(error)) if known else "unexpected error on the client; its own log has the details"
-    reason = type(error).__name__
+    reason = "not_verified" if isinstance(error, NotVerified) else type(error).__name__
     return RecordDict({"reply": ConfigRecord({"client_id": client_id, "reason": reason, "message": text})})

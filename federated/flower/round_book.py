@@ -1,14 +1,16 @@
 """One round's book: who was asked, what came back, and why something was not taken.
 
 Every member of the cohort ends with exactly one outcome: ``ok``, ``refused`` (came, and failed a check), ``failed``
-(the client said that it could not), or ``late``. One bad client never ends a round.
+(the client said that it could not), ``late``, or ``not_now`` (a condition of its owner does not hold: it counts as if
+it had not been asked). One bad client never ends a round.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,13 +18,14 @@ from flwr.app import Message
 
 from federated.delta import Update
 from federated.errors import UpdateRejected, WireError
+from federated.flower.declined import NOT_NOW, Declined
 from federated.flower.records import Reply
 from federated.manifest import TensorLayout, TrainPlan
 from federated.state import AdapterState, from_raw
 from federated.uploads import unpack
 from federated.wire import Expectation, Limits, admit, bad_positions
 
-__all__ = ["Outcome", "RoundBook", "evaluation_of", "pooled_evaluation", "whole_round"]
+__all__ = ["Outcome", "RoundBook", "evaluation_of", "not_now", "pooled_evaluation", "refusals", "whole_round"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,9 +48,11 @@ class Outcome:
     seconds: float = 0.0
     counter: int = 0
     ledger_head: str = ""
+    declined: Declined | None = None
 
     def as_event(self, round_number: int) -> dict[str, Any]:
         """The ``client`` event of the run's metrics."""
+        condition = {"condition": self.declined.condition} if self.declined else {}
         return {
             "event": "client",
             "round_number": round_number,
@@ -62,11 +67,27 @@ class Outcome:
             "bytes_down": self.bytes_down,
             "update_norm": self.update_norm,
             "evaluation": evaluation_of(self.metrics),
+            **condition,
         }
 
     def as_refusal(self) -> dict[str, Any]:
         """Who and why, for a round's list of refusals."""
         return {"client_id": self.client_id, "reason": self.reason, "message": self.message}
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether something went wrong: neither a good update nor a client that takes no part now."""
+        return self.status not in ("ok", NOT_NOW)
+
+
+def refusals(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    """Those with which something went wrong, and what."""
+    return [outcome.as_refusal() for outcome in outcomes if outcome.is_refusal]
+
+
+def not_now(outcomes: Iterable[Outcome]) -> dict[str, str]:
+    """Clients that take no part now, by name: which condition of their owner does not hold."""
+    return {outcome.client_id: outcome.declined.condition for outcome in outcomes if outcome.declined}
 
 
 def evaluation_of(metrics: Mapping[str, float]) -> dict[str, float] | None:
@@ -159,6 +180,10 @@ class RoundBook:
         """The clients that were asked."""
         return sorted(self._expected)
 
+    def quorum(self, share: float) -> int:
+        """Good updates that make so large a share of those that were asked and did not say "not now"."""
+        return math.ceil(share * (len(self._expected) - len(not_now(self.outcomes))) - 1e-9)
+
     @property
     def seconds(self) -> float:
         """Time since the round was opened."""
@@ -194,6 +219,9 @@ class RoundBook:
 
     def _admit(self, client_id: str, message: Message) -> Update | None:
         reply = Reply.from_message(message)
+        if reply.declined is not None:
+            self._note(client_id, NOT_NOW, reason=NOT_NOW, message=reply.message, declined=reply.declined)
+            return None
         if reply.reason is not None:
             self._note(client_id, "failed", reason=reply.reason, message=reply.message)
             return None

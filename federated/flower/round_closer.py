@@ -111,7 +111,8 @@ class RoundCloser:
             moved = self._server.apply(found)
         except AggregationError as error:
             self._server.finished = number
-            _LOG.warning("round %d: %s: the global adapter stays as it was", number, error)
+            about = {"round": number}
+            _LOG.warning("round %d: %s: the global adapter stays as it was", number, error, extra=about)
             version = self._server.version_id
             event = round_event(
                 outcomes, round_number=number, seconds=seconds, version_id=version, missed=str(error), measured=measured

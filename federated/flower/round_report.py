@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from federated.flower.round_book import Outcome, pooled_evaluation
+from federated.flower.round_book import Outcome, not_now, pooled_evaluation, refusals
 from federated.manifest import VersionManifest
 
 __all__ = ["round_event", "train_metrics"]
@@ -64,7 +64,8 @@ def round_event(
         "bytes_up": sum(outcome.bytes_up for outcome in outcomes),
         "bytes_down": sum(outcome.bytes_down for outcome in outcomes),
         "seconds": round(seconds, 3),
-        "refused": [outcome.as_refusal() for outcome in outcomes if outcome.status != "ok"],
+        "refused": refusals(outcomes),
+        "not_now": not_now(outcomes),
         "evaluation": {**evaluation, "version_id": started_from} if evaluation else None,
         "message": None if manifest else f"{missed}: the global adapter stays as it was",
     }

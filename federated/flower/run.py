@@ -1,7 +1,8 @@
 """One run on the server's side: its folder, registry, trackers and strategy, from a config to a report.
 
-The folder holds ``config.yaml`` (resolved), ``run.json`` (ids), ``metrics.jsonl``, ``registry/`` unless the config
-names another, ``versions.json`` and ``report.html``. Engines hand `Run.serve` a Grid; nothing here knows which.
+The folder holds ``config.yaml`` (resolved), ``run.json`` (ids), ``tasks.key`` (`federated.flower.run_key`),
+``metrics.jsonl``, ``registry/`` unless the config names another, ``versions.json`` and ``report.html``. Engines hand
+`Run.serve` a Grid; nothing here knows which.
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ from federated.aggregation import check_combination, make_rule
 from federated.config import ExperimentConfig
 from federated.display import LiveDisplay
 from federated.errors import ConfigError, FederatedError, NotEnoughUpdates, RunInterrupted, StorageFull, VersionNotFound
+from federated.files import sync_folder, write_whole
+from federated.flower.enrolled import read_devices
 from federated.flower.publisher import RegistryPublisher, TrainingState
+from federated.flower.run_key import kept_key
 from federated.flower.server_privacy import ServerPrivacy
+from federated.flower.serving import serving
 from federated.flower.session import Session, app_folder, open_session
 from federated.flower.starting import Start, start_of
 from federated.flower.strategy import DeltaStrategy
+from federated.logs import LogTracker
+from federated.mlflow_tracker import MlflowTracker
 from federated.registry import Registry, VersionRecord
 from federated.report import write_report
 from federated.run_history import history_of, result_warning
@@ -37,6 +44,7 @@ from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, T
 __all__ = ["Run", "RunSummary", "run_trackers", "write_versions"]
 
 _LOG = logging.getLogger(__name__)
+_ENDED = "its process was told to end; finished rounds are published"
 _PERSONAL = "each client keeps a part of the model and is measured with its own: no version of this run can be served"
 
 
@@ -63,10 +71,14 @@ class RunSummary:
 
 @contextmanager
 def run_trackers(run_dir: Path, config: ExperimentConfig) -> Iterator[MultiTracker]:
-    """The run's trackers: JSON lines always; live display and TensorBoard when asked for. Closed on leaving."""
+    """The run's trackers: JSON lines always; others when asked for, log lines on a deployment. Closed on leaving."""
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl")]
     if config.tracking.tensorboard:
         trackers.append(TensorBoardTracker(run_dir / "tensorboard"))
+    if config.tracking.mlflow:
+        trackers.append(MlflowTracker(run_dir, uri=config.tracking.mlflow_uri, experiment=config.name))
+    if config.engine.name == "deployment" or config.tracking.log_format == "json":
+        trackers.append(LogTracker(run_dir.name))
     if config.tracking.progress:
         trackers.append(LiveDisplay())
     tracker = MultiTracker(trackers)
@@ -98,6 +110,10 @@ class Run:
             config = replace(config, registry=str(Path(config.registry).resolve()))
         if config.registry_blobs and "://" not in config.registry_blobs:
             config = replace(config, registry_blobs=str(Path(config.registry_blobs).resolve()))
+        if config.admission.devices:
+            devices = Path(config.admission.devices).resolve()
+            read_devices(devices)
+            config = replace(config, admission=replace(config.admission, devices=str(devices)))
         self.session: Session = open_session(config)
         self.clients = len(self.session.source.client_ids)
         self.folder, self.run_id = self._folder(config)
@@ -116,7 +132,7 @@ class Run:
             run_id = f"{config.name}-{secrets.token_hex(4)}"
             _write_config(folder, config)
             record = {"run_id": run_id, "name": config.name, "code_version": __version__}
-            (folder / "run.json").write_text(json.dumps(record))
+            _write(folder / "run.json", json.dumps(record))
         except OSError as error:
             raise ConfigError(f"run_dir = {folder}: {error.strerror}; choose another with run_dir=") from None
         except (ValueError, KeyError):
@@ -129,9 +145,10 @@ class Run:
         Raises:
             RunInterrupted: on Ctrl-C.
             NotEnoughUpdates: if no round moved the global adapter.
+            ConfigError: if another server works on this run.
             FederatedError: what ended the run; the report covers what was finished.
         """
-        with self.open_registry() as registry:
+        with serving(self.folder), self.open_registry() as registry:
             registry.require_base(self.session.adapter.base.base_digest)
             with run_trackers(self.folder, self.config) as tracker:
                 status, message = "failed", ""
@@ -150,6 +167,10 @@ class Run:
                     raise
                 except FederatedError as error:
                     message = str(error)
+                    raise
+                except BaseException as error:
+                    if not isinstance(error, Exception):  # from outside, Flower's word that it gave the run up too
+                        status, message = "interrupted", _ENDED
                     raise
                 finally:
                     if strategy is not None:
@@ -224,8 +245,21 @@ class Run:
             tracker=tracker,
             run_id=self.run_id,
             resume=saved,
+            secret=self._secret(tracker),
             privacy=self._private(saved),
         )
+
+    def _secret(self, tracker: Tracker) -> bytes:
+        """The key of the task tokens, the one that the run had before it was stopped."""
+        key, is_new = kept_key(self.folder)
+        if self.config.resume and is_new:
+            message = (
+                "the run's folder holds no key of its task tokens: clients that had answered the round that is done "
+                "again do not know it again, train once more, and are charged once more"
+            )
+            _LOG.warning("%s", message)
+            tracker.emit({"event": "warning", "message": message})
+        return key
 
     def start(self, registry: Registry, *, resumed: bool = False) -> Start:
         """What round 1 starts from; a resumed run has left it behind, and ``start_from`` may mean another by now.
@@ -326,10 +360,14 @@ def version_row(record: VersionRecord) -> dict[str, Any]:
 
 
 def _write_config(folder: Path, config: ExperimentConfig) -> None:
-    """The resolved configuration, whole or as it was before."""
-    temporary = folder / ".config.yaml"
-    temporary.write_text(yaml.safe_dump(replace(config, resume=False).to_dict(), sort_keys=False))
-    temporary.replace(folder / "config.yaml")
+    """The resolved configuration."""
+    _write(folder / "config.yaml", yaml.safe_dump(replace(config, resume=False).to_dict(), sort_keys=False))
+
+
+def _write(path: Path, text: str) -> None:
+    """A small file, whole or as it was before, whatever ends this process."""
+    write_whole(path, text.encode())
+    sync_folder(path.parent)
 
 
 def _fresh(folder: Path) -> Path:

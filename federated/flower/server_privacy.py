@@ -2,7 +2,8 @@
 
 Each round is charged before anybody is asked, and again when it is run again: a crash between the charge and the
 release costs budget and no privacy. Ledger, cohort key, division into groups and the noise that the next round goes on
-from live in the run's folder; without a folder they are as long-lived as the strategy.
+from live in the run's folder; without a folder they are as long-lived as the strategy. A sampled cohort is drawn anew
+for a round that is done again: the same one twice would be no second independent sample, and the account counts two.
 
 What it does not cover is listed beside every epsilon (`federated.privacy.account.NOT_PROTECTED`): it belongs to the
 server's own records, and a version's manifest has none of it.
@@ -10,6 +11,7 @@ server's own records, and a version's manifest has none of it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -28,10 +30,12 @@ from federated.privacy.fixed_groups import FixedGroups
 from federated.privacy.ledger import Ledger
 from federated.privacy.noise_chain import NoiseChain, Place
 from federated.privacy.server_budget import ServerBudget
+from federated.tracking import Tracker
 from federated.uploads import layout
 
 __all__ = ["ServerPrivacy", "choose_cohort"]
 
+_LOG = logging.getLogger(__name__)
 _KEY, _GROUPS, _NOISE, _LEDGER = "cohorts.key", "groups.json", "noise.history", "privacy_ledger.jsonl"
 
 
@@ -109,18 +113,19 @@ class ServerPrivacy:
             ledger.close()
             raise
 
-    def plan(self, present: Collection[str]) -> None:
+    def plan(self, present: Collection[str], resting: Collection[str] = ()) -> None:
         """Fix the round's planned cohort; the first call fixes the population of sampled cohorts and of groups.
 
         Args:
             present: the clients that are there.
+            resting: those that said "not now": they belong to a population, and may be drawn and not be there.
 
         Raises:
             PrivacyError: if ``target_delta`` promises nothing to so many clients, so small a cohort leaves no budget
                 for the updates, so few clients cannot be divided, or the cohort key or the groups cannot be kept.
         """
         if self._cohorts is None:
-            self._cohorts = self._made_cohorts(present)
+            self._cohorts = self._made_cohorts({*present, *resting})
         population = len(self._cohorts.population) if self._cohorts else len(present)
         if self._config.privacy.target_delta * population >= 1:
             raise PrivacyError(too_likely(self._config.privacy.target_delta, population))
@@ -142,14 +147,24 @@ class ServerPrivacy:
             return FixedGroups(present, **division)
         return FixedGroups.of_run(self._folder / _GROUPS, present, **division, fresh=not self.budget.events)
 
-    def charge(self, round_number: int) -> None:
+    def charge(self, round_number: int) -> str:
         """Charge a round ahead of it.
+
+        Returns:
+            What is to be said of it: that it was charged before, when it published nothing; mostly nothing.
 
         Raises:
             BudgetExhausted: if it would take epsilon above the target; nothing is charged then.
         """
         self._before = self.budget.mark
         self.budget.charge(round_number)
+        times = self.budget.times_charged(round_number)
+        if times < 2:
+            return ""
+        return (
+            f"round {round_number} was charged before and published nothing: it is done again, and charged again "
+            f"({times} times now), although nobody saw what it had computed: epsilon is not too small by that"
+        )
 
     def draw(self, present: Collection[str], round_number: int) -> tuple[str, ...]:
         """The round's cohort among those that are there.
@@ -211,6 +226,8 @@ def choose_cohort(
     *,
     standings: Mapping[str, Standing],
     privacy: ServerPrivacy | None = None,
+    tracker: Tracker | None = None,
+    resting: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Who takes part in a round; with client-level privacy it is planned and charged first.
 
@@ -220,13 +237,19 @@ def choose_cohort(
         present: the clients that are there.
         standings: what is known of each.
         privacy: of the run, where there is any.
+        tracker: takes a ``warning`` event where a round is charged once more.
+        resting: clients that said "not now": they are not asked.
 
     Raises:
         BudgetExhausted: if the round does not fit what is left; nobody is asked then.
     """
     if privacy is not None:
-        privacy.plan(present)
-        privacy.charge(round_number)
+        privacy.plan(present, resting)
+        said = privacy.charge(round_number)
+        if said:
+            _LOG.warning("%s", said)
+        if said and tracker is not None:
+            tracker.emit({"event": "warning", "message": said})
         return privacy.draw(present, round_number)
     return select_cohort(
         list(present),

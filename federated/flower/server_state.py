@@ -125,8 +125,13 @@ class ServerState:
         return norm(subtract(self.adapter.tensors, before.tensors))
 
     def note(self, outcomes: Iterable[Outcome]) -> None:
-        """Remember of a finished round who answered, with how many examples, and from which privacy ledger."""
+        """Remember of a finished round who answered, with how many examples, and from which privacy ledger.
+
+        Who said "not now" is as available as before: its owner decides, and it is asked again when it says.
+        """
         for outcome in outcomes:
+            if outcome.declined:
+                continue
             if outcome.ledger_head:
                 self.ledger_heads[outcome.client_id] = outcome.ledger_head
             before = self.standings.get(outcome.client_id, Standing())

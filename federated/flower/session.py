@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -23,11 +23,24 @@ from federated.config.parts import MAX_PARAMS
 from federated.config.wording import expectation
 from federated.data import Source, open_source
 from federated.errors import ConfigError
+from federated.flower.conditions import Conditions
 from federated.state import AdapterState
 from federated.tasks import Task, make_task
 from federated.training import LocalData, LocalTrainer
+from federated.wire import SigningKey, read_signing_key
 
-__all__ = ["ClientSite", "Session", "app_folder", "open_session", "site_of", "use_app_folder", "use_client_store"]
+__all__ = [
+    "AgentSite",
+    "ClientSite",
+    "Session",
+    "app_folder",
+    "open_parts",
+    "open_session",
+    "opened_parts",
+    "site_of",
+    "use_app_folder",
+    "use_client_store",
+]
 
 _LOG = logging.getLogger(__name__)
 _APP_VARIABLE = "FEDPEFT_APP"
@@ -95,6 +108,10 @@ class Session:
         return LocalData(train, test, data.train)
 
 
+_opened: list[str] = []
+"""The parts that were opened last, for whoever keeps them for a process to come."""
+
+
 @lru_cache(maxsize=2)
 def _open(config_json: str, folder: Path | None) -> Session:
     config = experiment_from(config_json)
@@ -109,8 +126,38 @@ def _open(config_json: str, folder: Path | None) -> Session:
 def open_session(config: ExperimentConfig) -> Session:
     """The session of an experiment: from the cache when model, adapter, task, data, training and seed agree."""
     session = _open(config.parts_json, app_folder())
+    _opened[:] = [config.parts_json]
     source = open_source(config.data, config.task, app_dir=app_folder())
     return session if source is session.source else replace(session, source=source)  # the data may have changed since
+
+
+def opened_parts() -> str | None:
+    """What `open_session` opened last in this process; None before the first time."""
+    return _opened[0] if _opened else None
+
+
+def open_parts(parts: str) -> None:
+    """Open what another process's `opened_parts` names, so that processes forked from this one have it.
+
+    Raises:
+        FederatedError: whatever is wrong with it.
+    """
+    _open(parts, app_folder())
+
+
+@dataclass(frozen=True)
+class AgentSite:
+    """The device's agent beside a training client (`federated.device.agent`).
+
+    Args:
+        path: its ``device.yaml``, or its state folder.
+        require: train only from what it has verified.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    path: str
+    require: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,8 +178,13 @@ class ClientSite:
             part in runs with ``privacy.example`` alone.
         target_delta: the probability beside ``max_epsilon``; a run's own counts where it is smaller.
         least_noise: smallest ``privacy.example`` noise multiplier that it trains with.
+        signing_key: path of the private key (PEM, Ed25519, its owner's alone) that signs its updates; relative to the
+            client's own file; empty: they are not signed.
         share_metrics: whether it measures adapters on its held-out examples for the server, which no privacy protects;
             not said: only where ``max_epsilon`` and ``least_noise`` set no limit.
+        conditions: when it takes part; otherwise it says "not now".
+        agent: the agent of its device.
+        personal: name under which what it learns is kept in the agent's state folder, for the device to serve.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a limit misspelt is no limit
@@ -150,6 +202,19 @@ class ClientSite:
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     least_noise: Annotated[float, Field(ge=0)] = 0.0
     share_metrics: bool | None = None
+    signing_key: str = ""
+    conditions: Conditions = field(default_factory=Conditions)
+    agent: AgentSite | None = None
+    personal: str = ""
+
+    @property
+    def update_key(self) -> SigningKey | None:
+        """What signs its updates, read now; None where they are not signed.
+
+        Raises:
+            ConfigError: if it cannot be read, others may read it, or it is of another kind.
+        """
+        return read_signing_key(Path(self.signing_key)) if self.signing_key else None
 
     @property
     def measures(self) -> bool:
@@ -210,7 +275,9 @@ def _read_site(path: Path) -> ClientSite:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
         raise ConfigError(f"client-config {path}: {f'{key}: ' if key else ''}{expectation([fault])}") from None
+    if site.personal and site.agent is None:
+        raise ConfigError(f"client-config {path}: personal needs agent.path: the state folder in which it is kept")
     if site.data is None or site.model is None:
         missing = "data" if site.data is None else "model"
         raise ConfigError(f"client-config {path}: {missing} must be given: a server never chooses a client's files")
-    return site
+    return replace(site, signing_key=str(path.absolute().parent / site.signing_key)) if site.signing_key else site

@@ -13,7 +13,12 @@ __all__ = ["StoppableGrid"]
 
 
 class StoppableGrid(Grid):
-    """Passes everything on; once ``stop`` is set, sending and looking for replies raise KeyboardInterrupt."""
+    """Passes everything on; once ``stop`` is set, sending and looking for replies raise KeyboardInterrupt.
+
+    For Flower's simulation engine alone, whose nodes have no keys of their own.
+    """
+
+    keyless = True
 
     def __init__(self, grid: Grid, stop: threading.Event) -> None:
         self._grid = grid

@@ -11,7 +11,6 @@ It knows no rule by name, and of model and data only `DeltaStrategy.from_config`
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from federated.flower.gate import Gate
 from federated.flower.messages import TaskWriter
 from federated.flower.publisher import Publisher, RegistryPublisher, TrainingState
 from federated.flower.records import metric_record
-from federated.flower.round_book import Outcome, RoundBook, pooled_evaluation, whole_round
+from federated.flower.round_book import Outcome, RoundBook, not_now, pooled_evaluation, refusals, whole_round
 from federated.flower.round_closer import RoundCloser
 from federated.flower.server_privacy import ServerPrivacy, choose_cohort
 from federated.flower.server_state import ServerState
@@ -105,8 +104,10 @@ class DeltaStrategy(Strategy):
         self._closer = RoundCloser(
             self.server, publisher, self._tracker, privacy=self._privacy, promised=config.privacy, gate=gate
         )
-        self._directory = Directory(config, least=clients_needed(self.rule, config.selection.fraction))
-        self._writer = TaskWriter(config, rule=self.rule, **names, secret=secret or secrets.token_bytes(32))
+        least = clients_needed(self.rule, config.selection.fraction)
+        self._directory = Directory(config, least=least, tell=self._tracker.emit)
+        names |= {"secret": secret or secrets.token_bytes(32), "update_key": self._directory.update_key}
+        self._writer = TaskWriter(config, rule=self.rule, **names)
         self._book: RoundBook | None = None
         self._grid: Grid | None = None
 
@@ -191,7 +192,7 @@ class DeltaStrategy(Strategy):
         return result
 
     def _all_rounds(self, grid: Grid, rounds: int, *, result: FlowerResult, evaluate_fn: EvaluateFn | None) -> None:
-        self._gather(grid)
+        self._directory.gather(grid)
         if self.version_id is None:
             self._closer.publish([], 0, servable=True)
         name_lost(self.server, self._tracker)
@@ -238,15 +239,8 @@ class DeltaStrategy(Strategy):
         return self.aggregate_train(number, self._exchange(grid, messages))[1]
 
     def _buffer(self, rounds: BufferedRounds, grid: Grid, number: int) -> MetricRecord | None:
-        self._gather(grid)
+        self._directory.gather(grid)
         return rounds.run(number)
-
-    def _gather(self, grid: Grid) -> None:
-        """Wait until enough clients are there."""
-        self._directory.wait(grid)
-        for node, text in self._directory.take_problems():
-            _LOG.warning("node %s takes no part: %s", node, text)
-            self._tracker.emit({"event": "node_problem", "node_id": str(node), "message": text})
 
     def _evaluate_here(self, result: FlowerResult, number: int, evaluate_fn: EvaluateFn | None) -> None:
         metrics = evaluate_fn(number, self.server.arrays()) if evaluate_fn else None
@@ -267,10 +261,11 @@ class DeltaStrategy(Strategy):
         """
         del config
         self.server.adopt(arrays)
-        self._gather(grid)
+        self._directory.gather(grid)
         self._grid = grid
-        present, privacy = self._directory.nodes, self._privacy
-        cohort = choose_cohort(self.config, server_round, present, standings=self.server.standings, privacy=privacy)
+        known: Any = {"standings": self.server.standings, "privacy": self._privacy, "tracker": self._tracker}
+        known["resting"] = self._directory.resting
+        cohort = choose_cohort(self.config, server_round, self._directory.nodes, **known)
         event = {"event": "round_start", "round_number": server_round, "cohort": list(cohort)}
         self._tracker.emit({**event, "version_id": self.version_id})
         return self._write(server_round, cohort, mode="train")
@@ -313,17 +308,15 @@ class DeltaStrategy(Strategy):
             AggregationError: if the round was not configured.
         """
         phases = [self._taken(server_round)]
-        quorum = math.ceil(self.config.round.quorum * len(phases[0].cohort) - 1e-9)
-        quorum = max(1 if self._privacy is None else 0, quorum)  # an empty cohort's round is noise, and charged
         found: Result | AggregationError
         try:
-            found = self._combine(phases, replies, quorum)
+            found = self._combine(phases, replies)
         except AggregationError as error:
             found = error
         metrics = self._closer.close(found, whole_round(phases), number=server_round, seconds=phases[0].seconds)
         return (None, None) if metrics is None else (self.server.arrays(), metric_record(metrics))
 
-    def _combine(self, phases: list[RoundBook], replies: Iterable[Message], quorum: int) -> Result:
+    def _combine(self, phases: list[RoundBook], replies: Iterable[Message]) -> Result:
         """All exchanges of one round; each one's book goes into ``phases``.
 
         Raises:
@@ -336,7 +329,7 @@ class DeltaStrategy(Strategy):
             accumulator: Accumulator = self.rule.start(state, phase)
             if self._privacy is not None:
                 accumulator = self._privacy.accumulator(accumulator, state, book.round_number)
-            found = self._one_phase(book, replies, accumulator, quorum)
+            found = self._one_phase(phases, replies, accumulator)
             if isinstance(found, Result):
                 return found
             if not phase < found.phase <= _MOST_PHASES or self._grid is None:
@@ -348,8 +341,9 @@ class DeltaStrategy(Strategy):
             replies = self._exchange(self._grid, messages)
 
     def _one_phase(
-        self, book: RoundBook, replies: Iterable[Message], accumulator: Accumulator, quorum: int
+        self, phases: list[RoundBook], replies: Iterable[Message], accumulator: Accumulator
     ) -> NextPhase | Result:
+        book = phases[-1]
         for message in replies:
             known = len(book.outcomes)
             update = book.receive(message)
@@ -358,8 +352,11 @@ class DeltaStrategy(Strategy):
             for outcome in book.outcomes[known:]:
                 self._tracker.emit(outcome.as_event(book.round_number))
         good = self._close(book)
+        least = 1 if self._privacy is None else 0  # an empty cohort's round is noise, and charged
+        quorum = max(least, phases[0].quorum(self.config.round.quorum))
         if len(good) < quorum:
-            raise NotEnoughUpdates(f"{len(good)} good updates of {len(book.cohort)}, the quorum is {quorum}")
+            away = f", {len(declined)} said not now" if (declined := not_now(book.outcomes)) else ""
+            raise NotEnoughUpdates(f"{len(good)} good updates of {len(book.cohort)}{away}, the quorum is {quorum}")
         return accumulator.finish()
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -369,9 +366,8 @@ class DeltaStrategy(Strategy):
             book.receive(message)
         outcomes = book.close()
         evaluation = pooled_evaluation(outcomes)
-        refused = [outcome.as_refusal() for outcome in outcomes if outcome.status != "ok"]
-        event = {"event": "final", "version_id": self.version_id, "evaluation": evaluation, "refused": refused}
-        self._tracker.emit(event)
+        event = {"event": "final", "version_id": self.version_id, "evaluation": evaluation}
+        self._tracker.emit({**event, "refused": refusals(outcomes), "not_now": not_now(outcomes)})
         self._closer.measured({**evaluation, "version_id": self.version_id} if evaluation else None)
         return None if evaluation is None else metric_record(evaluation)
 
@@ -394,6 +390,7 @@ class DeltaStrategy(Strategy):
         for outcome in outcomes:
             if outcome.client_id not in seen:
                 self._tracker.emit(outcome.as_event(book.round_number))
+        self._directory.heard(outcomes)
         good = [outcome for outcome in outcomes if outcome.status == "ok"]
         self.server.counters |= {outcome.client_id: outcome.counter for outcome in good}
         return good

@@ -124,11 +124,22 @@ class ServerBudget:
                 f"{len(spent)} rounds{of_group} took epsilon {self._epsilon(spent):.4g} of "
                 f"{self._privacy.target_epsilon:g} for each client, and round {round_number} does not fit"
             )
-        name = self._name(group)
         if self._ledger is None:
-            self._kept.append((name, self._round))
+            self._kept.append((self._name(group), self._round))
         else:
-            self._ledger.charge(self._round, key=ChargeKey(self._run_id, round_number, 1, name))
+            self._ledger.charge(self._round, key=self._key(round_number))
+
+    def times_charged(self, round_number: int) -> int:
+        """How often a round was charged: more than once where it was begun, published nothing, and is done again.
+
+        Without a ledger nothing is known of it, and nothing outlives the process that could be done again.
+        """
+        if self._ledger is None:
+            return 0
+        return sum(charge.key == self._key(round_number) for charge in self._ledger.charges)
+
+    def _key(self, round_number: int) -> ChargeKey:
+        return ChargeKey(self._run_id, round_number, 1, self._name(self._group(round_number)))
 
     def close(self) -> None:
         """Let others open the ledger."""

@@ -112,7 +112,7 @@ class HttpSource:
         headers = {"User-Agent": "federated-peft", "Accept-Encoding": "gzip"}
         settings: dict[str, Any] = {
             "timeout": urllib3.Timeout(timeout),
-            "retries": urllib3.Retry(2, redirect=4),
+            "retries": urllib3.Retry(2, redirect=4, respect_retry_after_header=False),  # else a server says how long
             "headers": headers,
         }
         proxy = _proxy_for(url)
@@ -122,7 +122,7 @@ class HttpSource:
         """See `Source.read`."""
         with self._asked(name, {}) as response:
             self._check(response.status, name)
-            yield from response.stream(CHUNK)
+            yield from _pieces(response)
 
     def read_from(self, name: str, start: int) -> Generator[bytes, None, None]:
         """See `Resumable.read_from`; of a server that ignores the range, the beginning is thrown away."""
@@ -135,10 +135,10 @@ class HttpSource:
                     f"{headers.get('Content-Range', 'no range')!r}; it is begun again"
                 )
             if status == 206:
-                yield from response.stream(CHUNK)
+                yield from _pieces(response)
                 return
             self._check(status, name)
-            yield from _skipped(response.stream(CHUNK), start)
+            yield from _skipped(_pieces(response), start)
 
     @contextmanager
     def _asked(self, name: str, headers: Mapping[str, str]) -> Iterator[urllib3.BaseHTTPResponse]:
@@ -222,6 +222,12 @@ def read_all(source: Source, name: str, limit: int) -> bytes:
     """
     with closing(chunks_of(source, name, limit)) as chunks:
         return b"".join(chunks)
+
+
+def _pieces(response: urllib3.BaseHTTPResponse) -> Generator[bytes, None, None]:
+    """What comes, as it comes: on a slow line nothing waits for a whole piece, and a break loses none of it."""
+    while piece := response.read1(CHUNK):
+        yield piece
 
 
 def _skipped(chunks: Iterable[bytes], count: int) -> Generator[bytes, None, None]:

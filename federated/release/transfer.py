@@ -110,6 +110,7 @@ def _complete(source: Source, target: TargetFile, part: Path) -> None:
                 for chunk in chunks:
                     found.update(chunk)
                     length += file.write(chunk)
+                    file.flush()  # a kill loses none of what came over a slow line
         file.flush()
         os.fsync(file.fileno())
     if length != target.length or found.hexdigest() != digest:

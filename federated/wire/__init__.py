@@ -1,9 +1,9 @@
 """Updates and adapters as bytes: encode, decode, and decide whether to let them in.
 
-Numpy and safetensors only: neither torch nor a database is imported, so that a gateway or a small device can check
-what it receives. Nothing here trusts its input: `decode_tensors` and `decode_packet` raise `WireError` and nothing
-else whatever the bytes, `admit` raises `UpdateRejected` with a code of `REASONS`. The format is specified in
-``docs/wire-format.md``. It compresses nothing, signs nothing and opens no connection.
+Numpy, safetensors and cryptography only: neither torch nor a database is imported, so that a gateway or a small device
+can check what it receives. Nothing here trusts its input: `decode_tensors` and `decode_packet` raise `WireError` and
+nothing else whatever the bytes, `admit` raises `UpdateRejected` with a code of `REASONS`. The format is specified in
+``docs/wire-format.md``. It compresses nothing and opens no connection.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from federated.wire.envelope import Expectation, check_content, check_envelope, 
 from federated.wire.limits import DEFAULT_LIMITS, OWN_LIMITS, Limits
 from federated.wire.positions import decode_positions, encode_positions, positions_bytes
 from federated.wire.reasons import REASONS
+from federated.wire.signing import SigningKey, read_signing_key
 
 __all__ = [
     "Admitted",
@@ -22,6 +23,7 @@ __all__ = [
     "Expectation",
     "Limits",
     "REASONS",
+    "SigningKey",
     "admit",
     "bad_positions",
     "check_content",
@@ -34,5 +36,6 @@ __all__ = [
     "encode_tensors",
     "positions_bytes",
     "read_envelope",
+    "read_signing_key",
     "seal_update",
 ]

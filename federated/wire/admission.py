@@ -2,22 +2,29 @@
 
 `seal_update` is the client's half, `admit` the server's. A refused update is one client's loss and never ends a round:
 the caller counts and reports it. The gate keeps no state: the caller remembers counters and tokens.
+
+What costs least comes first: the size, then the header and all that it says, its signature last, then one pass over the
+payload for its digest. Nothing of the payload is interpreted before that, so where updates are signed, only bytes that
+an enrolled device vouched for reach the decoder of tensors.
 """
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from federated.errors import UpdateRejected, WireError
 from federated.manifest import AdapterSpec, Envelope, RawTensor, TensorLayout, layout_of, sha256_hex
-from federated.wire.codec import decode_packet, encode_tensors, join_packet
+from federated.wire.codec import decode_tensors, encode_tensors, join_packet, split_packet
 from federated.wire.envelope import Expectation, check_content, check_envelope, read_envelope
 from federated.wire.limits import DEFAULT_LIMITS, Limits
 from federated.wire.reasons import refused
+from federated.wire.signing import SigningKey, sign_envelope
 
 __all__ = ["Admitted", "admit", "bad_positions", "seal_update"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,8 @@ class Admitted:
 
     Args:
         envelope: as it arrived, and as it was expected.
-        tensors: name to tensor, exactly the expected layout, every value finite; read-only views.
+        tensors: name to tensor, exactly the expected layout, every value finite; read-only views of the packet, which
+            stays in memory as long as they do.
         norm: L2 norm over all tensors together, in adapter units (float64); 0.0 when nothing changed, which the
             caller should report.
     """
@@ -47,21 +55,29 @@ def admit(data: bytes, expected: Expectation, *, layout: TensorLayout, limits: L
 
     Raises:
         UpdateRejected: with a code of `REASONS`, naming the client that was asked; nothing else, whatever the bytes.
+        ConfigError: for an ``update_key`` in ``expected`` that is none, which is the server's own mistake.
 
     Privacy:
         Reads a client's update, which can reveal training data. Messages name tensors, sizes and norms, no values.
     """
+    who = expected.client_id
     _check_size(len(data), expected, layout=layout, limits=limits)
-    try:
-        header, tensors, digest = decode_packet(data, limits)
-    except WireError as error:
-        raise refused("bad_encoding", str(error), expected.client_id) from None
-    envelope = read_envelope(header, client_id=expected.client_id)
+    header, payload = _decoded(lambda: split_packet(data, limits), who)
+    envelope = read_envelope(header, client_id=who)
     check_envelope(envelope, expected)
-    if not hmac.compare_digest(envelope.payload_digest.encode(), digest.encode()):
-        raise refused("payload_digest_mismatch", f"the payload's SHA-256 is {digest}", expected.client_id)
+    digest = sha256_hex(payload)
+    if envelope.payload_digest != digest:
+        raise refused("payload_digest_mismatch", f"the payload's SHA-256 is {digest}", who)
+    tensors = _decoded(lambda: decode_tensors(payload, limits), who)
     norm = check_content(envelope, tensors, layout=layout, limits=limits)
     return Admitted(envelope, tensors, norm)
+
+
+def _decoded(decode: Callable[[], T], client_id: str) -> T:
+    try:
+        return decode()
+    except WireError as error:
+        raise refused("bad_encoding", str(error), client_id) from None
 
 
 def _check_size(size: int, expected: Expectation, *, layout: TensorLayout, limits: Limits) -> None:
@@ -91,10 +107,12 @@ def seal_update(
     spec: AdapterSpec,
     plan_digest: str,
     num_examples: int,
+    signing_key: SigningKey | None = None,
 ) -> bytes:
     """Put the envelope around an update: the packet that a client sends.
 
-    Layout and payload digest are computed from ``tensors``; the other arguments are the fields of `Envelope`.
+    Layout and payload digest are computed from ``tensors``; the other arguments are the fields of `Envelope`. With a
+    ``signing_key`` the envelope is signed; without, its bytes are those of a library that knows no signatures.
 
     Raises:
         WireError: for tensors that cannot travel.
@@ -118,4 +136,5 @@ def seal_update(
         num_examples=num_examples,
         payload_digest=sha256_hex(payload),
     )
-    return join_packet(envelope.to_dict(), payload)
+    sealed = envelope if signing_key is None else sign_envelope(envelope, signing_key)
+    return join_packet(sealed.to_dict(), payload)

@@ -1,13 +1,15 @@
 """Named tensors as bytes: canonical safetensors, and packets that put a JSON header in front of them.
 
 Canonical means that one set of tensors has exactly one encoding: what `safetensors.serialize` writes, without
-metadata. Decoding accepts bytes only if encoding what was read gives the same bytes again, so that a digest of the
-bytes is a digest of the adapter. The library's own reader is more forgiving (duplicate keys, unknown fields, any
-name), which is why the header is parsed here. Fields of a packet's header are not interpreted here: `envelope` does.
+metadata. Decoding accepts bytes only if encoding what was read would give the same bytes again, so that a digest of
+the bytes is a digest of the adapter; the data are taken as they are, so writing the header again is enough to see that.
+The library's own reader is more forgiving (duplicate keys, unknown fields, any name), which is why the header is parsed
+here. Fields of a packet's header are not interpreted here: `envelope` does.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import struct
@@ -34,6 +36,7 @@ __all__ = [
     "encode_packet",
     "encode_tensors",
     "join_packet",
+    "split_packet",
 ]
 
 MAGIC = b"FPFT"
@@ -54,6 +57,7 @@ MAX_SIZE = 2**31 - 1
 _PREFIX = struct.Struct("<4sHI")  # magic, format version, length of the JSON header
 _LENGTH = struct.Struct("<Q")  # length of the safetensors header
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]*")
+_ORDER = ("I64", "F64", "F32", "BF16", "F16", "U8")  # the library's; tensors of one dtype are in order of name
 _RESERVED = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _LIBRARY_NAMES = {
@@ -91,8 +95,8 @@ def encode_tensors(tensors: Mapping[str, RawTensor]) -> bytes:
     return bytes(serialize(specs))
 
 
-def decode_tensors(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, RawTensor]:
-    """Decode canonical safetensors, bit for bit.
+def decode_tensors(data: bytes | memoryview, limits: Limits = DEFAULT_LIMITS) -> dict[str, RawTensor]:
+    """Decode canonical safetensors, bit for bit, without copying them.
 
     Args:
         data: bytes from anywhere.
@@ -109,7 +113,7 @@ def decode_tensors(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, Ra
     if len(header) > limits.max_tensors:
         raise WireError(f"found {len(header)} tensors; at most {limits.max_tensors} are accepted")
     tensors = _tile(header, memoryview(data)[start:])
-    if encode_tensors(tensors) != data:
+    if _header_of(tensors) != data[_LENGTH.size : start]:
         raise WireError("the tensors are not in canonical form; expected exactly the bytes that safetensors writes")
     return tensors
 
@@ -148,18 +152,27 @@ def decode_packet(data: bytes, limits: Limits = DEFAULT_LIMITS) -> tuple[dict[st
         limits: what this receiver is willing to read.
 
     Returns:
-        The header, the tensors (read-only views of a copy of the payload), and the SHA-256 of the payload.
+        The header, the tensors (read-only views of ``data``), and the SHA-256 of the payload.
 
     Raises:
         WireError: for anything that `encode_packet` would not have written, or that is beyond the limits.
     """
-    _check_length(data, limits)
-    header, start = _packet_header(data, limits)
-    payload = bytes(memoryview(data)[start:])
+    header, payload = split_packet(data, limits)
     return header, decode_tensors(payload, limits), sha256_hex(payload)
 
 
-def _check_length(data: bytes, limits: Limits) -> None:
+def split_packet(data: bytes, limits: Limits = DEFAULT_LIMITS) -> tuple[dict[str, Any], memoryview]:
+    """A packet's header, and its payload as bytes that nothing was read of yet: a view of ``data``.
+
+    Raises:
+        WireError: for a header that `encode_packet` would not have written, or that is beyond the limits.
+    """
+    _check_length(data, limits)
+    header, start = _packet_header(data, limits)
+    return header, memoryview(data)[start:]
+
+
+def _check_length(data: bytes | memoryview, limits: Limits) -> None:
     if len(data) > limits.max_bytes:
         raise WireError(f"found {len(data)} bytes; at most {limits.max_bytes} are accepted")
 
@@ -186,7 +199,7 @@ def _canonical(header: dict[str, Any]) -> bytes | None:
         return None
 
 
-def _tensor_header(data: bytes, limits: Limits) -> tuple[dict[str, Any], int]:
+def _tensor_header(data: bytes | memoryview, limits: Limits) -> tuple[dict[str, Any], int]:
     if len(data) < _LENGTH.size:
         raise WireError(f"found {len(data)} bytes of tensors; expected at least {_LENGTH.size}")
     (length,) = _LENGTH.unpack_from(data)
@@ -194,13 +207,13 @@ def _tensor_header(data: bytes, limits: Limits) -> tuple[dict[str, Any], int]:
     return parse_object(encoded, "tensor header"), _LENGTH.size + length
 
 
-def _slice(data: bytes, start: int, length: int, limits: Limits) -> bytes:
+def _slice(data: bytes | memoryview, start: int, length: int, limits: Limits) -> bytes:
     """A header of ``length`` bytes at ``start``, after checking that it is allowed and there."""
     if length > limits.max_header_bytes:
         raise WireError(f"a header of {length} bytes; at most {limits.max_header_bytes} are accepted")
     if length > len(data) - start:
         raise WireError(f"a header of {length} bytes; only {len(data) - start} follow: the data is cut short")
-    return data[start : start + length]
+    return bytes(data[start : start + length])
 
 
 def _tile(header: Mapping[str, Any], body: memoryview) -> dict[str, RawTensor]:
@@ -239,6 +252,18 @@ def _num_bytes(name: Any, dtype: Any, shape: Any) -> int:
     if not all(type(size) is int and 1 <= size <= MAX_SIZE for size in shape):
         raise WireError(f"tensor {name} has shape {shown(shape)}; expected integers from 1 to {MAX_SIZE}")
     return int(math.prod(shape)) * DTYPE_BYTES[dtype]
+
+
+def _header_of(tensors: Mapping[str, RawTensor]) -> bytes:
+    """The header that the library writes for these tensors, with its padding."""
+    entries, start = dict[str, Any](), 0
+    for name in sorted(tensors, key=lambda name: (_ORDER.index(tensors[name].dtype), name)):
+        tensor = tensors[name]
+        end = start + len(tensor.data)
+        entries[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end)}
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % _LENGTH.size)
 
 
 def _buffer(name: str, tensor: RawTensor) -> npt.NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 `check_envelope` needs no tensors and always runs. `check_content` runs whenever the tensors are visible (under secure
 aggregation they are not). Both compare with what the server itself expects; nothing is learnt from the update about
-how to judge it. Signatures are carried, not verified. Called by `federated.wire.admission`.
+how to judge it. A signature is checked where the server knows the client's key. Called by `federated.wire.admission`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from federated.manifest import (
+    DTYPE_BYTES,
     PROTOCOL_VERSION,
     AdapterSpec,
     Envelope,
@@ -26,6 +27,7 @@ from federated.manifest import (
 )
 from federated.wire.limits import Limits
 from federated.wire.reasons import REASONS, refused
+from federated.wire.signing import check_signature
 from federated.wire.strict_json import shown
 
 __all__ = ["CODEC", "REASONS", "Expectation", "check_content", "check_envelope", "read_envelope"]
@@ -34,6 +36,7 @@ CODEC = "safetensors"
 """The only payload encoding so far."""
 
 _MAX_COUNTER = 2**63 - 1  # what a database column holds
+_AT_ONCE = 2**16  # numbers in float64 at a time: a norm of any tensor needs half a MB
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Expectation:
         plan_digest: digest of the train plan that it sent.
         max_examples: largest number of examples that it lets one client claim.
         last_counter: the client's largest message counter seen in this run; 0 before the first.
+        update_key: public key that the update must be signed with, 32 bytes; None: signatures are not asked for, and
+            one that is there is carried and not verified.
     """
 
     run_id: str
@@ -65,6 +70,7 @@ class Expectation:
     plan_digest: str
     max_examples: int = 2**31 - 1
     last_counter: int = 0
+    update_key: bytes | None = None
 
 
 def read_envelope(header: Mapping[str, Any], *, client_id: str) -> Envelope:
@@ -117,6 +123,8 @@ def check_envelope(envelope: Envelope, expected: Expectation) -> None:
     if type(envelope.num_examples) is not int or not 1 <= envelope.num_examples <= expected.max_examples:
         found = f"num_examples {shown(envelope.num_examples)}, expected 1 to {expected.max_examples}"
         raise refused("bad_num_examples", found, who)
+    if expected.update_key is not None:  # last: all before it are comparisons
+        check_signature(envelope, expected.update_key, client_id=who)
 
 
 def check_content(
@@ -206,10 +214,13 @@ def _layout_fault(found: TensorLayout, expected: TensorLayout) -> str | None:
 def _square_sum(name: str, tensor: RawTensor, client_id: str) -> float:
     if tensor.dtype == "U8":  # which values are sent, and no values
         return 0.0
+    data, step, total = memoryview(tensor.data), _AT_ONCE * DTYPE_BYTES[tensor.dtype], 0.0
     # Overflow and NaN are found in the result, where they cannot be missed, and not by numpy's warnings.
     with np.errstate(all="ignore"):
-        values = tensor.array.astype(np.float64).ravel()
-        total = float(np.square(values, out=values).sum())
+        for start in range(0, len(data), step):
+            part = data[start : start + step]
+            values = RawTensor(tensor.dtype, (-1,), part).array.astype(np.float64)
+            total += float(np.square(values, out=values).sum())
     if not math.isfinite(total):
         raise refused("not_finite", f"tensor {name} holds a NaN, an infinity or values beyond all use", client_id)
     return total

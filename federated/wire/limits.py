@@ -18,8 +18,8 @@ __all__ = ["DEFAULT_LIMITS", "OWN_LIMITS", "Limits"]
 class Limits:
     """Bounds on one packet or one adapter.
 
-    Decoding holds at most about three times ``max_bytes``, and a parsed header some tens of times
-    ``max_header_bytes``.
+    Decoding copies no tensor: beside the packet itself, of at most ``max_bytes``, it holds a parsed header, some tens
+    of times ``max_header_bytes``.
 
     Args:
         max_bytes: size of the whole packet or adapter, in bytes.

@@ -26,6 +26,8 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "bad_token": "no proof of being sampled for this round and phase: answer with the token of the task",
         "bad_counter": "the message counter is outside 1 to 2^63 - 1: count messages upwards from 1",
         "replayed": "the message counter did not grow: each message may be sent once",
+        "unsigned": "enrolled devices sign: set signing_key in the client's own file to the key that was enrolled",
+        "bad_signature": "not signed with the key that is enrolled for this client: sign with that key, or enrol anew",
         "wrong_parent": "trained from another version of the adapter: fetch the one that the task names",
         "base_mismatch": "trained on another base model: load the base model that the run names",
         "spec_mismatch": "another adapter algebra: attach the adapter that the task describes",

@@ -8,6 +8,10 @@ two adapters (``--quick``: 150). An output is torn if it is neither adapter's; p
 without swaps are taken in turns, so that other work on the machine falls on both. The model is MiniLM (22.7 million
 parameters) with LoRA on query and value.
 
+Besides, an agent is killed (SIGKILL) 200 times at random moments of download, install, activation and commit
+(``--quick``: 5 times), and after each kill another one starts on what is left, without a network: see
+`simulations.device_kills`.
+
 ``*_ms`` are medians of wall time; ratios are medians over interleaved pairs. The last line is one JSON object.
 """
 
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -41,6 +46,7 @@ from federated.tasks import make_task
 from federated.wire import decode_tensors, encode_tensors
 from simulations.benchmarks.parts.device_server import PeftHotswap, PeftSetAdapter, Slots, Target, serving
 from simulations.benchmarks.release import ring_in, served
+from simulations.device_kills import kill_agents
 
 __all__ = ["Bench", "Load", "main", "show_loads", "under_load"]
 
@@ -286,6 +292,15 @@ def memory(counts: Sequence[int]) -> dict[str, float]:
     return made
 
 
+def killed(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Kill agents at random moments; what was wrong with what served afterwards."""
+    os.environ["no_proxy"] = "127.0.0.1"
+    found = kill_agents(folder, kills=count, seed=seed)
+    for fault in found.faults:
+        print(f"after a kill: {fault}", file=sys.stderr)
+    return {"kills": found.kills, "kill_faults": len(found.faults), "kills_that_left_a_transfer": found.resumed}
+
+
 def peft_targets(bench: Bench, versions: Sequence[Version], folder: Path) -> dict[str, Target]:
     """The same two adapters in live peft models."""
     states = [AdapterState(one.manifest.spec, from_raw(decode_tensors(one.weights))) for one in versions]
@@ -322,7 +337,8 @@ def show(loads: Mapping[str, tuple[Load, Load]], result: Mapping[str, Any]) -> N
 
 
 def measure(seed: int, *, quick: bool, folder: Path) -> tuple[dict[str, tuple[Load, Load]], dict[str, Any]]:
-    """Everything."""
+    """Everything; first what forks, while this process has one thread."""
+    kills = killed(folder / "kills", 5 if quick else 200, seed)
     bench = Bench(seed)
     versions = [bench.version(number) for number in range(1, 9)]
     digests = [bench.install(one).digest for one in versions]
@@ -350,6 +366,7 @@ def measure(seed: int, *, quick: bool, folder: Path) -> tuple[dict[str, tuple[Lo
     result |= throughput(bench, digests, 7 if quick else 40)
     result["install_5mb_ms"] = install_from_http(bench, folder, 3 if quick else 15)
     result |= memory((1, 16, 128))
+    result |= kills
     return loads, {name: round(one, 6) if isinstance(one, float) else one for name, one in result.items()}
 
 

@@ -1,18 +1,20 @@
 """The bytes of the wire format, fixed: files written once stay readable, and are still written the same."""
 
 import importlib.util
+import json
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from federated.manifest import layout_of
 from federated.wire import Expectation, admit, decode_tensors
 
 FOLDER = Path(__file__).parent / "wire"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "wire-format.md"
-NAMES = ("adapter.safetensors", "update.fpft")
+NAMES = ("adapter.safetensors", "update.fpft", "update-signed.fpft")
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +59,25 @@ def test_the_golden_adapter_is_these_bytes_whoever_writes_them() -> None:
     assert (FOLDER / "adapter.safetensors").read_bytes() == expected
 
 
-def test_the_golden_packet_ends_with_the_golden_adapter() -> None:
-    assert (FOLDER / "update.fpft").read_bytes().endswith((FOLDER / "adapter.safetensors").read_bytes())
+@pytest.mark.parametrize("name", ["update.fpft", "update-signed.fpft"])
+def test_the_golden_packet_ends_with_the_golden_adapter(name: str) -> None:
+    assert (FOLDER / name).read_bytes().endswith((FOLDER / "adapter.safetensors").read_bytes())
 
 
-def test_the_golden_packet_is_admitted(make: ModuleType) -> None:
+def test_the_golden_signature_is_this_one_whoever_makes_it() -> None:
+    """What the document says is signed, without this library: prefix, line feed, canonical JSON of the rest."""
+    packet = (FOLDER / "update-signed.fpft").read_bytes()
+    header = json.loads(packet[10 : 10 + int.from_bytes(packet[6:10], "little")])
+    signature = bytes.fromhex(header.pop("signature"))
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    public = Ed25519PrivateKey.from_private_bytes(bytes(range(32))).public_key()
+    public.verify(signature, b"federated-peft update 1\n" + text)
+    assert public.public_bytes_raw().hex() in DOCUMENT.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["update.fpft", "update-signed.fpft"])
+def test_the_golden_packet_is_admitted(make: ModuleType, name: str) -> None:
+    key = make.SIGNING_KEY.public_key().public_bytes_raw() if "signed" in name else None
     expected = Expectation(
         run_id="run-1",
         client_id="hospital-a",
@@ -73,6 +89,7 @@ def test_the_golden_packet_is_admitted(make: ModuleType) -> None:
         spec=make.SPEC,
         plan_digest="33" * 32,
         last_counter=2,
+        update_key=key,
     )
-    admitted = admit((FOLDER / "update.fpft").read_bytes(), expected, layout=layout_of(make.TENSORS))
+    admitted = admit((FOLDER / name).read_bytes(), expected, layout=layout_of(make.TENSORS))
     assert admitted.tensors == make.TENSORS

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("train.learning_rate=nan", "train.learning_rate = nan: Input should be"),
         ("data.test_fraction=1.0", "data.test_fraction = 1.0: Input should be less than 1"),
         ("seed=-1", "seed = -1: Input should be greater than or equal to 0"),
-        ("engine.name=cluster", "engine.name = 'cluster': Input should be 'inprocess' or 'ray'"),
+        ("engine.name=cluster", "engine.name = 'cluster': Input should be 'inprocess', 'ray' or 'deployment'"),
         ("task.labels=[one]", "task.labels: sequence_classification needs at least two labels, found ['one']"),
         ("task.labels=bad", "task.labels = 'bad': expected a list, such as [bad,good]"),
         ("task.labels={bad:0,good:1}", "task.labels = {'bad': 0, 'good': 1}: expected a list, such as [bad,good]"),

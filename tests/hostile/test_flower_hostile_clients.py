@@ -255,9 +255,13 @@ def test_more_bytes_than_an_update_can_need(without: dict[int, dict[str, bytes]]
     check_refused(with_record(ArrayRecord({"packet": packed(bytes(4_000_000))})), "too_large", without)
 
 
-@pytest.mark.parametrize("cut", [1, 20, 200])
+@pytest.mark.parametrize("cut", [1, 20, 150])
 def test_a_packet_that_was_cut(cut: int, without: dict[int, dict[str, bytes]]) -> None:
-    check_refused(lambda m, task: sends(m, task, packet_for(m, task)[:-cut]), "bad_encoding", without)
+    check_refused(lambda m, task: sends(m, task, packet_for(m, task)[:-cut]), "payload_digest_mismatch", without)
+
+
+def test_a_header_that_was_cut(without: dict[int, dict[str, bytes]]) -> None:
+    check_refused(lambda m, task: sends(m, task, packet_for(m, task)[:200]), "bad_encoding", without)
 
 
 def test_a_payload_that_was_changed_on_the_way(without: dict[int, dict[str, bytes]]) -> None:

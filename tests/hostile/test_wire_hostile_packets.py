@@ -1,11 +1,12 @@
 """Packets that are not what this library writes."""
 
 import struct
+from dataclasses import replace
 
 import pytest
 
 from federated.errors import UpdateRejected, WireError
-from federated.manifest import AdapterSpec, RawTensor
+from federated.manifest import AdapterSpec, Envelope, RawTensor, canonical_json, sha256_hex
 from federated.wire import Expectation, Limits, admit, decode_packet, encode_packet, encode_tensors
 
 PAYLOAD = encode_tensors({"w": RawTensor("F32", (1,), bytes(4))})
@@ -45,15 +46,18 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "unsorted": (packet_of(b'{"b":1,"a":1}'), "not canonical"),
     "1.50": (packet_of(b'{"a":1.50}'), "not canonical"),
     "minus zero": (packet_of(b'{"a":-0}'), "not canonical"),
-    "no payload": (packet_of(b"{}", b""), "found 0 bytes of tensors"),
-    "payload cut short": (packet_of(b"{}", PAYLOAD[:-1]), "no gap, no overlap"),
-    "trailing bytes": (packet_of(b"{}", PAYLOAD + b"\0"), "1 bytes after the last tensor"),
+}
+
+PAYLOADS: dict[str, tuple[bytes, str]] = {
+    "no payload": (b"", "found 0 bytes of tensors"),
+    "payload cut short": (PAYLOAD[:-1], "no gap, no overlap"),
+    "trailing bytes": (PAYLOAD + b"\0", "1 bytes after the last tensor"),
 }
 
 
-@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("case", [*HOSTILE, *PAYLOADS])
 def test_a_hostile_packet_is_refused(case: str) -> None:
-    data, message = HOSTILE[case]
+    data, message = HOSTILE[case] if case in HOSTILE else (packet_of(b"{}", PAYLOADS[case][0]), PAYLOADS[case][1])
     with pytest.raises(WireError) as caught:
         decode_packet(data, LIMITS)
     assert message in str(caught.value)
@@ -66,6 +70,20 @@ def test_a_hostile_update_is_refused_as_badly_encoded(case: str) -> None:
     with pytest.raises(UpdateRejected) as caught:
         admit(HOSTILE[case][0], expected, layout=(), limits=LIMITS)
     assert (caught.value.reason, caught.value.client_id) == ("bad_encoding", "client")
+
+
+@pytest.mark.parametrize("case", PAYLOADS)
+def test_a_hostile_payload_is_refused_as_another_one_and_where_it_was_sealed_as_badly_encoded(case: str) -> None:
+    spec = AdapterSpec("lora", 1, 1.0, use_rslora=False, modules=())
+    expected = Expectation("run", 1, 1, "client", "token", "parent", "base", spec, "plan")
+    envelope = Envelope("run", "client", 1, 1, "token", 1, "parent", "base", spec, "plan", (), 1, sha256_hex(PAYLOAD))
+    data, message = PAYLOADS[case]
+    sealed = replace(envelope, payload_digest=sha256_hex(data))
+    for one, reason in ((envelope, "payload_digest_mismatch"), (sealed, "bad_encoding")):
+        with pytest.raises(UpdateRejected) as caught:
+            admit(packet_of(canonical_json(one.to_dict()), data), expected, layout=(), limits=LIMITS)
+        assert caught.value.reason == reason
+    assert message in str(caught.value)
 
 
 def test_sixteen_levels_are_read() -> None:

@@ -1,5 +1,6 @@
 """A real Flower deployment on loopback: SuperLink, SuperNodes and `flwr run`, as an operator starts them."""
 
+import base64
 import json
 import os
 import re
@@ -12,11 +13,19 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import NameOID
 
 from federated.cli.apps import load_client_app
 from federated.cli.compose import compose
@@ -58,13 +67,20 @@ class Finished:
 class Deployment:
     """A SuperLink on a free port of loopback, and what it takes to talk to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tls: bool = False) -> None:
         self.folder = folder
+        self.link_flags, self.node_flags, trust = ["--insecure"], ["--insecure"], "insecure = true"
+        if tls:
+            certificate, key = _certificate(folder)
+            self.link_flags = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+            self.link_flags += ["--ssl-ca-certfile", str(certificate), "--enable-supernode-auth"]
+            self.node_flags = ["--root-certificates", str(certificate)]
+            trust = f'root-certificates = "{certificate}"'
         self.app = folder / "federated-peft"
         self.address = f"127.0.0.1:{_free_port()}"
         home = folder / "home"
         home.mkdir()
-        connection = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self.address}"\ninsecure = true\n'
+        connection = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self.address}"\n{trust}\n'
         (home / "config.toml").write_text(connection)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FEDPEFT_", "FLWR_"))}
         self.environment = {
@@ -105,17 +121,19 @@ class Deployment:
         """The SuperLink, until everything that was started here is gone."""
         host, port = self.address.split(":")
         try:
-            with self.process("superlink", "flower-superlink", "--insecure", "--host", host, "--port", port) as link:
+            with self.process(
+                "superlink", "flower-superlink", *self.link_flags, "--host", host, "--port", port
+            ) as link:
                 _wait_for_port(int(port), link)
                 yield
         finally:
             self._end_leftovers()
 
     @contextmanager
-    def supernode(self, name: str, node_config: str) -> Iterator[None]:
+    def supernode(self, name: str, node_config: str, *more: str) -> Iterator[None]:
         """One SuperNode."""
-        command = ["flower-supernode", "--insecure", "--superlink", self.address, "--port", str(_free_port())]
-        with self.process(name, *command, "--node-config", node_config):
+        command = ["flower-supernode", *self.node_flags, "--superlink", self.address, "--port", str(_free_port())]
+        with self.process(name, *command, "--node-config", node_config, *more):
             yield
 
     def run(self, name: str, *overrides: str) -> Finished:
@@ -129,6 +147,10 @@ class Deployment:
         listed = self._flwr("ls", "here", "--run-id", found[1], "--format", "json")
         record: dict[str, Any] = json.loads(listed[listed.index("{") :])
         return Finished(record["runs"][0]["status"], log, run_dir, registry)
+
+    def register(self, public_key: Path) -> None:
+        """Let a SuperNode with that key connect."""
+        self._flwr("supernode", "register", str(public_key), "here")
 
     def _flwr(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -152,6 +174,23 @@ class Deployment:
                     os.kill(int(path.parent.name), signal.SIGKILL)
             except OSError:
                 continue  # it ended while we looked, or is somebody else's
+
+
+def _certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for loopback, signed by itself, and its key."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "here")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, SHA256())
+    )
+    (folder / "here.crt").write_bytes(made.public_bytes(Encoding.PEM))
+    (folder / "here.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return folder / "here.crt", folder / "here.key"
 
 
 def _free_port() -> int:
@@ -280,3 +319,84 @@ def test_own_data_give_what_they_give_in_a_simulation(own_data: Finished, clinic
 
 def test_client_remembers_in_its_own_store(own_data: Finished, clinic: Path) -> None:
     assert [path.name for path in (clinic / "store").rglob("counter.json")] == ["counter.json"]
+
+
+class Device:
+    """A data owner's folder with two keys: of the node, and of its updates."""
+
+    def __init__(self, folder: Path, name: str, *, signs: bool = True) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.name = folder, name
+        self.node, self.update = ec.generate_private_key(ec.SECP384R1()), Ed25519PrivateKey.generate()
+        (folder / "data").mkdir()
+        rows = [f'"{word} number {index}",{word}' for index in range(10) for word in ("negative", "positive")]
+        (folder / "data" / f"{name}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+        settings: dict[str, Any] = {
+            "client_id": name,
+            "store": str(folder / "store"),
+            "data": {"name": "files", "path": str(folder / "data")},
+            "model": {"source": "tiny:bert"},
+        }
+        settings |= {"signing_key": "update.pem"} if signs else {}
+        (folder / "client.yaml").write_text(yaml.safe_dump(settings))
+        for key, path, form in (
+            (self.node, folder / "node", PrivateFormat.OpenSSH),
+            (self.update, folder / "update.pem", PrivateFormat.PKCS8),
+        ):
+            path.write_bytes(key.private_bytes(Encoding.PEM, form, NoEncryption()))
+            path.chmod(0o600)
+        public = self.node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        (folder / "node.pub").write_bytes(public)
+
+    @property
+    def entry(self) -> dict[str, str]:
+        """What the operator's file says of it."""
+        node_key = (self.folder / "node.pub").read_text()
+        update_key = base64.b64encode(self.update.public_key().public_bytes_raw()).decode()
+        return {"state": "approved", "node_key": node_key, "update_key": update_key}
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Of its SuperNode."""
+        node_config = f'client-config="{self.folder / "client.yaml"}"'
+        return node_config, "--auth-supernode-private-key", str(self.folder / "node")
+
+
+@pytest.fixture(scope="module")
+def enrolled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """Four nodes: one as it should be, one that does not sign, one that nobody enrolled, one under another's name.
+
+    With TLS, without which Flower authenticates no node; it lets all four connect.
+    """
+    deployment = Deployment(tmp_path_factory.mktemp("secured"), tls=True)
+    _copy_app(deployment.app)
+    place = deployment.folder / "devices"
+    good, unsigned = Device(place / "good", "north"), Device(place / "unsigned", "south", signs=False)
+    stranger, thief = Device(place / "stranger", "north"), Device(place / "thief", "north")
+    entries = {"north": good.entry, "south": unsigned.entry, "west": thief.entry}
+    (place / "devices.json").write_text(json.dumps({"format": 1, "devices": entries}))
+    with deployment.superlink(), ExitStack() as nodes:
+        for number, device in enumerate((thief, stranger, good, unsigned)):
+            deployment.register(device.folder / "node.pub")
+            nodes.enter_context(deployment.supernode(f"device-{number}", *device.flags))
+        policy = ("rounds=1", "selection.min_clients=2", f"admission.devices={place / 'devices.json'}")
+        yield deployment.run("enrolled", *policy)
+
+
+def test_enrolled_devices_take_part_under_their_own_names(enrolled: Finished) -> None:
+    assert enrolled.status == "finished:completed", enrolled.log
+    (start,) = [e for e in read_events(enrolled.run_dir / "metrics.jsonl") if e["event"] == "round_start"]
+    assert start["cohort"] == ["north", "south"]
+
+
+def test_a_signed_update_is_taken_and_an_unsigned_one_is_not(enrolled: Finished) -> None:
+    events = [e for e in read_events(enrolled.run_dir / "metrics.jsonl") if e["event"] == "client"]
+    assert {e["client_id"]: (e["status"], e["reason"]) for e in events} == {
+        "north": ("ok", None),
+        "south": ("refused", "unsigned"),
+    }
+
+
+def test_nodes_under_a_name_that_is_not_theirs_are_named_and_left_out(enrolled: Finished) -> None:
+    events = [e for e in read_events(enrolled.run_dir / "metrics.jsonl") if e["event"] == "node_problem"]
+    assert sorted(e["reason"] for e in events) == ["unknown_client", "wrong_key"]

@@ -83,7 +83,7 @@ WRONG = [
     ("round.deadline", 0, "greater than 0"),
     ("round.max_norm", -1, "greater than or equal to 0"),
     ("round.max_examples", 0, "greater than or equal to 1"),
-    ("engine.name", "spark", "'inprocess' or 'ray'"),
+    ("engine.name", "spark", "'inprocess', 'ray' or 'deployment'"),
     ("engine.workers", -1, "greater than or equal to 0"),
     ("engine.shuffle_arrivals", -2, "greater than or equal to -1"),
     ("tracking.progress", "loud", "valid boolean"),
@@ -136,7 +136,11 @@ SHAPES = [
         None,
         "expected a section: model.KEY, where KEY is one of source, gguf_file, dtype, revision, quantization",
     ),
-    ("tracking", [1], "expected a section: tracking.KEY, where KEY is one of tensorboard, progress"),
+    (
+        "tracking",
+        [1],
+        "expected a section: tracking.KEY, where KEY is one of tensorboard, mlflow, mlflow_uri, progress, log_format",
+    ),
     (
         "data.partition",
         ["iid"],

@@ -11,7 +11,7 @@ from federated.adapters import BaseModel, inner_model, most_positions
 from federated.adapters.heads import MeanPoolClassifier, StockClassifier, backbone_path, mean_pooled
 from federated.device.backends.handles import TorchHandle
 from federated.device.records import Embedding
-from federated.errors import DeviceError
+from federated.errors import DataError, DeviceError
 from federated.tasks.classification import TextInputs
 
 __all__ = ["embeddings"]
@@ -24,6 +24,7 @@ def embeddings(base: BaseModel, handle: TorchHandle, tokenizer: Any, texts: Sequ
 
     Raises:
         DeviceError: if the base reads no texts, or the adapter is around the whole language model.
+        DataError: for a text without features, such as an empty one.
     """
     if tokenizer is None:
         raise DeviceError(f"base model {base.source} reads no texts, so it has no embeddings of them")
@@ -35,6 +36,12 @@ def embeddings(base: BaseModel, handle: TorchHandle, tokenizer: Any, texts: Sequ
         batch = inputs.collate(features[start : start + _BATCH])
         mask = batch.pop("attention_mask")
         pooled = mean_pooled(backbone(attention_mask=mask, **batch), mask)
+        nothing = pooled.any(1).logical_not()
+        if bool(nothing.any()):
+            number = start + int(nothing.nonzero()[0]) + 1
+            raise DataError(
+                f"input {number} has no features, so it has no direction; expected a text that is not empty"
+            )
         made += [Embedding(vector.tolist(), int(count)) for vector, count in zip(pooled, mask.sum(1), strict=True)]
     return made
 

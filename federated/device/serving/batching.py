@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from federated.device.records import Slot
-from federated.device.serving.faults import busy
+from federated.device.serving.faults import ApiError, busy
 from federated.device.serving.gate import Pace
 from federated.device.serving.limits import Limits
 from federated.device.serving.threads import in_thread
@@ -35,6 +35,7 @@ class Share:
 class _Job:
     share: Share
     answer: asyncio.Future[Sequence[Any]]
+    begun: asyncio.Event
 
 
 class Batcher:
@@ -42,7 +43,7 @@ class Batcher:
 
     Args:
         run: answers the rows of all shares, in order; called in a thread of ``pool``, by one thread at a time.
-        limits: rows in a batch, requests that may wait, and for how long.
+        limits: rows in a batch, requests that may wait, for how long, and how long their work may take.
         pool: where ``run`` runs.
         seen: told the number of rows of each batch.
     """
@@ -69,24 +70,37 @@ class Batcher:
         """Answers of one request's rows, in order.
 
         Raises:
-            ApiError: 429 if too many wait already, 503 if no answer came in time.
+            ApiError: 429 if too many wait already, 503 if its work did not begin in time, 504 if it did not end.
             Exception: what ``run`` raised for this share alone.
         """
         if len(self._jobs) >= self._limits.waiting:
             raise busy(f"{self.waiting} requests wait already, which is the most", status=429, retry_after=self._retry)
-        job = _Job(share, asyncio.get_running_loop().create_future())
+        job = _Job(share, asyncio.get_running_loop().create_future(), asyncio.Event())
         self._jobs.append(job)
         self._arrived.set()
         try:
-            async with asyncio.timeout(self._limits.wait_seconds):
-                return await job.answer
-        except TimeoutError:
-            raise busy(
-                f"no answer was ready within {self._limits.wait_seconds:g} s", status=503, retry_after=self._retry
-            ) from None
+            return await self._outcome(job)
         finally:
+            job.answer.cancel()  # nobody waits any more, if it is not there
             if job in self._jobs:
                 self._jobs.remove(job)
+
+    async def _outcome(self, job: _Job) -> Sequence[Any]:
+        wait, work = self._limits.wait_seconds, self._limits.request_seconds
+        try:
+            async with asyncio.timeout(wait):
+                await job.begun.wait()
+        except TimeoutError:
+            raise busy(f"no work on it began within {wait:g} s", status=503, retry_after=self._retry) from None
+        try:
+            async with asyncio.timeout(work) as clock:
+                return await job.answer
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            raise ApiError(
+                f"the answer was not ready within {work:g} s; send fewer inputs", status=504, code="timeout"
+            ) from None
 
     async def work(self) -> None:
         """Empty the queue until cancelled."""
@@ -121,6 +135,8 @@ class Batcher:
         awaited = [job for job in jobs if not job.answer.done()]  # the others' clients went away
         if not awaited:
             return
+        for job in awaited:
+            job.begun.set()
         shares = [job.share for job in awaited]
         made = list(await in_thread(self._pool, lambda: self._run(shares)))
         self._seen(len(made))

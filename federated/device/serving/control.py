@@ -7,7 +7,9 @@ a version that is refused leaves names, routing and what is served as they were.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from federated.device.records import NULL, Activation, Slot
 from federated.device.routing import check_name
@@ -15,9 +17,29 @@ from federated.device.serving.directory import Directory
 from federated.device.serving.faults import ApiError
 from federated.device.serving.sources import Offer, Source, check_version_name
 from federated.device.slots import AdapterRuntime
-from federated.errors import DeviceError
+from federated.errors import DeviceError, FederatedError, RegistryError
 
 __all__ = ["Control"]
+
+_FIRST, _LONGEST = 60.0, 3600.0
+"""Seconds until a version that was refused is tried again, at first and at most."""
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A version of the channel that cannot be installed.
+
+    Args:
+        version_id: which one.
+        code: name of the error.
+        until: when it may be tried again.
+        seconds: how long that was from the last try.
+    """
+
+    version_id: str
+    code: str
+    until: float
+    seconds: float
 
 
 class Control:
@@ -31,6 +53,7 @@ class Control:
         ruler: who decides which version is active, if it is not this object; says how to ask for a change. Then names
             and the active slot stay as they are here, and only users and arms are routed.
         troubled: the ruler's word on why it cannot keep up, or None.
+        clock: seconds that never go back.
     """
 
     def __init__(
@@ -42,6 +65,7 @@ class Control:
         channel: str | None = None,
         ruler: str = "",
         troubled: Callable[[], str | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runtime = runtime
         self.directory = directory
@@ -50,6 +74,8 @@ class Control:
         self._stale: str | None = None
         self._source = source
         self._followed: str | None = None
+        self._refused: _Refused | None = None
+        self._clock = clock
         self._versions: dict[str, str] = {}  # slot to the version that it was loaded as
         self._lock = threading.Lock()
         if source is not None:
@@ -122,11 +148,15 @@ class Control:
         if arm is not None:
             self.runtime.reroute(lambda routes: routes.with_arm(arm, name))
 
-    def follow(self) -> Activation | None:
+    def follow(self, *, patient: bool = False) -> Activation | None:
         """Install and activate what the channel points at, where that is news.
 
         A version that was rolled back from is not tried again before the channel moves. When the store cannot be read,
         or the version is refused, what is served goes on, and the next call tries again.
+
+        Args:
+            patient: leave a version that was refused alone for a time, ever longer, unless the channel moves; `stale`
+                goes on to say why.
 
         Returns:
             The activation, or None where nothing changed.
@@ -138,7 +168,10 @@ class Control:
             return None
         try:
             with self._lock:
-                made = self._follow(self.channel)
+                offer = self._store().find(self.channel)
+                if patient and self._waits(offer):
+                    return None
+                made = self._follow(self.channel, offer)
         except Exception as error:
             self._stale = type(error).__name__
             raise
@@ -153,13 +186,30 @@ class Control:
         self._install(self._source.find(version_id))
         return True
 
-    def _follow(self, channel: str) -> Activation | None:
-        offer = self._store().find(channel)
+    def _waits(self, offer: Offer) -> bool:
+        refused = self._refused
+        if refused is None or refused.version_id != offer.version_id or self._clock() >= refused.until:
+            return False
+        self._stale = refused.code
+        return True
+
+    def _follow(self, channel: str, offer: Offer) -> Activation | None:
         if offer.version_id == self._followed:
             return None
-        slot = self._named(channel, offer)
-        self._followed = offer.version_id
+        try:
+            slot = self._named(channel, offer)
+        except FederatedError as error:
+            if not isinstance(error, RegistryError):  # a store that cannot be read is no fault of the version
+                self._refuse(offer, error)
+            raise
+        self._followed, self._refused = offer.version_id, None
         return self.runtime.activate(slot.digest)
+
+    def _refuse(self, offer: Offer, error: FederatedError) -> None:
+        before = self._refused
+        again = before is not None and before.version_id == offer.version_id
+        seconds = min(_LONGEST, 2 * before.seconds) if before is not None and again else _FIRST
+        self._refused = _Refused(offer.version_id, type(error).__name__, self._clock() + seconds, seconds)
 
     def _load(self, name: str, version: str, *, replace: bool) -> Slot:
         if check_name(name) in (NULL, self.directory.base_name, self.channel):

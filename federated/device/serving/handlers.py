@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 from federated.device.serving.faults import FAILED, ApiError, error_body, invalid
 from federated.device.serving.threads import ClientGone
-from federated.errors import DataError, DeviceError
+from federated.errors import DataError, DeviceError, ModelError, UnknownAdapter
 
 __all__ = ["add_handlers"]
 
@@ -27,9 +27,15 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(DataError)
     @app.exception_handler(DeviceError)
+    @app.exception_handler(ModelError)
     async def not_possible(_: Request, error: Exception) -> Response:
         """Refused by the runtime or the task."""
         return JSONResponse(error_body(str(error), 400), 400)
+
+    @app.exception_handler(UnknownAdapter)
+    async def nowhere(_: Request, error: Exception) -> Response:
+        """A name that was taken away since the request came."""
+        return JSONResponse(error_body(str(error), 404, code="model_not_found", param="model"), 404)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:

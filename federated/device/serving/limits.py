@@ -14,6 +14,7 @@ class Limits:
     """What is more is refused with a clear error, before a model sees it.
 
     Args:
+        head_seconds: until a request's head is there, on a new connection or after its first byte.
         body_bytes: of a request's body.
         body_seconds: until a request's body is there.
         inputs: texts or series in one request to classify or embed.
@@ -24,7 +25,8 @@ class Limits:
         batch_rows: rows that share a forward pass.
         waiting: requests of a kind that may wait; one more is refused with 429.
         wait_seconds: longest wait before work begins; then 503.
-        request_seconds: longest work on one request; then 504.
+        request_seconds: longest work on one request; then 504. A client that takes nothing of an answer for as long is
+            let go.
         connections: open connections; one more is answered 503.
         drain_seconds: what a stopping server gives to requests under way.
 
@@ -32,6 +34,7 @@ class Limits:
         DeviceError: for a limit that lets nothing through.
     """
 
+    head_seconds: float = 10.0
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
     inputs: int = 128

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 __all__ = [
     "ActivateBody",
@@ -39,8 +39,24 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "annotations": ([],),
 }
 
+
+def _whole(text: str) -> str:
+    r"""JSON may hold half of a character (``"\ud800"``); no tokenizer reads that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 Name = Annotated[str, StringConstraints(max_length=200)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _same(value: Any, off: Any) -> bool:
+    """Whether a value is the one that means off: 0 is not False, which asks a completion for logprobs of its tokens."""
+    return isinstance(value, bool) == isinstance(off, bool) and bool(value == off)
 
 
 class _Body(BaseModel):
@@ -49,7 +65,7 @@ class _Body(BaseModel):
     @model_validator(mode="after")
     def _nothing_ignored(self) -> Self:
         for name, value in (self.model_extra or {}).items():
-            if value is not None and value not in _OFF.get(name, ()):
+            if value is not None and not any(_same(value, off) for off in _OFF.get(name, ())):
                 expected = f", expected {_OFF[name][0]!r} or nothing" if _OFF.get(name) else ""
                 raise ValueError(f"{name[:60]!r} is not supported by this server{expected}: leave it out")
         return self
@@ -72,7 +88,7 @@ class GenerationBody(_Asking):
     temperature: Number = Field(1.0, ge=0, le=2)
     top_p: Number = Field(1.0, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
-    stop: str | tuple[str, ...] | None = None
+    stop: Text | tuple[Text, ...] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -96,7 +112,7 @@ class GenerationBody(_Asking):
 class CompletionBody(GenerationBody):
     """``/v1/completions``."""
 
-    prompt: str | Annotated[tuple[str, ...], Field(min_length=1, max_length=1)]
+    prompt: Text | Annotated[tuple[Text, ...], Field(min_length=1, max_length=1)]
 
     @property
     def text(self) -> str:
@@ -108,14 +124,14 @@ class TextPart(_Body):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Body):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | tuple[TextPart, ...]
+    content: Text | tuple[TextPart, ...]
 
     def plain(self) -> dict[str, str]:
         """As the backend reads it."""
@@ -133,7 +149,7 @@ class ChatBody(GenerationBody):
 class EmbeddingBody(_Asking):
     """``/v1/embeddings``."""
 
-    input: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    input: Text | Annotated[tuple[Text, ...], Field(min_length=1)]
     encoding_format: Literal["float", "base64"] = "float"
 
     @property
@@ -151,7 +167,7 @@ class Series(_Body):
 class ClassifyBody(_Asking):
     """``/classify``: texts, or series for a sensor's task."""
 
-    input: str | Series | Annotated[tuple[str | Series, ...], Field(min_length=1)]
+    input: Text | Series | Annotated[tuple[Text | Series, ...], Field(min_length=1)]
 
     @property
     def rows(self) -> list[dict[str, Any]]:

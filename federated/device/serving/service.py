@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from federated.device.serving.metrics import Metrics
 from federated.device.serving.threads import in_thread
 from federated.device.serving.writing import Writer
 from federated.device.slots import AdapterRuntime
-from federated.errors import FederatedError
+from federated.errors import DeviceError, FederatedError
 
 __all__ = ["Service", "Speaks", "State"]
 
@@ -115,7 +116,10 @@ class Service:
 
     def _predicted(self, shares: Sequence[Share]) -> Sequence[Any]:
         pairs = [(row, share.slot.digest) for share in shares for row in share.rows]
-        return [answer.prediction for answer in self.runtime.predict_mixed(pairs)]
+        made = [answer.prediction for answer in self.runtime.predict_mixed(pairs)]
+        if not all(math.isfinite(value) for one in made for value in one.scores.values()):
+            raise DeviceError("an answer is not a finite number: the input's numbers are too large for this model")
+        return made
 
     def _embedded(self, shares: Sequence[Share]) -> Sequence[Any]:
         made: dict[int, list[Any]] = {}
@@ -146,7 +150,7 @@ class Service:
         while self.control.channel is not None:
             await asyncio.sleep(self._poll_seconds)
             try:
-                made = await self.in_thread(self.control.follow)
+                made = await self.in_thread(lambda: self.control.follow(patient=True))
             except Exception as error:  # noqa: BLE001 - whatever a store raises, what is served goes on
                 told = error if isinstance(error, FederatedError) else type(error).__name__
                 _LOG.warning("the channel %s cannot be followed: %s", self.control.channel, told)

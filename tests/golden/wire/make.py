@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from federated.manifest import AdapterSpec, HeadSpec, ModuleSpec, RawTensor
 from federated.wire import encode_tensors, seal_update
@@ -29,9 +30,12 @@ TENSORS = {
 }
 
 
-def files() -> dict[str, bytes]:
-    """File name to bytes."""
-    packet = seal_update(
+SIGNING_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))  # a fixed example
+
+
+def packet(signing_key: Ed25519PrivateKey | None = None) -> bytes:
+    """The update, signed or not."""
+    return seal_update(
         TENSORS,
         run_id="run-1",
         client_id="hospital-a",
@@ -44,8 +48,17 @@ def files() -> dict[str, bytes]:
         spec=SPEC,
         plan_digest="33" * 32,
         num_examples=40,
+        signing_key=signing_key,
     )
-    return {"adapter.safetensors": encode_tensors(TENSORS), "update.fpft": packet}
+
+
+def files() -> dict[str, bytes]:
+    """File name to bytes."""
+    return {
+        "adapter.safetensors": encode_tensors(TENSORS),
+        "update.fpft": packet(),
+        "update-signed.fpft": packet(SIGNING_KEY),
+    }
 
 
 if __name__ == "__main__":

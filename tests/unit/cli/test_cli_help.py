@@ -20,6 +20,8 @@ GROUPS = {
         "audit",
         "release",
         "device",
+        "deploy",
+        "run",
         "serve",
         "assets",
         "privacy",
@@ -53,7 +55,22 @@ GROUPS = {
         "check-seal",
     },
     ("release", "keys"): {"init", "add", "make"},
-    ("device",): {"try", "run", "status", "install", "activate", "rollback", "pin", "history", "report"},
+    ("device",): {
+        "try",
+        "run",
+        "status",
+        "install",
+        "activate",
+        "rollback",
+        "pin",
+        "history",
+        "report",
+        "enroll",
+        "join",
+        "personal",
+    },
+    ("deploy",): {"init", "up", "down", "app", "status", "invite", "devices", "approve", "revoke", "history"},
+    ("run",): {"submit", "status", "logs", "stop", "resume"},
     ("assets",): {"fetch", "list"},
     ("privacy",): {"plan", "spent", "audit"},
 }
@@ -90,7 +107,14 @@ def test_nothing_more_said_is_a_call_for_help(fedpeft: Callable[..., Any], group
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["simulate", "--help"], ["release", "--help"], ["registry", "list"], ["assets", "list"]],
+    [
+        ["--help"],
+        ["deploy", "--help"],
+        ["simulate", "--help"],
+        ["release", "--help"],
+        ["registry", "list"],
+        ["assets", "list"],
+    ],
 )
 def test_light_commands_load_no_heavy_library(finished: Path, arguments: list[str]) -> None:
     done = subprocess.run(

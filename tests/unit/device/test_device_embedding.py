@@ -11,7 +11,7 @@ import torch
 from federated.adapters import load_base
 from federated.config import AdapterConfig, TaskConfig
 from federated.device import NULL, AdapterRuntime, open_runtime
-from federated.errors import DeviceError
+from federated.errors import DataError, DeviceError
 
 Make = Callable[..., Any]
 
@@ -95,3 +95,9 @@ def test_a_base_without_texts_has_none(recipe: Make, real_version: Make) -> None
     runtime, _ = opened(recipe("tiny:sensor"), real_version)
     with pytest.raises(DeviceError, match="tiny:sensor reads no texts"):
         runtime.embed(TEXTS)
+
+
+def test_a_text_without_features_has_no_embedding(recipe: Make, real_version: Make) -> None:
+    runtime, digest = opened(recipe("tiny:llama"), real_version)
+    with pytest.raises(DataError, match="input 2 has no features"):
+        runtime.embed(["a", ""], digest=digest)

@@ -222,6 +222,29 @@ def test_after_a_restart_names_are_routed_and_slots_built_when_asked_for(
     assert again.pins == {}
 
 
+@pytest.mark.parametrize("file", ["standing.json", "1.json", "1.safetensors"])
+def test_one_that_is_damaged_keeps_nobody_elses_from_answering(
+    file: str, runtime: AdapterRuntime, versions: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "personal"
+    personal = PersonalAdapters(runtime, folder, rank=1)
+    personal.train("ann", ROWS, replace(QUICK, steps=1))
+    (place,) = folder.iterdir()
+    personal.train("bob", ROWS, replace(QUICK, steps=2))
+    expected = answers(runtime, Route(name="bob"))
+    (place / file).write_bytes(b"{")
+    again = AdapterRuntime(open_runtime(versions[0].manifest).backend)
+    versions[0].install(again)
+    personal = PersonalAdapters(again, folder, rank=1)
+    assert answers(again, Route(name="bob")) == expected
+    assert "is damaged" in caplog.text
+    assert "ann" not in again.routes.names
+    personal.forget("ann")
+    assert not place.exists()
+    personal.train("ann", ROWS, replace(QUICK, steps=1), onto=versions[0].digest)
+    assert "ann" in again.routes.names
+
+
 def test_more_users_than_slots_are_built_again_when_they_come_back(versions: list[Any], tmp_path: Path) -> None:
     runtime = AdapterRuntime(open_runtime(versions[0].manifest).backend, capacity=2)
     versions[0].install(runtime)

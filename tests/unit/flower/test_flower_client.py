@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from federated.config import ExperimentConfig
@@ -52,7 +54,7 @@ def ask(real_config: ExperimentConfig, real_session: Session, task: Assignment) 
     return send
 
 
-def admitted(reply: Reply, task: Assignment, session: Session) -> Any:
+def admitted(reply: Reply, task: Assignment, session: Session, update_key: bytes | None = None) -> Any:
     expected = Expectation(
         run_id=task.run_id,
         round_number=task.round_number,
@@ -63,6 +65,7 @@ def admitted(reply: Reply, task: Assignment, session: Session) -> Any:
         base_digest=task.base_digest,
         spec=session.initial.spec,
         plan_digest=task.plan.digest,
+        update_key=update_key,
     )
     assert reply.packet is not None, reply.message
     return admit(reply.packet, expected, layout=session.initial.layout())
@@ -199,6 +202,17 @@ class TestSentAgain:
         assert second.packet is not None
         assert first.packet != second.packet
 
+    def test_so_is_one_that_starts_elsewhere_or_asks_for_other_work(
+        self, ask: Reply_, task: Assignment, real_session: Session, real_config: ExperimentConfig
+    ):
+        """A round that is done again need not be the same: its second phase may rest on other clients' answers."""
+        moved = {name: tensor + 0.05 for name, tensor in real_session.initial.tensors.items()}
+        elsewhere = adapter_packet(AdapterState(real_session.initial.spec, moved))
+        slower = replace(real_config, train=replace(real_config.train, learning_rate=1e-5))
+        answers = [ask(), ask(packet=elsewhere), ask(config=slower), ask(replace(task, parent_version="q" * 64))]
+        assert len({answer.packet for answer in answers}) == 4
+        assert ask() == answers[0]
+
     def test_counters_grow_over_rounds(self, ask: Reply_, task: Assignment, real_session: Session):
         tasks = [replace(task, round_number=number) for number in (1, 2, 3)]
         assert [admitted(ask(one), one, real_session).envelope.counter for one in tasks] == [1, 2, 3]
@@ -209,15 +223,30 @@ class TestSentAgain:
         (folder,) = (tmp_path / "clients").iterdir()
         assert {path.name for path in folder.iterdir() if path.is_dir()} == {"2", "3"}
 
-    def test_a_half_kept_answer_is_made_anew(self, ask: Reply_, tmp_path: Path):
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda whole: whole[:20],
+            lambda whole: whole[:-1],
+            lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+            lambda whole: b"[]\n" + whole,
+            lambda whole: b"{}\n" + whole,
+            lambda whole: b"",
+        ],
+        ids=["half a line", "a byte short", "a flipped bit", "no record", "an empty record", "nothing"],
+    )
+    def test_an_answer_that_was_not_kept_whole_is_made_anew(
+        self, ask: Reply_, tmp_path: Path, damage: Callable[[bytes], bytes]
+    ):
+        """Sent as it is, the server would refuse it, again and again."""
         before = ask()
         (kept,) = (tmp_path / "clients").rglob("answer-*")
-        whole = kept.read_bytes()
-        kept.write_bytes(whole[:20])
+        damaged = damage(kept.read_bytes())
+        kept.write_bytes(damaged)
         after = ask()
-        assert after.packet is not None
-        assert before.packet is not None
-        assert kept.read_bytes() != whole[:20]
+        assert None is not after.packet != before.packet is not None
+        assert kept.read_bytes() != damaged
+        assert ask() == after
 
 
 KEEPING = TrainPlan(rank=2, kept=("factor_b", "dense"))
@@ -333,6 +362,52 @@ class TestRefusals:
 QUOTED = "patient Jane Doe has diabetes"
 
 
+class TestSigning:
+    KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+
+    @pytest.fixture
+    def site(self, real_config: ExperimentConfig, tmp_path: Path) -> dict[str, str]:
+        """A client's own file, and its key beside it."""
+        pem = self.KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (tmp_path / "update.pem").write_bytes(pem)
+        (tmp_path / "update.pem").chmod(0o600)
+        (tmp_path / "client.yaml").write_text(json.dumps({**_own(real_config, tmp_path), "signing_key": "update.pem"}))
+        return {"client-config": str(tmp_path / "client.yaml")}
+
+    def test_an_update_is_signed_with_the_clients_own_key(
+        self, ask: Reply_, task: Assignment, real_session: Session, site: dict[str, str]
+    ):
+        envelope = admitted(ask(**site), task, real_session, self.KEY.public_key().public_bytes_raw()).envelope
+        assert envelope.client_id == CLIENT
+        assert envelope.signature is not None
+
+    def test_it_is_signed_once_and_sent_again_as_it_was(self, ask: Reply_, site: dict[str, str]):
+        assert ask(**site) == ask(**site)
+
+    def test_without_a_key_nothing_is_signed(self, ask: Reply_, task: Assignment, real_session: Session):
+        assert admitted(ask(), task, real_session).envelope.signature is None
+
+    def test_a_key_that_others_may_read_trains_nothing(
+        self, ask: Reply_, site: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("federated.training.LocalTrainer.run", None)
+        (tmp_path / "update.pem").chmod(0o644)
+        reply = ask(**site)
+        assert (reply.reason, reply.packet) == ("ConfigError", None)
+        assert reply.message == (
+            "signing_key update.pem: others may read it (mode 0644); expected 0600 or less: chmod 600"
+        )
+
+    def test_it_is_said_with_the_clients_name_already(
+        self, real_config: ExperimentConfig, site: dict[str, str], tmp_path: Path
+    ):
+        (tmp_path / "update.pem").unlink()
+        message = Message(query_content(real_config), 2, "query")
+        reply = Reply.from_message(handle_query(message, context(**site)))
+        assert reply.reason == "ConfigError"
+        assert "update.pem: No such file" in (reply.message or "")
+
+
 class TestPrivacy:
     @pytest.mark.parametrize("where", ["run", "load"])
     def test_a_foreign_exception_s_text_never_leaves(
@@ -356,3 +431,25 @@ class TestPrivacy:
         assert reply.packet is not None
         assert not [row for row in rows if row in reply.packet]
         assert all(type(value) is float for value in reply.metrics.values())
+
+
+def test_what_a_client_did_is_noted_on_its_device_and_nowhere_else(
+    ask: Reply_, task: Assignment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "events.jsonl"
+    monkeypatch.setenv("FEDPEFT_EVENTS", str(path))
+    monkeypatch.setenv("FEDPEFT_CLIENT_STORE", str(tmp_path / "store"))
+    first = ask()
+    ask()  # sent again, not trained again
+    ask(replace(task, client_id="somebody else"))
+    ask(packet=b"no packet")
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(one["event"], one.get("outcome"), one.get("reason")) for one in events] == [
+        ("trained", None, None), ("answer", "ok", None), ("answer", "ok", None), ("answer", "refused", "ConfigError"),
+        ("answer", "refused", "WireError"),
+    ]  # fmt: skip
+    assert first.packet is not None
+    assert (events[1]["bytes_up"], events[1]["run"], events[1]["round"]) == (len(first.packet), "run", 1)
+    assert events[1]["bytes_down"] > 1000
+    assert events[0]["steps"] > 0
+    assert not {"train_loss", "num_examples", "message"} & {key for one in events for key in one}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from federated.errors import ConfigError
-from federated.flower.enrolled import Device, read_devices
+from federated.flower.enrolled import Device, read_devices, read_enrolment
 
 KEY = bytes(range(32))
 NODE = "ecdsa-sha2-nistp384 AAAAE2VjZHNh"
@@ -53,6 +53,21 @@ def test_no_other_state_lets_a_device_in(tmp_path: Path, state: str) -> None:
 def test_a_damaged_file_lets_nobody_in(tmp_path: Path, devices: Any) -> None:
     with pytest.raises(ConfigError, match=r"admission\.devices"):
         read_devices(written(tmp_path, devices))
+
+
+def test_two_approved_devices_with_one_node_key_let_nobody_in(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'north' and 'south' have the same node key"):
+        read_devices(written(tmp_path, {"north": entry(), "south": entry()}))
+
+
+def test_a_key_that_was_revoked_under_another_name_belongs_to_who_is_approved(tmp_path: Path) -> None:
+    found = read_enrolment(written(tmp_path, {"old": entry(state="revoked"), "new": entry()}))
+    assert (found.name_of(NODE), found.others) == ("new", {"old": "revoked"})
+
+
+def test_who_waits_for_approval_needs_no_usable_keys(tmp_path: Path) -> None:
+    found = read_enrolment(written(tmp_path, {"new": {"state": "pending"}}))
+    assert (found.devices, found.others, found.names) == ({}, {"new": "pending"}, {})
 
 
 def test_another_format_is_named(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ class TestDirectory:
         directory = Directory(config())
         directory.refresh(grid)
         assert directory.nodes == {"a": 1}
-        assert directory.take_problems() == [(2, "client id 'a' is taken by node 1")]
+        assert directory.take_problems() == [(2, "name_taken", "client id 'a' is taken by node 1")]
         assert directory.take_problems() == []
 
     @pytest.mark.parametrize("name", ["", "a\nb", "\ud800", "\x1b[2J", "x" * 201], ids=repr)
@@ -160,7 +160,7 @@ class TestDirectory:
         directory = Directory(config())
         directory.refresh(grid)
         assert directory.nodes == {"good": 2}
-        assert directory.take_problems() == [(1, "it gave no client id that can be used")]
+        assert directory.take_problems() == [(1, "no_name", "it gave no client id that can be used")]
 
     @pytest.mark.parametrize("name", ["x" * 200, "Klinik Nürnberg 病院", "../x"])
     def test_unusual_names_are_names(self, config: Make, name: str):
@@ -181,7 +181,8 @@ class TestDirectory:
         directory = Directory(config())
         directory.refresh(grid)  # type: ignore[arg-type]
         assert directory.nodes == {}
-        assert directory.take_problems() == [(1, "no rows here"), (2, "boom"), (3, "the reply has no 'reply' record")]
+        causes = ["no rows here", "boom", "the reply has no 'reply' record"]
+        assert directory.take_problems() == [(node, "no_name", text) for node, text in enumerate(causes, 1)]
 
     def test_too_few_clients_end_the_wait_with_the_causes(self, config: Make):
         app = ClientApp()

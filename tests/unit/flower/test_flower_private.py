@@ -225,6 +225,28 @@ def test_poisson_cohorts_come_from_a_key_that_is_nowhere_else(federation: Make, 
     assert account["epsilon"] == pytest.approx(epsilon([GaussianSteps(1.0, 0.3, 12)], 1e-5))
 
 
+def test_a_round_that_is_done_again_draws_anew_and_says_that_it_is_charged_again(federation: Make, tmp_path: Path):
+    """The server died after it had charged and asked: the ledger counts both, and the record says so."""
+    changes = private({"sampling": "poisson"}, rounds=1, selection={"fraction": 0.5, "min_clients": 12})
+    config = federation(**changes).strategy.config
+    rule = make_rule(config.strategy.rule)
+    before = ServerPrivacy.of_run(config, rule, folder=tmp_path, run_id="run")
+    assert before is not None
+    names = [f"client-{number:03d}" for number in range(12)]
+    before.plan(names)
+    assert before.charge(1) == ""
+    first = before.draw(names, 1)
+    before.close()  # what a kill does
+    resumed = federation({"privacy": ServerPrivacy.of_run(config, rule, folder=tmp_path, run_id="run")}, **changes)
+    resumed.run(clients=12)
+    (said,) = resumed.events("warning")
+    assert "round 1 was charged before and published nothing" in said["message"]
+    assert "(2 times now)" in said["message"]
+    assert len(resumed.strategy._privacy.budget.events) == 2
+    assert tuple(resumed.events("round_start")[0]["cohort"]) != first
+    resumed.strategy.close()
+
+
 def test_an_empty_cohort_is_a_round_of_noise_alone(federation: Make, monkeypatch: Any, noise: Any):
     from federated.privacy.cohorts import PoissonCohorts
 

@@ -150,6 +150,30 @@ class TestSite:
             site_of({"client-config": str(tmp_path / "missing")}, real_config)
 
 
+class TestSigningKey:
+    TEXT = "{client_id: a, store: x, data: {name: synthetic}, model: {source: y}, signing_key: %s}"
+
+    @pytest.mark.parametrize("key", ["keys/update.pem", "../update.pem"])
+    def test_a_relative_path_starts_at_the_files_own_folder(
+        self, real_config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+    ):
+        written(tmp_path / "client.yaml", self.TEXT % key)
+        monkeypatch.chdir(tmp_path.parent)
+        relative = {"client-config": f"{tmp_path.name}/client.yaml"}
+        assert site_of(relative, real_config).signing_key == str(tmp_path / key)
+
+    def test_an_absolute_path_stays(self, real_config: ExperimentConfig, tmp_path: Path):
+        node = written(tmp_path / "client.yaml", self.TEXT % "/srv/keys/update.pem")
+        assert site_of(node, real_config).signing_key == "/srv/keys/update.pem"
+
+    def test_without_one_nothing_is_signed(self):
+        assert ClientSite("a", "x").update_key is None
+
+    def test_it_is_read_when_it_is_used(self, tmp_path: Path):
+        with pytest.raises(ConfigError, match="No such file"):
+            _ = ClientSite("a", "x", signing_key=str(tmp_path / "none.pem")).update_key
+
+
 class TestLimits:
     def test_the_owner_s_data_and_model_replace_the_server_s(self, real_config: ExperimentConfig):
         data, model = DataConfig(name="files", path="/srv/data"), ModelConfig(source="/srv/model")

@@ -81,7 +81,7 @@ class TestRounds:
         made = federation(rounds=2)
         made.run()
         one_round = ["round_start", "client", "client", "client", "round"]
-        assert [event["event"] for event in made.tracker.events] == [*one_round, *one_round, "final"]
+        assert [event["event"] for event in made.tracker.events] == ["joined"] * 3 + [*one_round, *one_round, "final"]
 
     def test_each_version_is_the_next_one_s_parent(self, federation: Make):
         made = federation(rounds=3)

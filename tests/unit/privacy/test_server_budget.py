@@ -61,6 +61,17 @@ def test_what_was_spent_counts_in_the_next_process(tmp_path: Path):
     again.close()
 
 
+def test_a_round_that_is_charged_again_is_known_by_a_ledger_alone(tmp_path: Path):
+    ledger = Ledger.open(tmp_path / "ledger", subject="server of run", data_digest="d")
+    kept, lost = (ServerBudget(config({"noise_multiplier": 1.0}), run_id="run", ledger=one) for one in (ledger, None))
+    for budget in (kept, lost):
+        for number in (1, 2, 2):
+            budget.charge(number)
+    assert [kept.times_charged(number) for number in (1, 2, 3)] == [1, 2, 0]
+    assert [lost.times_charged(number) for number in (1, 2, 3)] == [0, 0, 0]
+    kept.close()
+
+
 def test_the_account_says_what_is_assumed():
     assert ServerBudget(config({"noise_multiplier": 1.0, "sampling": "poisson"})).account().sampling == POISSON
     account = ServerBudget(config({"noise_multiplier": 1.0}, test_seed=0)).account()

@@ -54,7 +54,7 @@ def expected(spec: AdapterSpec) -> Expectation:
 def seal(expected: Expectation, tensors: dict[str, RawTensor]) -> Seal:
     """`seal_update` for the honest update, with any field replaced."""
     honest = {field.name: getattr(expected, field.name) for field in fields(expected)}
-    del honest["max_examples"], honest["last_counter"]
+    del honest["max_examples"], honest["last_counter"], honest["update_key"]
 
     def make(replaced: dict[str, RawTensor] | None = None, **changes: Any) -> bytes:
         chosen = tensors if replaced is None else replaced

@@ -8,7 +8,7 @@ import pytest
 from federated.device import NULL
 from federated.device.agent_steps import Steps
 from federated.errors import DeviceError, NoRuntime, ReleaseError, Unreachable
-from federated.release import Source
+from federated.release import ReleaseClient, Source
 from federated.testing.releases import Mirror
 
 
@@ -317,8 +317,9 @@ def test_a_version_that_was_revoked_while_the_device_was_down(yard) -> None:
     with yard.started() as agent:
         version = yard.settled(agent, 1)
     yard.publisher.revoke_version(version)
-    agent = yard.agent()
-    agent._releases.refresh()
+    ReleaseClient(
+        yard.publisher.trusted_root, str(yard.publisher.folder), yard.state / "release", clock=yard.time
+    ).refresh()
     with yard.started(NO_NETWORK) as agent:
         assert (agent.active, yard.answer, yard.state_of(version)) == (NULL, 0.0, "failed")
 

@@ -1,5 +1,6 @@
 """The agent's parts: configuration, journal, log, lock, rate, pace."""
 
+import errno
 import json
 import os
 import random
@@ -277,10 +278,19 @@ def test_a_shelf_that_cannot_be_read(tmp_path: Path, make, monkeypatch) -> None:
     shelf = Shelf(tmp_path / "versions")
     shelf.put(record, one.manifest, tmp_path / "weights", None)
     path = tmp_path / "versions" / one.version_id / "weights.safetensors"
+
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(ReleaseError, match="cannot read a version: Permission denied"):
+            shelf.get(one.version_id)
+        assert shelf.manifest(one.version_id) is None
     path.unlink()
     path.mkdir()
-    with pytest.raises(ReleaseError, match="cannot read a version"):
-        shelf.get(one.version_id)
+    assert shelf.get(one.version_id) is None
+    assert shelf.manifest(one.version_id) == one.manifest
 
 
 # ---- fetching --------------------------------------------------------------------------------------------------------

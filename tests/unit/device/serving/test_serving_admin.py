@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import socket
 import stat
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +105,7 @@ def test_routes_are_set_and_taken_away(site: Any) -> None:
     assert site.ask(max_tokens=1, user="ann").json()["choices"][0]["text"] == "2 "
     assert site.admin.post("/admin/route", json={"user": "ann"}).json()["users"] == {}
     assert site.ask(max_tokens=1, user="ann").json()["choices"][0]["text"] == "1 "
-    assert site.admin.post("/admin/route", json={"user": "ann", "model": "nobody"}).status_code == 400
+    assert site.admin.post("/admin/route", json={"user": "ann", "model": "nobody"}).status_code == 404
     assert site.admin.post("/admin/route", json={"user": "ann", "arm": "b"}).status_code == 400
     assert site.admin.post("/admin/route", json={"arm": "b", "model": "hers"}).json()["arms"] == {"b": "hers"}
 
@@ -263,3 +266,53 @@ def test_what_a_slot_does_is_told_without_a_word_of_the_request(sites: Callable[
         for text in ("a", "crash", "bad"):
             site.ask("/classify", input=text)
         assert heard.told == [(one, "good"), (one, "the model raised RuntimeError")]
+
+
+def test_a_refused_version_of_the_channel_is_left_alone_for_a_time(site: Any) -> None:
+    now, shelf, runtime = [0.0], site.shelf, site.service.runtime
+    tried: list[str] = []
+    install = runtime.install
+
+    def counted(manifest: Any, weights: bytes, **more: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():  # the fixture's server follows as well
+            tried.append(more["version_id"])
+        return install(manifest, weights, **more)
+
+    runtime.install = counted
+    control = Control(runtime, Directory(runtime, "tiny:echo"), shelf, channel="stable", clock=lambda: now[0])
+    bad, times = replace(shelf.names["v2"], manifest=replace(shelf.names["v2"].manifest, method="refused")), []
+    shelf.names |= {"stable": bad}
+    for second in range(0, 15_001, 60):
+        now[0], before = second, len(tried)
+        with suppress(DeviceError):
+            assert control.follow(patient=True) is None
+        if len(tried) > before:
+            times.append(second)
+        assert control.stale == "DeviceError"
+    assert times == [0, 60, 180, 420, 900, 1860, 3780, 7380, 10_980, 14_580]
+    with pytest.raises(DeviceError):
+        control.follow()  # by hand: at once
+    shelf.broken = True
+    with pytest.raises(OSError, match="secret"):
+        control.follow(patient=True)
+    assert control.stale == "OSError"
+    shelf.broken = False
+    assert control.follow(patient=True) is None
+    assert control.stale == "DeviceError"
+    shelf.names |= {"stable": shelf.names["v1"]}
+    assert control.follow(patient=True) is not None
+    assert control.stale is None
+
+
+def test_a_name_that_goes_while_a_request_is_on_its_way_is_not_found(site: Any, monkeypatch: Any) -> None:
+    site.control.load("two", "v2")
+    wanted = site.service.directory.wanted
+
+    def late(*args: Any, **more: Any) -> Any:
+        found = wanted(*args, **more)
+        site.control.unload("two")
+        return found
+
+    monkeypatch.setattr(site.service.directory, "wanted", late)
+    done = site.ask(model="two")
+    assert (done.status_code, done.json()["error"]["code"]) == (404, "model_not_found")

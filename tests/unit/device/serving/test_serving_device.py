@@ -14,7 +14,10 @@ import httpx
 import pytest
 
 from federated.device.journal import read_book
+from federated.device.personal_store import PersonalStore, PersonalVersion, Standing
+from federated.device.records import NULL
 from federated.release import Artefact, KeyRing, Plan, Publisher, Quorum
+from federated.wire import decode_tensors
 
 Make = Callable[..., Any]
 
@@ -31,6 +34,14 @@ def publisher(tmp_path: Path) -> Publisher:
         "probation: {requests: 3, seconds: 1000}\n"
     )
     return made
+
+
+def kept(folder: Path, version: Any) -> None:
+    """What a training client of this device leaves, in a process that knows nothing of the server."""
+    store, manifest = PersonalStore(folder), version.manifest
+    about = ("ann", 1, 0, manifest.weights_digest, manifest.base_digest, NULL, version.version_id, manifest.spec, {})
+    store.put(PersonalVersion(*about, recipe=manifest.task), decode_tensors(version.weights))
+    store.stand("ann", Standing(1, NULL))
 
 
 def test_an_agents_versions_are_served_and_committed_by_what_the_server_reports(
@@ -60,6 +71,17 @@ def test_an_agents_versions_are_served_and_committed_by_what_the_server_reports(
         until(lambda: version() == one.version_id)
         assert not committed(one)  # three requests are its probation
         until(lambda: version() == one.version_id and committed(one))
+        kept(tmp_path / "state" / "personal", two)
+
+        def slot(user: str) -> str:
+            done = httpx.post(f"{place}/classify", json={"input": "late again", "user": user}, timeout=60)
+            return str(done.headers["x-fedpeft-slot"])
+
+        until(lambda: slot("ann") == two.digest)
+        assert slot("bob") == one.digest
+        undo = [sys.executable, "-m", "federated.cli.main", "device", "personal", "rollback", "ann", "--config", file]
+        assert subprocess.run(undo, check=False, capture_output=True).returncode == 0
+        until(lambda: slot("ann") == one.digest)
         publisher.publish("stable", Artefact(two.manifest, two.weights))
         until(lambda: version() == two.version_id)
         until(lambda: version() == two.version_id and committed(two))

@@ -1,0 +1,288 @@
+"""The door, the one port of a deployment that devices reach: TLS, Flower's fleet interface, enrolment, no more.
+
+SuperLink serves devices, operators and apps on one port and asks operators for no password, so it listens on
+loopback, and this stands before it: a reverse proxy that passes ``POST /v1/fleet/<name>`` for the names that
+SuperNodes use, and answers 404 to all else. Bodies are streamed, bounded, and counted by the key that the node
+authenticates itself with. It holds no secret of a device, and checks no signature: the SuperLink does.
+
+Run as ``python -m federated.deployment.front FOLDER``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import json
+import logging
+import os
+import ssl
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from starlette.background import BackgroundTask
+from starlette.responses import StreamingResponse
+
+from federated.deployment.devices import DeviceBook
+from federated.deployment.enrolment import enrolment_routes
+from federated.deployment.layout import Layout
+from federated.deployment.server_config import ServerConfig, read_server_config
+from federated.files import write_whole
+from federated.logs import set_up_logs
+
+__all__ = ["FLEET", "Traffic", "door_app", "serve_door"]
+
+_LOG = logging.getLogger(__name__)
+
+FLEET = frozenset(
+    {
+        "register-node",
+        "activate-node",
+        "deactivate-node",
+        "unregister-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    }
+)
+"""What SuperNodes of flwr 1.41 and 1.42 ask for."""
+
+_KEY_HEADER = "flwr-public-key"
+_HOP = frozenset(
+    ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailers", "transfer-encoding",
+     "upgrade", "host", "content-length", "expect")
+)  # fmt: skip
+_NOTE = 2.0  # seconds between two notes of the traffic
+_MOST_KEYS = 10_000
+_HEADER_BYTES = 16_384
+
+
+@dataclass
+class Flow:
+    """What went through for one key, in bytes of bodies.
+
+    Args:
+        up: from the device.
+        down: to the device.
+        requests: how many.
+        last: seconds since the epoch.
+    """
+
+    up: int = 0
+    down: int = 0
+    requests: int = 0
+    last: float = 0.0
+
+
+@dataclass
+class Traffic:
+    """Bytes by key, since the deployment was made; written down every few seconds.
+
+    Args:
+        path: where it is kept.
+    """
+
+    path: Path
+    flows: dict[str, Flow] = field(default_factory=dict)
+    refused: int = 0
+
+    @classmethod
+    def of(cls, path: Path) -> Traffic:
+        """Go on from what was written; a damaged file begins anew, and is said."""
+        try:
+            found = json.loads(path.read_text())
+            return cls(path, {key: Flow(**one) for key, one in found["flows"].items()}, int(found["refused"]))
+        except FileNotFoundError:
+            return cls(path)
+        except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+            _LOG.warning("%s cannot be read (%r): the count of bytes begins anew", path, error)
+            return cls(path)
+
+    def flow(self, key: str) -> Flow:
+        """The counters of a key; so many keys share one when there are more than anybody has devices."""
+        if key not in self.flows and len(self.flows) >= _MOST_KEYS:
+            key = "others"
+        return self.flows.setdefault(key, Flow())
+
+    def note(self) -> None:
+        """Write it down."""
+        plain = {"flows": {key: asdict(flow) for key, flow in self.flows.items()}, "refused": self.refused}
+        write_whole(self.path, json.dumps(plain).encode())
+
+
+def key_name(header: str) -> str:
+    """A short name of the key that a node authenticates itself with: the SHA-256 of its bytes; empty for none."""
+    try:
+        return hashlib.sha256(base64.b64decode(header, validate=True)).hexdigest() if header else ""
+    except (binascii.Error, ValueError):
+        return ""
+
+
+def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
+    """The application behind the door.
+
+    Args:
+        layout: of the deployment.
+        config: of the deployment.
+        traffic: is counted into.
+    """
+    trust: ssl.SSLContext | bool = True
+    scheme = "http" if config.insecure else "https"
+    if not config.insecure:
+        trust = ssl.create_default_context(cafile=str(layout.ca))
+    base = f"{scheme}://127.0.0.1:{config.superlink_port}"
+    limits = httpx.Limits(max_connections=config.max_requests, max_keepalive_connections=64)
+    most = int(config.max_request_mb * 1_000_000)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.client = httpx.AsyncClient(
+            base_url=base, verify=trust, limits=limits, timeout=httpx.Timeout(60.0, connect=5.0), trust_env=False
+        )
+        noting = asyncio.create_task(_note(traffic))
+        try:
+            yield
+        finally:
+            noting.cancel()
+            with suppress(asyncio.CancelledError):
+                await noting
+            await app.state.client.aclose()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.post("/v1/fleet/{name}")
+    async def fleet(name: str, request: Request) -> Response:
+        if name not in FLEET or request.url.query or request.scope.get("raw_path", b"") != f"/v1/fleet/{name}".encode():
+            traffic.refused += 1
+            return Response(status_code=404)
+        flow = traffic.flow(key_name(request.headers.get(_KEY_HEADER, "")))
+        flow.requests += 1
+        flow.last = time.time()
+        return await _passed(app.state.client, request, flow, most=most)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        return Response("ok\n", media_type="text/plain")
+
+    if not config.insecure:
+        book = DeviceBook(layout.folder, clock=lambda: datetime.now(UTC))
+        app.include_router(enrolment_routes(book, ca_pem=layout.ca.read_bytes(), on_change=_entered))
+
+    @app.exception_handler(404)
+    async def missing(_: Request, __: Exception) -> Response:
+        traffic.refused += 1
+        return Response(status_code=404)
+
+    return app
+
+
+def _entered(name: str) -> None:
+    _LOG.info("device %s was entered into the book", name, extra={"client": name})
+
+
+class _TooLarge(Exception):
+    pass
+
+
+async def _passed(client: httpx.AsyncClient, request: Request, flow: Flow, *, most: int) -> Response:
+    """Pass a request on, and its answer back, neither held in memory as a whole."""
+    if int(request.headers.get("content-length") or 0) > most:
+        return _refused(413, f"more than {most} bytes")
+
+    async def body() -> AsyncIterator[bytes]:
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise _TooLarge
+            flow.up += len(part)
+            yield part
+
+    dropped = _HOP - {"content-length"}
+    headers = [(name, value) for name, value in request.headers.raw if name.decode("latin-1") not in dropped]
+    sent = client.build_request("POST", request.url.path, headers=headers, content=body())
+    try:
+        answer = await client.send(sent, stream=True)
+    except _TooLarge:
+        return _refused(413, f"more than {most} bytes")
+    except httpx.HTTPError as error:
+        return _refused(502, f"the SuperLink does not answer: {type(error).__name__}")
+
+    async def back() -> AsyncIterator[bytes]:
+        async for part in answer.aiter_raw():
+            flow.down += len(part)
+            yield part
+
+    kept = {name: value for name, value in answer.headers.items() if name not in _HOP - {"content-length"}}
+    return StreamingResponse(back(), answer.status_code, kept, background=BackgroundTask(answer.aclose))
+
+
+def _refused(code: int, text: str) -> Response:
+    return Response(text + "\n", status_code=code, media_type="text/plain")
+
+
+async def _note(traffic: Traffic) -> None:
+    try:
+        while True:
+            await asyncio.sleep(_NOTE)
+            _write(traffic)
+    finally:
+        _write(traffic)
+
+
+def _write(traffic: Traffic) -> None:
+    try:
+        traffic.note()
+    except OSError as error:
+        _LOG.warning("the traffic cannot be written down: %s", error.strerror)
+
+
+def serve_door(folder: Path) -> None:
+    """Serve a deployment's door until a signal says to stop.
+
+    Raises:
+        FederatedError: if its configuration cannot be read.
+    """
+    layout, config = Layout(folder), read_server_config(folder)
+    app = door_app(layout, config, Traffic.of(layout.traffic))
+    tls: dict[str, Any] = (
+        {} if config.insecure else {"ssl_certfile": str(layout.certificate), "ssl_keyfile": str(layout.key)}
+    )
+    uvicorn.run(
+        app,
+        host=config.door_host,
+        port=config.door_port,
+        limit_concurrency=config.max_requests,
+        timeout_keep_alive=75,
+        ws="none",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        http="h11",
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        **tls,
+    )
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    _FOLDER = Path(sys.argv[1]).resolve()
+    set_up_logs("door", read_server_config(_FOLDER).log_format)
+    serve_door(_FOLDER)

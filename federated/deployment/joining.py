@@ -1,0 +1,186 @@
+"""A device takes part: Flower's SuperNode and our launcher as two processes, started again when they end.
+
+Both are children of the process that calls `join`, and end with it. After a kill, Flower lets a node back in only
+when its old session has run out (a minute); until then the SuperNode ends with a refusal, and is started again after
+ever longer pauses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from federated.deployment.device_metrics import EVENTS_FILE, DeviceMetrics
+from federated.deployment.training_config import TrainingConfig
+from federated.device_events import EVENTS
+from federated.errors import DeploymentError
+
+__all__ = ["OFF_SWITCHES", "environment", "join"]
+
+_LOG = logging.getLogger(__name__)
+_LOOK = 0.3  # seconds
+_WELL = 60.0  # seconds after which a process counts as started well
+_GRACE = 10.0  # seconds to end in
+_SECRET_BYTES = 32
+
+OFF_SWITCHES: Mapping[str, str] = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What keeps Flower and its friends from calling anybody but their own servers."""
+
+
+def environment(flwr_home: Path) -> dict[str, str]:
+    """This process's environment for a process of Flower's.
+
+    With the off-switches, a home of its own, and this Python's programs first: Flower starts its own by their names.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, **OFF_SWITCHES, "FLWR_HOME": str(flwr_home), "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def join(config: TrainingConfig, *, stop: threading.Event) -> None:
+    """Take part until ``stop`` is set.
+
+    Args:
+        config: what the device's owner decided.
+        stop: ends both processes.
+
+    Raises:
+        DeploymentError: if the device's folder cannot be written, or a file that the owner named is not there.
+    """
+    for what, path in (("client", config.client), ("ca", config.ca), ("node_key", config.node_key)):
+        if path is not None and not path.is_file():
+            raise DeploymentError(f"training.{what} = {path}: no such file")
+    try:
+        home = config.state / "flwr"
+        home.mkdir(parents=True, exist_ok=True)
+        secret = _secret(config.state)
+    except OSError as error:
+        raise DeploymentError(f"training.state = {config.state}: {error.strerror}") from None
+    if config.unpinned:
+        _LOG.warning("unpinned: this device runs whatever app the server sends")
+    if config.insecure:
+        _LOG.warning("insecure: no TLS and no authentication; whoever is on the way reads and changes every message")
+    port = config.port or _free_port()
+    children = [_node(config, port, secret), _launcher(config, port, secret)]
+    for child in children:
+        child.environment = {**environment(home), EVENTS: str(config.state / EVENTS_FILE)}
+    metrics = DeviceMetrics(
+        config.state, restarts=lambda: {child.kind: child.restarts for child in children}, pinned=not config.unpinned
+    )
+    said = ""
+    try:
+        while not stop.wait(_LOOK):
+            for child in children:
+                child.look(time.monotonic(), longest=config.max_retry_seconds)
+            said = _written(metrics, said)
+    finally:
+        for child in children:
+            child.end()
+
+
+def _written(metrics: DeviceMetrics, said: str) -> str:
+    """Write the metrics; a disk that refuses is said once, and ends nothing."""
+    try:
+        metrics.look()
+    except OSError as error:
+        if said != str(error):
+            _LOG.warning("the device's metrics cannot be written: %s", error)
+        return str(error)
+    return ""
+
+
+def _secret(folder: Path) -> Path:
+    """What the launcher proves itself with to the SuperNode: else any user of the machine could take its messages."""
+    path = folder / "superexec.secret"
+    if not path.is_file():
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(_SECRET_BYTES))
+    return path
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _node(config: TrainingConfig, port: int, secret: Path) -> _Child:
+    arguments = ["--superlink", config.address, "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
+    arguments += ["--superexec-auth-secret-file", str(secret)]
+    arguments += ["--node-config", f"client-config={json.dumps(str(config.client))}"]
+    if config.insecure:
+        arguments.append("--insecure")
+    else:
+        arguments += ["--root-certificates", str(config.ca), "--auth-supernode-private-key", str(config.node_key)]
+    said = {"arguments": arguments, "poll_seconds": config.poll_seconds, "log_format": config.log_format}
+    return _Child("supernode", said)
+
+
+def _launcher(config: TrainingConfig, port: int, secret: Path) -> _Child:
+    said = {"address": f"127.0.0.1:{port}", "secret": str(secret), "apps": list(config.apps), "warm": config.warm}
+    said["log_format"] = config.log_format
+    return _Child("launcher", said)
+
+
+@dataclass
+class _Child:
+    """One process, started when it is not there."""
+
+    kind: str
+    said: Mapping[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    again: float = 0.0
+    pause: float = 1.0
+    restarts: int = 0
+
+    def look(self, now: float, *, longest: float) -> None:
+        """Start it, or note that it ended and when to start it again."""
+        if self.process is None:
+            if now >= self.again:
+                self._start(now)
+            return
+        code = self.process.poll()
+        if code is None:
+            return
+        self.pause = 1.0 if now - self.started >= _WELL else min(2 * self.pause, longest)
+        self.process, self.again = None, now + self.pause
+        self.restarts += 1
+        _LOG.warning("the %s ended with code %d; it is started again in %.0f s", self.kind, code, self.pause)
+
+    def _start(self, now: float) -> None:
+        command = [sys.executable, "-m", "federated.deployment.launcher", self.kind]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=dict(self.environment))
+        self.started = now
+        if self.process.stdin is not None:
+            self.process.stdin.write(json.dumps(self.said).encode() + b"\n")
+            self.process.stdin.close()
+
+    def end(self) -> None:
+        """End it, gently first."""
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()

@@ -1,0 +1,355 @@
+"""The device's launcher: runs an app's code only when the device's owner has pinned its bundle.
+
+A SuperNode hands out the messages that it got, each with the app's bundle (FAB), and Flower's SuperExec runs it in a
+process of its own. Flower compares the bundle with nothing that the device's owner said. Here an executor of ours
+stands in that place: it computes the SHA-256 of the bundle's bytes, and what is not pinned is refused before anything
+of it is unpacked or imported. The refusal is the answer that the server gets.
+
+Warm, the process has loaded the libraries (and the base model, once a first message named it) and forks for each
+message; cold, each message has a new Python. What the two use of Flower's internals is in this module alone, for the
+versions in `TESTED`. With any other version nothing is warm; where a name that the check hangs on is missing, nothing
+runs at all.
+
+It is started by `federated.deployment.joining`, as ``python -m federated.deployment.launcher``, and reads what it
+needs as one line of JSON from standard input: a command line can be read by every user of a machine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
+
+from federated.device_events import note_event
+from federated.errors import DeploymentError
+from federated.flower.records import PINNED
+from federated.logs import LogFormat, set_up_logs
+
+__all__ = ["TESTED", "Launch", "PinnedExecutor", "check_bundle", "fits", "supernode"]
+
+_LOG = logging.getLogger(__name__)
+
+TESTED = ("1.41.",)
+"""Beginnings of the versions of Flower that the warm launcher was tested with."""
+
+_CLIENT = "flwr.supernode.runtime.run_clientapp"
+_SUPEREXEC = "flwr.supercore.superexec.run_superexec"
+_SUPERNODE = "flwr.supernode.start_client_internal"
+_HEAVY = ("torch", "transformers", "peft", "federated.flower.client", _CLIENT)
+_NO_PIPE = -1
+_MOST_WAITING = 32
+_LONGEST = 60_000
+"""Bytes that a pipe holds without a reader."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher is started with.
+
+    Args:
+        address: of the SuperNode's runtime interface.
+        secret: path of the secret that it proves itself with there.
+        apps: SHA-256 of the bundles that may run; empty: any.
+        warm: fork instead of starting Python anew.
+        poll_seconds: between two looks for a message.
+        log_format: ``text`` or ``json``.
+    """
+
+    address: str
+    secret: str
+    apps: tuple[str, ...]
+    warm: bool
+    poll_seconds: float = 0.2
+    log_format: LogFormat = "text"
+
+
+def fits(names: Collection[tuple[str, str]] = ((_CLIENT, "install_from_fab"), (_SUPEREXEC, "get_executor"))) -> None:
+    """Check that Flower has what the launcher hangs on.
+
+    Raises:
+        DeploymentError: if it has not: then nothing may run, because nothing would be checked.
+    """
+    for module, name in names:
+        try:
+            found = hasattr(importlib.import_module(module), name)
+        except ImportError:
+            found = False
+        if not found:
+            raise DeploymentError(
+                f"flwr {version('flwr')} has no {module}.{name}, where a bundle is checked before it runs; install "
+                f"flwr {TESTED[0]}*"
+            )
+
+
+def check_bundle(content: bytes, apps: Collection[str]) -> str:
+    """Check a bundle's bytes against the owner's list.
+
+    Args:
+        content: the bundle, as it came.
+        apps: SHA-256 of those that may run; empty: any.
+
+    Returns:
+        Its SHA-256, or ``unpinned`` where any may run.
+
+    Raises:
+        DeploymentError: if it is not on the list.
+    """
+    if not apps:
+        return "unpinned"
+    found = hashlib.sha256(content).hexdigest()
+    if found not in apps:
+        raise DeploymentError(
+            f"app_not_pinned: this device was sent {found[:12]} and runs "
+            f"{', '.join(one[:12] for one in sorted(apps))} alone; if its owner trusts that bundle, its digest goes "
+            "into training.apps"
+        )
+    return found
+
+
+class PinnedExecutor:
+    """Flower's executor protocol: one process for each message, which checks the bundle first.
+
+    Args:
+        launch: what may run, and how.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._owner = os.getpid()
+        self._children: dict[int, int] = {}  # process: the pipe on which it says what it opened
+        self._parts = ""
+
+    def get_eligible_capacity(self, supported_task_types: set[TaskType], **_: Any) -> tuple[set[TaskType], set[str]]:
+        """Client tasks, a few at a time; only one of them works, see `_working_alone`."""
+        free = len(self._children) < _MOST_WAITING
+        return (supported_task_types & {TaskType.CLIENT_APP} if free else set()), set()
+
+    def wait_for_capacity(self, *_: Any, **__: Any) -> None:
+        """Return when another process may be started."""
+        while len(self._children) >= _MOST_WAITING:
+            self.reconcile()
+            time.sleep(self._launch.poll_seconds)
+
+    def launch(self, spec: ExecutionSpec) -> LaunchResult:
+        """Start the process of one message."""
+        if spec.task_type != TaskType.CLIENT_APP:
+            return LaunchResult.failed(f"a device runs client apps alone, not {spec.task_type}")
+        if self._launch.apps and spec.fab_hash and spec.fab_hash not in self._launch.apps:
+            _LOG.warning("a message of app %s, which is not pinned: it will be refused", spec.fab_hash[:12])
+        self._children.update([self._fork(spec) if self._launch.warm else self._spawn(spec)])
+        return LaunchResult.accepted()
+
+    def reconcile(self) -> None:
+        """Take leave of processes that ended; open what the last one opened, for the next ones to inherit."""
+        for child, pipe in list(self._children.items()):
+            done, _ = os.waitpid(child, os.WNOHANG)
+            if done:
+                del self._children[child]
+                self._take(pipe)
+
+    def close(self) -> None:
+        """End what is at work; a forked child inherits this method and does nothing."""
+        if os.getpid() != self._owner:
+            return
+        for child in self._children:
+            os.kill(child, signal.SIGTERM)
+
+    def _fork(self, spec: ExecutionSpec) -> tuple[int, int]:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            launch, parent = self._launch, self._owner
+            _in_child(lambda: _task(launch, spec.token, parent=parent), writing)
+        os.close(writing)
+        return child, reading
+
+    def _spawn(self, spec: ExecutionSpec) -> tuple[int, int]:
+        command = [sys.executable, "-m", "federated.deployment.launcher", "task"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        task = {"launch": asdict(self._launch), "token": spec.token}
+        if process.stdin is not None:  # it was asked for
+            process.stdin.write(json.dumps({**task, "parent": self._owner}).encode() + b"\n")
+            process.stdin.close()
+        process.returncode = 0  # reaped by `reconcile`, and by nobody else
+        return process.pid, _NO_PIPE
+
+    def _take(self, pipe: int) -> None:
+        """Open here what the child opened, unless it is open: the next children have it then."""
+        if pipe == _NO_PIPE:
+            return
+        ready, _, _ = select.select([pipe], [], [], 0)
+        parts = os.read(pipe, _LONGEST).decode() if ready else ""
+        os.close(pipe)
+        if parts and parts != self._parts:
+            self._parts = parts
+            _warm_up(parts)
+
+
+def _warm_up(parts: str) -> None:
+    """Open a session here. What cannot be opened is no fault of this process: its child has said so to the server."""
+    from federated.flower.session import open_parts
+
+    try:
+        began = time.monotonic()
+        open_parts(parts)
+        _LOG.info("the base model is in memory, after %.1f s", time.monotonic() - began)
+    except Exception:  # noqa: BLE001 - whatever a server's configuration leads to: the launcher goes on cold
+        _LOG.warning("the base model is not kept in memory", exc_info=True)
+
+
+def _in_child(work: Callable[[], None], pipe: int) -> NoReturn:
+    """The forked child: without what its parent registered, and never back into its parent's code."""
+    code = 1
+    try:
+        from flwr.supercore.exit import exit_handler
+
+        exit_handler.registered_exit_handlers.clear()
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+            signal.signal(name, signal.SIG_DFL)
+        work()
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else 1
+        _tell(pipe)
+    except BaseException:  # noqa: BLE001 - the process ends here, whatever it was
+        _LOG.exception("the task's process ended")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _tell(pipe: int) -> None:
+    """Say what was opened, as far as a pipe holds it without a reader."""
+    from federated.flower.session import opened_parts
+
+    parts = (opened_parts() or "").encode()
+    if pipe != _NO_PIPE and 0 < len(parts) <= _LONGEST:
+        os.write(pipe, parts)
+
+
+def _task(launch: Launch, token: str, *, parent: int) -> None:
+    """Take one message from the SuperNode, check its app, run it, answer. Leaves with SystemExit, as Flower does."""
+    fits()
+    module: Any = importlib.import_module(_CLIENT)
+    unpack = module.install_from_fab
+
+    def checked(content: bytes, *args: Any, **kwargs: Any) -> Path:
+        try:
+            os.environ[PINNED] = check_bundle(content, launch.apps)
+        except DeploymentError:
+            note_event({"event": "answer", "kind": "app", "outcome": "refused", "reason": "app_not_pinned"})
+            raise
+        _working_alone(Path(launch.secret).with_name("working.lock"))
+        installed: Path = unpack(content, *args, **kwargs)
+        return installed
+
+    module.install_from_fab = checked
+    module.run_clientapp(
+        runtime_api_address=launch.address,
+        token=token,
+        insecure=True,
+        parent_pid=parent,
+        runtime_dependency_install=False,
+    )
+
+
+def _working_alone(path: Path) -> None:
+    """Wait until no other task of this device works; the lock goes with the process.
+
+    The message is whole by then. One whose parts never come, because the server died while it sent them, waits for them
+    in its process for as long as Flower says, and holds up nobody.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _serve(launch: Launch) -> None:
+    """Look for messages until a signal says to stop."""
+    fits()
+    warm = launch.warm and version("flwr").startswith(TESTED)
+    if launch.warm and not warm:
+        _LOG.warning(
+            "flwr %s: the warm launcher knows %s*; each message starts Python anew", version("flwr"), TESTED[0]
+        )
+    if warm:
+        began = time.monotonic()
+        for name in _HEAVY:
+            importlib.import_module(name)
+        importlib.import_module("torch").set_num_threads(1)
+        _LOG.info("the libraries are in memory, after %.1f s", time.monotonic() - began)
+    module: Any = importlib.import_module(_SUPEREXEC)
+    executor = PinnedExecutor(Launch(**{**asdict(launch), "warm": warm}))
+    module.get_executor = lambda *_, **__: executor
+    os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = str(launch.poll_seconds)
+    module.run_superexec(
+        runtime_api_address=launch.address,
+        insecure=True,
+        superexec_auth_secret=Path(launch.secret).read_bytes(),
+        parent_pid=os.getppid(),
+        runtime_dependency_install=False,
+    )
+
+
+def supernode(arguments: list[str], poll_seconds: float) -> None:
+    """Run Flower's SuperNode in this process, which looks for messages more often than every 3 seconds where it can."""
+    if poll_seconds < 3.0 and version("flwr").startswith(TESTED):
+        module: Any = importlib.import_module(_SUPERNODE)
+
+        class Paced:
+            """The module's clock with a shorter idle pause; everything else is Python's."""
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(time, name)
+
+            @staticmethod
+            def sleep(seconds: float) -> None:
+                time.sleep(min(seconds, poll_seconds))
+
+        module.time = Paced()
+    elif poll_seconds < 3.0:
+        _LOG.warning("flwr %s: it looks for messages every 3 seconds, whatever poll_seconds says", version("flwr"))
+    from flwr.supercore.app_utils import start_parent_process_monitor
+    from flwr.supernode.cli import flower_supernode
+
+    start_parent_process_monitor(os.getppid())
+
+    sys.argv = ["flower-supernode", *arguments]
+    flower_supernode()
+
+
+def _launch_of(plain: dict[str, Any]) -> Launch:
+    return Launch(**{**plain, "apps": tuple(plain["apps"])})
+
+
+def _main() -> None:
+    said = json.loads(sys.stdin.readline())
+    kind = sys.argv[1] if len(sys.argv) > 1 else ""
+    form = said["launch"]["log_format"] if kind == "task" else said["log_format"]
+    set_up_logs("supernode" if kind == "supernode" else "launcher", form)
+    logging.getLogger("flwr").propagate = False  # it has a handler of its own
+    if kind == "task":
+        _in_child(lambda: _task(_launch_of(said["launch"]), said["token"], parent=said["parent"]), _NO_PIPE)
+    if kind == "supernode":
+        supernode(said["arguments"], said["poll_seconds"])
+    else:
+        _serve(_launch_of(said))
+
+
+if __name__ == "__main__":
+    _main()

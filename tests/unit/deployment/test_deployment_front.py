@@ -1,0 +1,231 @@
+"""The door, as devices and strangers find it: real HTTP before a real server that stands for the SuperLink."""
+
+import base64
+import hashlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from federated.deployment.front import FLEET, Traffic, door_app
+from federated.deployment.layout import Layout
+from federated.deployment.server_config import ServerConfig
+from federated.deployment.starting_up import free_ports
+
+KEY = b"a device's public key"
+HEADERS = {"flwr-public-key": base64.b64encode(KEY).decode(), "timestamp": "now"}
+NAME = hashlib.sha256(KEY).hexdigest()
+
+
+class Link(ThreadingHTTPServer):
+    """Answers every request with what it got, and remembers it."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.seen: list[tuple[str, str, dict[str, str], int]] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Link
+
+    def do_POST(self) -> None:
+        body = self._body()
+        self.server.seen.append((self.command, self.path, dict(self.headers.items()), len(body)))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-protobuf")
+        self.send_header("Content-Length", str(len(body) * 2))
+        self.end_headers()
+        self.wfile.write(body * 2)
+
+    do_GET = do_PUT = do_DELETE = do_POST  # noqa: N815 - the standard library's names
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serving(app: Any, port: int) -> Iterator[None]:
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class Door:
+    def __init__(self, folder: Path, link: Link) -> None:
+        port = free_ports(1)[0]
+        self.config = ServerConfig(
+            door_port=port, superlink_port=link.server_address[1], insecure=True, max_request_mb=0.01
+        )
+        self.traffic = Traffic(folder / "traffic.json")
+        self.app = door_app(Layout(folder), self.config, self.traffic)
+        self.port = port
+        self.link = link
+
+    def post(self, path: str, body: bytes = b"x", **more: Any) -> httpx.Response:
+        return httpx.post(f"http://127.0.0.1:{self.port}{path}", content=body, **{"headers": HEADERS, **more})
+
+    def raw(self, path: str, method: str = "POST") -> int:
+        """A path as it is, with nothing made normal."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.putrequest(method, path, skip_host=False)
+            connection.putheader("Content-Length", "0")
+            connection.endheaders()
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Iterator[Door]:
+    link = Link()
+    threading.Thread(target=link.serve_forever, args=(0.01,), daemon=True).start()
+    door = Door(tmp_path, link)
+    try:
+        with serving(door.app, door.port):
+            yield door
+    finally:
+        link.shutdown()
+        link.server_close()
+
+
+@pytest.mark.parametrize("name", sorted(FLEET))
+def test_what_supernodes_ask_is_passed_on(door: Door, name: str) -> None:
+    answer = door.post(f"/v1/fleet/{name}", b"question")
+    assert (answer.status_code, answer.content) == (200, b"questionquestion")
+    assert door.link.seen[-1][:2] == ("POST", f"/v1/fleet/{name}")
+
+
+def test_a_nodes_proof_is_passed_on_and_a_connections_own_headers_are_not(door: Door) -> None:
+    door.post("/v1/fleet/get-run", headers={**HEADERS, "Connection": "keep-alive, x-own", "Proxy-Authorization": "no"})
+    headers = {name.lower(): value for name, value in door.link.seen[-1][2].items()}
+    assert headers["flwr-public-key"] == HEADERS["flwr-public-key"]
+    assert headers["timestamp"] == "now"
+    assert "proxy-authorization" not in headers
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/start-run",
+        "/v1/runtime/acquire-task",
+        "/v1/fleet/start-run",
+        "/v1/fleet/",
+        "/v1/fleet/../control/start-run",
+        "/v1/fleet/..%2fcontrol%2fstart-run",
+        "/v1/fleet/%2e%2e/control/start-run",
+        "/v1/fleet/get-run/../../control/start-run",
+        "/v1/fleet/get-run?x=1",
+        "/v1/fleet/get%2drun",
+        "//v1/control/start-run",
+        "/V1/fleet/get-run",
+        "/v1/fleet/get-run/",
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/metrics",
+        "http://127.0.0.1/v1/control/start-run",
+    ],
+)
+def test_nothing_else_is(door: Door, path: str) -> None:
+    assert door.raw(path) in (404, 405, 307)
+    assert not door.link.seen
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "CONNECT", "TRACE"])
+def test_no_other_method_is(door: Door, method: str) -> None:
+    assert door.raw("/v1/fleet/get-run", method) in (404, 405)
+    assert not door.link.seen
+
+
+def test_what_is_refused_is_counted(door: Door) -> None:
+    door.raw("/v1/control/start-run")
+    door.raw("/v1/fleet/start-run")
+    assert door.traffic.refused == 2
+
+
+def test_a_body_over_the_limit_is_refused(door: Door) -> None:
+    assert door.post("/v1/fleet/push-object", bytes(10_001)).status_code == 413
+    assert door.post("/v1/fleet/push-object", bytes(10_000)).status_code == 200
+
+
+def test_a_body_that_does_not_say_its_length_is_cut_off_there(door: Door) -> None:
+    parts = (bytes(1_000) for _ in range(20))
+    answer = httpx.post(f"http://127.0.0.1:{door.port}/v1/fleet/push-object", content=parts, headers=HEADERS)
+    assert answer.status_code == 413
+
+
+def test_bytes_are_counted_by_key(door: Door) -> None:
+    door.post("/v1/fleet/push-object", bytes(300))
+    door.post("/v1/fleet/push-object", bytes(200))
+    flow = door.traffic.flows[NAME]
+    assert (flow.up, flow.down, flow.requests) == (500, 1000, 2)
+
+
+@pytest.mark.parametrize("header", [None, "not base64!", "é"])
+def test_bytes_without_a_key_are_counted_too(door: Door, header: str | None) -> None:
+    headers = {} if header is None else {"flwr-public-key": header.encode()}
+    door.post("/v1/fleet/push-object", bytes(300), headers=headers)
+    assert door.traffic.flows[""].up == 300
+
+
+def test_a_superlink_that_is_away_is_said(door: Door) -> None:
+    door.link.shutdown()
+    door.link.server_close()
+    answer = door.post("/v1/fleet/get-run")
+    assert answer.status_code == 502
+    assert "SuperLink does not answer" in answer.text
+
+
+def test_health(door: Door) -> None:
+    assert httpx.get(f"http://127.0.0.1:{door.port}/healthz").text == "ok\n"
+
+
+def test_traffic_goes_on_from_what_was_written(tmp_path: Path) -> None:
+    first = Traffic(tmp_path / "traffic.json")
+    first.flow("a").up = 7
+    first.note()
+    assert Traffic.of(first.path).flows["a"].up == 7
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"flows": {"a": {"sideways": 1}}, "refused": 0})])
+def test_damaged_traffic_begins_anew_and_is_said(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(text)
+    assert not Traffic.of(path).flows
+    assert "begins anew" in caplog.text
+
+
+def test_keys_are_bounded(tmp_path: Path) -> None:
+    traffic = Traffic(tmp_path / "traffic.json")
+    for number in range(10_050):
+        traffic.flow(str(number)).up += 1
+    assert len(traffic.flows) == 10_001
+    assert traffic.flows["others"].up == 50

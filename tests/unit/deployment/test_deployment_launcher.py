@@ -1,0 +1,231 @@
+"""The launcher: no bundle runs that its owner has not pinned, and a forked task leaves its parent as it was."""
+
+import hashlib
+import importlib
+import itertools
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResultStatus
+
+from federated.deployment import launcher
+from federated.deployment.launcher import Launch, PinnedExecutor, check_bundle, fits
+from federated.errors import DeploymentError
+from federated.flower.records import PINNED
+
+BUNDLE = b"an app's bundle"
+DIGEST = hashlib.sha256(BUNDLE).hexdigest()
+OTHER = hashlib.sha256(b"another").hexdigest()
+
+
+def spec(kind: TaskType = TaskType.CLIENT_APP, fab_hash: str | None = DIGEST) -> ExecutionSpec:
+    return ExecutionSpec(
+        task_type=kind,
+        runtime_api_address="127.0.0.1:1",
+        token="a token",  # noqa: S106 - of a task that is made up
+        insecure=True,
+        root_certificates_path=None,
+        runtime_dependency_install=False,
+        parent_pid=None,
+        suppress_output=True,
+        task_id=1,
+        fab_hash=fab_hash,
+    )
+
+
+def test_a_pinned_bundle_may_run() -> None:
+    assert check_bundle(BUNDLE, [OTHER, DIGEST]) == DIGEST
+
+
+def test_without_a_list_any_may_and_it_is_said() -> None:
+    assert check_bundle(BUNDLE, []) == "unpinned"
+
+
+@pytest.mark.parametrize("content", [b"", BUNDLE + b"\0", BUNDLE[:-1]])
+def test_no_other_may_run(content: bytes) -> None:
+    with pytest.raises(DeploymentError, match="app_not_pinned") as caught:
+        check_bundle(content, [DIGEST])
+    assert DIGEST[:12] in str(caught.value)
+
+
+def test_the_installed_flower_has_what_the_check_hangs_on() -> None:
+    fits()
+
+
+@pytest.mark.parametrize("missing", [("flwr", "no_such_name"), ("flwr.no_such_module", "x")])
+def test_without_it_nothing_runs(missing: tuple[str, str]) -> None:
+    with pytest.raises(DeploymentError, match="where a bundle is checked before it runs"):
+        fits([missing])
+
+
+class Task:
+    """Stands for Flower's task process: unpacks, and ends as Flower does."""
+
+    def __init__(self, folder: Path, content: bytes) -> None:
+        self.folder = folder
+        self.content = content
+
+    def run(self, **arguments: Any) -> None:
+        module: Any = importlib.import_module(launcher._CLIENT)
+        try:
+            module.install_from_fab(self.content, skip_prompt=True)
+            said = f"ran {os.environ[PINNED]} {arguments['token']}"
+        except DeploymentError as error:
+            said = str(error)
+        (self.folder / "said").write_text(said)
+        raise SystemExit(0)
+
+    def unpack(self, content: bytes, *_: Any, **__: Any) -> Path:
+        (self.folder / "unpacked").write_bytes(content)
+        return self.folder
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, task: Task) -> None:
+    module: Any = importlib.import_module(launcher._CLIENT)
+    monkeypatch.setattr(module, "install_from_fab", task.unpack)
+    monkeypatch.setattr(module, "run_clientapp", task.run)
+
+
+def ended(executor: PinnedExecutor) -> None:
+    end = time.monotonic() + 60
+    while executor._children and time.monotonic() < end:
+        executor.reconcile()
+        time.sleep(0.01)
+    assert not executor._children
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, task: Task, apps: tuple[str, ...]) -> PinnedExecutor:
+    patched(monkeypatch, task)
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(task.folder / "secret"), apps, warm=True))
+    assert executor.launch(spec()).status == LaunchResultStatus.ACCEPTED
+    ended(executor)
+    return executor
+
+
+def test_a_pinned_app_is_unpacked_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, Task(tmp_path, BUNDLE), (DIGEST,))
+    assert (tmp_path / "said").read_text() == f"ran {DIGEST} a token"
+
+
+def test_another_is_not_even_unpacked_whatever_the_message_claims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched(monkeypatch, Task(tmp_path, b"malice under a good name"), (DIGEST,))  # the task's own fab_hash is DIGEST
+    assert (tmp_path / "said").read_text().startswith("app_not_pinned")
+    assert not (tmp_path / "unpacked").exists()
+
+
+def test_unpinned_runs_anything_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, Task(tmp_path, b"whatever"), ())
+    assert (tmp_path / "said").read_text() == "ran unpinned a token"
+
+
+def test_the_parent_keeps_its_own_unpacking_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task(tmp_path, BUNDLE)
+    launched(monkeypatch, task, (DIGEST,))
+    module: Any = importlib.import_module(launcher._CLIENT)
+    assert module.install_from_fab == task.unpack
+    assert PINNED not in os.environ
+
+
+class Slow(Task):
+    """A task that takes its time, and says when."""
+
+    def run(self, **arguments: Any) -> None:
+        module: Any = importlib.import_module(launcher._CLIENT)
+        module.install_from_fab(self.content)
+        began = time.monotonic()
+        time.sleep(0.3)
+        (self.folder / f"times-{os.getpid()}").write_text(f"{began} {time.monotonic()}")
+        raise SystemExit(0)
+
+
+class Waiting(Task):
+    """A task whose message never comes."""
+
+    def run(self, **_: Any) -> None:
+        time.sleep(30)
+
+
+def test_one_message_is_worked_on_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, Slow(tmp_path, BUNDLE))
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=True))
+    for _ in range(3):
+        executor.launch(spec())
+    ended(executor)
+    times = sorted(tuple(map(float, path.read_text().split())) for path in tmp_path.glob("times-*"))
+    assert len(times) == 3
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(times))
+
+
+def test_one_whose_message_never_comes_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, Waiting(tmp_path, BUNDLE))
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=True))
+    executor.launch(spec())
+    assert executor.get_eligible_capacity(set(TaskType)) == ({TaskType.CLIENT_APP}, set())
+    patched(monkeypatch, Slow(tmp_path, BUNDLE))
+    executor.launch(spec())
+    end = time.monotonic() + 30
+    while len(executor._children) > 1 and time.monotonic() < end:
+        executor.reconcile()
+        time.sleep(0.01)
+    assert len(list(tmp_path.glob("times-*"))) == 1
+    executor.close()
+    ended(executor)
+
+
+def test_there_is_an_end_to_how_many_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, Waiting(tmp_path, BUNDLE))
+    monkeypatch.setattr(launcher, "_MOST_WAITING", 2)
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=True))
+    executor.launch(spec())
+    executor.launch(spec())
+    assert executor.get_eligible_capacity(set(TaskType)) == (set(), set())
+    executor.close()
+    executor.wait_for_capacity()
+    ended(executor)
+
+
+def test_a_device_runs_client_apps_alone() -> None:
+    executor = PinnedExecutor(Launch("127.0.0.1:1", "secret", (DIGEST,), warm=True))
+    result = executor.launch(spec(TaskType.SERVER_APP))
+    assert result.status == LaunchResultStatus.FAILED
+    assert "client apps alone" in str(result.message)
+
+
+class Opener(Task):
+    """A task that opens a session, as a client's training does."""
+
+    def run(self, **_: Any) -> None:
+        from federated.config import experiment_from
+        from federated.flower.session import open_session
+
+        open_session(experiment_from({"task": {"labels": ["no", "yes"]}, "seed": 11}))
+        raise SystemExit(0)
+
+
+def test_what_a_task_opened_is_inherited_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from federated.flower import session
+
+    launched(monkeypatch, Opener(tmp_path, BUNDLE), (DIGEST,))
+    before = session._open.cache_info()
+    from federated.config import experiment_from
+
+    session.open_session(experiment_from({"task": {"labels": ["no", "yes"]}, "seed": 11}))
+    assert session._open.cache_info().hits == before.hits + 1
+
+
+def test_a_session_that_cannot_be_opened_is_said_and_nothing_ends(caplog: pytest.LogCaptureFixture) -> None:
+    launcher._warm_up('{"no": "parts"}')
+    assert "not kept in memory" in caplog.text
+
+
+def test_close_in_a_child_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = PinnedExecutor(Launch("127.0.0.1:1", "secret", (), warm=True))
+    executor._children[os.getpid()] = -1  # a signal to this would end the test
+    monkeypatch.setattr(executor, "_owner", -1)
+    executor.close()

@@ -151,6 +151,7 @@ def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        """Hold the connections to the SuperLink, and write the traffic down."""
         app.state.client = httpx.AsyncClient(
             base_url=base, verify=trust, limits=limits, timeout=httpx.Timeout(60.0, connect=5.0), trust_env=False
         )
@@ -167,6 +168,7 @@ def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
 
     @app.post("/v1/fleet/{name}")
     async def fleet(name: str, request: Request) -> Response:
+        """Pass on what a SuperNode asks."""
         if name not in FLEET or request.url.query or request.scope.get("raw_path", b"") != f"/v1/fleet/{name}".encode():
             traffic.refused += 1
             return Response(status_code=404)
@@ -177,6 +179,7 @@ def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
 
     @app.get("/healthz")
     async def healthz() -> Response:
+        """Whether the door is there; of the SuperLink behind it nothing."""
         return Response("ok\n", media_type="text/plain")
 
     if not config.insecure:
@@ -185,6 +188,7 @@ def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
 
     @app.exception_handler(404)
     async def missing(_: Request, __: Exception) -> Response:
+        """Say nothing of what is not there."""
         traffic.refused += 1
         return Response(status_code=404)
 

@@ -315,10 +315,12 @@ def supernode(arguments: list[str], poll_seconds: float) -> None:
             """The module's clock with a shorter idle pause; everything else is Python's."""
 
             def __getattr__(self, name: str) -> Any:
+                """Everything else."""
                 return getattr(time, name)
 
             @staticmethod
             def sleep(seconds: float) -> None:
+                """At most the owner's pause."""
                 time.sleep(min(seconds, poll_seconds))
 
         module.time = Paced()

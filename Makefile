@@ -18,6 +18,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 OFFLINE := HF_HUB_OFFLINE=1
 
+# Tests store thousands of versions, each flushed to the disk: where memory has room for the files, they need not wait.
+IN_MEMORY = $(shell room=$$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $$4}'); place=/dev/shm/fedpeft-$$(id -u); \
+	test "$${room:-0}" -gt 4000000 && mkdir -p $$place && echo PYTEST_DEBUG_TEMPROOT=$$place)
+
 # Parts whose every line and branch is tested: a mistake there loses or corrupts somebody's work silently.
 FULLY_COVERED := federated/delta.py,federated/files.py,federated/lowrank.py,federated/wire/*,federated/registry/*,federated/release/*,federated/privacy/*
 BENCHMARKS = $(basename $(notdir $(filter-out %/__init__.py,$(wildcard simulations/benchmarks/*.py))))
@@ -47,7 +51,7 @@ demo: setup assets ## the main job: six airlines fine-tune one adapter, a device
 	$(OFFLINE) $(PY) -m simulations.demo
 
 test: setup assets ## all tests with coverage
-	$(OFFLINE) $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile -m "not interop" --cov --cov-report=term --cov-fail-under=90
+	$(OFFLINE) $(IN_MEMORY) $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile -m "not interop" --cov --cov-report=term --cov-fail-under=90
 	$(PY) -m coverage report --include='$(FULLY_COVERED)' --fail-under=100
 
 test-interop: setup ## tests against programs that setup does not install; names those that it could not run
@@ -72,5 +76,6 @@ bench: setup assets ## all benchmarks, quick form; each ends with one line of JS
 	  echo "== $$name"; $(OFFLINE) $(PY) -m simulations.benchmarks.$$name --quick; done
 
 clean: ## remove what tests and builds leave behind (not .venv, .cache and runs)
+	rm -rf /dev/shm/fedpeft-$$(id -u)
 	rm -rf build dist site .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

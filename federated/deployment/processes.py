@@ -142,7 +142,15 @@ class Processes:
         self.socket.unlink(missing_ok=True)
         command = [_program("supervisord"), "-c", str(self._layout.supervisor_config)]
         own = environment(self._layout.flwr_home)
-        done = subprocess.run(command, env=own, capture_output=True, text=True, check=False, timeout=_PATIENCE)
+        done = subprocess.run(
+            command,
+            env=own,
+            cwd=self._layout.folder,  # logs are beside it
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_PATIENCE,
+        )
         if done.returncode:
             raise DeploymentError(f"supervisord did not start: {' '.join((done.stdout + done.stderr).split())[-400:]}")
         end = time.monotonic() + _PATIENCE
@@ -173,7 +181,7 @@ class Processes:
                 one["statename"],
                 int(one["pid"]),
                 max(0.0, now - one["start"]) if one["pid"] else 0.0,
-                one["stdout_logfile"],
+                str(self._layout.folder / one["stdout_logfile"]),
             )
             for one in sorted(self._call("getAllProcessInfo"), key=lambda one: str(one["name"]))
         ]
@@ -260,7 +268,7 @@ class Processes:
         yield "stopasgroup=false"
         yield "killasgroup=true"
         yield "redirect_stderr=true"
-        yield f"stdout_logfile={_escaped(self._layout.logs / f'{program.name}.log')}"
+        yield f"stdout_logfile=logs/{program.name}.log"  # below `directory`: supervisor unescapes this one twice
         yield "stdout_logfile_maxbytes=5MB"
         yield "stdout_logfile_backups=2"
 

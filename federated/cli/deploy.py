@@ -48,14 +48,15 @@ def init(
     Example: fedpeft deploy init fed.example.org --listen 0.0.0.0
     """
     from federated.deployment.server_config import ServerConfig
-    from federated.deployment.starting_up import make_deployment
+    from federated.deployment.starting_up import alone, make_deployment
 
     names = tuple(hosts or ("localhost", "127.0.0.1"))
     address = listen or ("0.0.0.0" if hosts else "127.0.0.1")  # noqa: S104 - the door is what devices reach
     config = ServerConfig(
         name=name, hosts=names, door_host=address, door_port=port, app=str(app_dir.resolve()), insecure=False
     )
-    layout = make_deployment(folder.resolve(), config)
+    with alone(folder.resolve()):
+        layout = make_deployment(folder.resolve(), config)
     say(f"{layout.folder}: the door will be {config.url}; 'fedpeft deploy up --folder {folder}' starts it")
 
 
@@ -76,29 +77,26 @@ def up(
 
     Example: fedpeft deploy up --nodes 3
     """
-    from federated.deployment.local_nodes import enrol_local_nodes, make_local_nodes
-    from federated.deployment.processes import Processes, programs_of
-    from federated.deployment.runs import Runs, app_digest
-    from federated.deployment.starting_up import bring_up
+    from federated.deployment.runs import Runs
+    from federated.deployment.server_config import read_server_config
+    from federated.deployment.starting_up import alone, bring_up
 
     began = time.monotonic()
-    place = folder.resolve()
-    _made(place, app_dir, insecure=insecure, local=nodes > 0)
-    layout, config, processes = bring_up(place, say=say)
-    if insecure and not config.insecure:
-        raise ConfigError(f"--insecure: {place} was made with TLS; make another deployment in another folder")
+    place, given = folder.resolve(), list(overrides or _DEMO)
+    if overrides and not nodes:
+        raise ConfigError(f"{overrides[0]}: a first run needs devices; say --nodes N, or use 'fedpeft run submit'")
+    _known(place, local=nodes > 0)
+    with alone(place):
+        _made(place, app_dir, insecure=insecure)
+        if insecure and not read_server_config(place).insecure:
+            raise ConfigError(f"--insecure: {place} was made with TLS; make another deployment in another folder")
+        layout, config, _ = bring_up(place, say=say)
+        if nodes:
+            _devices(layout, config, given, nodes)
     if config.insecure:
         say("insecure: no TLS, no authentication of devices, no signatures: anybody on this machine can take part, "
             "read and change every message", stderr=True)  # fmt: skip
     if nodes:
-        given = list(overrides or _DEMO)
-        experiment = _experiment(layout, config, given)
-        apps = [app_digest(Path(config.app))]
-        names = make_local_nodes(layout, config, experiment, count=nodes, app=Path(config.app), apps=apps)
-        if not config.insecure:
-            enrol_local_nodes(layout, config, names)
-        Processes(layout).start(programs_of(layout, config))
-        say(f"{nodes} devices are up: {', '.join(names)}")
         runs = Runs(layout, config)
         submission = runs.submit([*given, f"selection.min_clients={nodes}", "selection.wait=600"])
         say(f"run {submission.name} is submitted, {time.monotonic() - began:.0f} s after the start")
@@ -106,13 +104,30 @@ def up(
             from federated.cli.runs import follow_run
 
             follow_run(runs, submission)
-    elif overrides:
-        raise ConfigError(f"{overrides[0]}: a first run needs devices; say --nodes N, or use 'fedpeft run submit'")
     say(f"up: {config.url}; look: 'fedpeft deploy status', end: 'fedpeft deploy down'")
-    del processes
 
 
-def _made(place: Path, app_dir: Path, *, insecure: bool, local: bool) -> None:
+def _devices(layout: Layout, config: ServerConfig, given: list[str], nodes: int) -> None:
+    """Devices on this machine, enrolled and started."""
+    from federated.deployment.local_nodes import enrol_local_nodes, make_local_nodes
+    from federated.deployment.processes import Processes, programs_of
+    from federated.deployment.runs import app_digest
+
+    experiment = _experiment(config, given)
+    apps = [app_digest(Path(config.app))]
+    names = make_local_nodes(layout, config, experiment, count=nodes, app=Path(config.app), apps=apps)
+    if not config.insecure:
+        enrol_local_nodes(layout, config, names)
+    Processes(layout).start(programs_of(layout, config))
+    say(f"{nodes} devices are up: {', '.join(names)}")
+
+
+def _known(place: Path, *, local: bool) -> None:
+    if not local and not (place / "server.yaml").exists():
+        raise ConfigError(f"{place} holds no deployment; 'fedpeft deploy init HOST' makes one, --nodes N one for a try")
+
+
+def _made(place: Path, app_dir: Path, *, insecure: bool) -> None:
     """A deployment for this machine alone, where there is none yet."""
     from federated.cli.compose import conf_folder
     from federated.deployment.server_config import ServerConfig
@@ -120,8 +135,6 @@ def _made(place: Path, app_dir: Path, *, insecure: bool, local: bool) -> None:
 
     if (place / "server.yaml").exists():
         return
-    if not local:
-        raise ConfigError(f"{place} holds no deployment; 'fedpeft deploy init HOST' makes one, --nodes N one for a try")
     conf_folder(app_dir)  # says what is missing
     door, superlink, status = free_ports(3)
     config = ServerConfig(
@@ -135,11 +148,10 @@ def _made(place: Path, app_dir: Path, *, insecure: bool, local: bool) -> None:
     make_deployment(place, config)
 
 
-def _experiment(layout: Layout, config: ServerConfig, overrides: list[str]) -> ExperimentConfig:
+def _experiment(config: ServerConfig, overrides: list[str]) -> ExperimentConfig:
     from federated.cli.apps import enter_app
     from federated.cli.compose import compose
 
-    del layout
     return compose(enter_app(Path(config.app)), overrides)
 
 

@@ -31,6 +31,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from starlette.background import BackgroundTask
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
 from federated.deployment.devices import DeviceBook
@@ -70,6 +71,7 @@ _HOP = frozenset(
 _NOTE = 2.0  # seconds between two notes of the traffic
 _MOST_KEYS = 10_000
 _HEADER_BYTES = 16_384
+_PAUSE = 60.0  # seconds for which a request's body may pause
 
 
 @dataclass
@@ -169,13 +171,15 @@ def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
     @app.post("/v1/fleet/{name}")
     async def fleet(name: str, request: Request) -> Response:
         """Pass on what a SuperNode asks."""
-        if name not in FLEET or request.url.query or request.scope.get("raw_path", b"") != f"/v1/fleet/{name}".encode():
+        path = f"/v1/fleet/{name}"  # not `request.url`: the Host header, which a stranger writes, has a part in that
+        query = request.scope.get("query_string", b"")
+        if name not in FLEET or query or request.scope.get("raw_path", b"") != path.encode():
             traffic.refused += 1
             return Response(status_code=404)
         flow = traffic.flow(key_name(request.headers.get(_KEY_HEADER, "")))
         flow.requests += 1
         flow.last = time.time()
-        return await _passed(app.state.client, request, flow, most=most)
+        return await _passed(app.state.client, request, path, flow, most=most)
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -203,27 +207,37 @@ class _TooLarge(Exception):
     pass
 
 
-async def _passed(client: httpx.AsyncClient, request: Request, flow: Flow, *, most: int) -> Response:
+async def _parts(request: Request, flow: Flow, *, most: int) -> AsyncIterator[bytes]:
+    """A request's body as it comes, counted."""
+    size, parts = 0, request.stream()
+    while True:
+        async with asyncio.timeout(_PAUSE):
+            part = await anext(parts, None)
+        if part is None:
+            return
+        size += len(part)
+        if size > most:
+            raise _TooLarge
+        flow.up += len(part)
+        yield part
+
+
+async def _passed(client: httpx.AsyncClient, request: Request, path: str, flow: Flow, *, most: int) -> Response:
     """Pass a request on, and its answer back, neither held in memory as a whole."""
     if int(request.headers.get("content-length") or 0) > most:
         return _refused(413, f"more than {most} bytes")
 
-    async def body() -> AsyncIterator[bytes]:
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise _TooLarge
-            flow.up += len(part)
-            yield part
-
     dropped = _HOP - {"content-length"}
     headers = [(name, value) for name, value in request.headers.raw if name.decode("latin-1") not in dropped]
-    sent = client.build_request("POST", request.url.path, headers=headers, content=body())
+    sent = client.build_request("POST", path, headers=headers, content=_parts(request, flow, most=most))
     try:
         answer = await client.send(sent, stream=True)
     except _TooLarge:
         return _refused(413, f"more than {most} bytes")
+    except TimeoutError:
+        return _refused(408, f"nothing came for {_PAUSE:g} s")
+    except ClientDisconnect:
+        return _refused(400, "half a request")  # nobody is there to read it
     except httpx.HTTPError as error:
         return _refused(502, f"the SuperLink does not answer: {type(error).__name__}")
 

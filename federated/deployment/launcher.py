@@ -3,7 +3,8 @@
 A SuperNode hands out the messages that it got, each with the app's bundle (FAB), and Flower's SuperExec runs it in a
 process of its own. Flower compares the bundle with nothing that the device's owner said. Here an executor of ours
 stands in that place: it computes the SHA-256 of the bundle's bytes, and what is not pinned is refused before anything
-of it is unpacked or imported. The refusal is the answer that the server gets.
+of it is unpacked or imported. The refusal is the answer that the server gets. What is pinned is unpacked from those
+bytes and loaded from there (`federated.deployment.pinned_app`), whatever the server calls it.
 
 Warm, the process has loaded the libraries (and the base model, once a first message named it) and forks for each
 message; cold, each message has a new Python. What the two use of Flower's internals is in this module alone, for the
@@ -17,7 +18,6 @@ needs as one line of JSON from standard input: a command line can be read by eve
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib
 import json
 import logging
@@ -36,12 +36,13 @@ from typing import Any, NoReturn
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
+from federated.deployment.pinned_app import TaskApp, check_bundle, remove_unpacked
 from federated.device_events import note_event
 from federated.errors import DeploymentError
 from federated.flower.records import PINNED
 from federated.logs import LogFormat, set_up_logs
 
-__all__ = ["TESTED", "Launch", "PinnedExecutor", "check_bundle", "fits", "supernode"]
+__all__ = ["TESTED", "Launch", "PinnedExecutor", "fits", "supernode"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ _CLIENT = "flwr.supernode.runtime.run_clientapp"
 _SUPEREXEC = "flwr.supercore.superexec.run_superexec"
 _SUPERNODE = "flwr.supernode.start_client_internal"
 _HEAVY = ("torch", "transformers", "peft", "federated.flower.client", _CLIENT)
+_NEEDED = ((_CLIENT, "install_from_fab"), (_CLIENT, "get_load_client_app_fn"), (_SUPEREXEC, "get_executor"))
 _NO_PIPE = -1
 _MOST_WAITING = 32
 _LONGEST = 60_000
@@ -79,7 +81,7 @@ class Launch:
     log_format: LogFormat = "text"
 
 
-def fits(names: Collection[tuple[str, str]] = ((_CLIENT, "install_from_fab"), (_SUPEREXEC, "get_executor"))) -> None:
+def fits(names: Collection[tuple[str, str]] = _NEEDED) -> None:
     """Check that Flower has what the launcher hangs on.
 
     Raises:
@@ -95,31 +97,6 @@ def fits(names: Collection[tuple[str, str]] = ((_CLIENT, "install_from_fab"), (_
                 f"flwr {version('flwr')} has no {module}.{name}, where a bundle is checked before it runs; install "
                 f"flwr {TESTED[0]}*"
             )
-
-
-def check_bundle(content: bytes, apps: Collection[str]) -> str:
-    """Check a bundle's bytes against the owner's list.
-
-    Args:
-        content: the bundle, as it came.
-        apps: SHA-256 of those that may run; empty: any.
-
-    Returns:
-        Its SHA-256, or ``unpinned`` where any may run.
-
-    Raises:
-        DeploymentError: if it is not on the list.
-    """
-    if not apps:
-        return "unpinned"
-    found = hashlib.sha256(content).hexdigest()
-    if found not in apps:
-        raise DeploymentError(
-            f"app_not_pinned: this device was sent {found[:12]} and runs "
-            f"{', '.join(one[:12] for one in sorted(apps))} alone; if its owner trusts that bundle, its digest goes "
-            "into training.apps"
-        )
-    return found
 
 
 class PinnedExecutor:
@@ -247,26 +224,26 @@ def _task(launch: Launch, token: str, *, parent: int) -> None:
     """Take one message from the SuperNode, check its app, run it, answer. Leaves with SystemExit, as Flower does."""
     fits()
     module: Any = importlib.import_module(_CLIENT)
-    unpack = module.install_from_fab
+    state = Path(launch.secret).parent
 
-    def checked(content: bytes, *args: Any, **kwargs: Any) -> Path:
+    def check(content: bytes) -> None:
         try:
             os.environ[PINNED] = check_bundle(content, launch.apps)
         except DeploymentError:
             note_event({"event": "answer", "kind": "app", "outcome": "refused", "reason": "app_not_pinned"})
             raise
-        _working_alone(Path(launch.secret).with_name("working.lock"))
-        installed: Path = unpack(content, *args, **kwargs)
-        return installed
+        _working_alone(state / "working.lock")
 
-    module.install_from_fab = checked
-    module.run_clientapp(
-        runtime_api_address=launch.address,
-        token=token,
-        insecure=True,
-        parent_pid=parent,
-        runtime_dependency_install=False,
-    )
+    unpack, loader = module.install_from_fab, module.get_load_client_app_fn
+    with TaskApp(state, unpack=unpack, loader=loader, check=check) as app:
+        module.install_from_fab, module.get_load_client_app_fn = app.install, app.load_fn
+        module.run_clientapp(
+            runtime_api_address=launch.address,
+            token=token,
+            insecure=True,
+            parent_pid=parent,
+            runtime_dependency_install=False,
+        )
 
 
 def _working_alone(path: Path) -> None:
@@ -282,6 +259,7 @@ def _working_alone(path: Path) -> None:
 def _serve(launch: Launch) -> None:
     """Look for messages until a signal says to stop."""
     fits()
+    remove_unpacked(Path(launch.secret).parent)
     warm = launch.warm and version("flwr").startswith(TESTED)
     if launch.warm and not warm:
         _LOG.warning(

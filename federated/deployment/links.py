@@ -18,11 +18,20 @@ from federated.deployment.server_config import ServerConfig
 from federated.errors import DeploymentError
 from federated.files import write_whole
 
-__all__ = ["CONNECTION", "Link"]
+__all__ = ["CONNECTION", "Link", "toml_text"]
 
 CONNECTION = "deployment"
 _PATIENCE = 120.0
 _TOLD = 400
+
+
+def toml_text(text: str) -> str:
+    r"""A text as TOML writes it: as JSON does, but that it knows no halves of characters, and DEL not raw.
+
+    >>> toml_text("a 'b'")
+    '"a \'b\'"'
+    """
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 class Link:
@@ -43,9 +52,7 @@ class Link:
         Raises:
             OSError: as the file system raises it.
         """
-        trust = (
-            "insecure = true" if self._config.insecure else f"root-certificates = {json.dumps(str(self._layout.ca))}"
-        )
+        trust = "insecure = true" if self._config.insecure else f"root-certificates = {toml_text(str(self._layout.ca))}"
         address = f"127.0.0.1:{self._config.superlink_port}"
         text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{address}"\n{trust}\n'
         self._layout.flwr_home.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def _tried(what: str, said: dict[str, str], work: Callable[[], None]) -> None:
     try:
         work()
         said[what] = ""
-    except FederatedError as error:
+    except (FederatedError, OSError) as error:  # a full disk may have room again
         if said.get(what) != str(error):
             _LOG.warning("cannot look after %s: %s", what, error)
         said[what] = str(error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -32,6 +33,7 @@ _PATIENCE = 30.0
 _LEAVE = 120.0
 """Seconds for all processes to end, one group after the other, each at most twelve."""
 _WITH_PARENT = Path(__file__).with_name("with_parent.py")
+_COMMENT = re.compile(r"\s[;#]|[\r\n]")
 _LONGEST_SOCKET = 90
 """Characters of a Unix socket's path, of which the system allows about 100."""
 
@@ -138,14 +140,13 @@ class Processes:
         if self.running:
             self._update()
             return
-        self.socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.socket.unlink(missing_ok=True)
+        self._own_socket()
         command = [_program("supervisord"), "-c", str(self._layout.supervisor_config)]
         own = environment(self._layout.flwr_home)
         done = subprocess.run(
             command,
+            cwd=self._layout.folder,
             env=own,
-            cwd=self._layout.folder,  # logs are beside it
             capture_output=True,
             text=True,
             check=False,
@@ -158,6 +159,17 @@ class Processes:
             if time.monotonic() > end:
                 raise DeploymentError(f"supervisord does not answer; see {self._layout.logs / 'supervisord.log'}")
             time.sleep(0.1)
+
+    def _own_socket(self) -> None:
+        """A place for the socket. The short one is in a folder of all users: who made it first could be anybody."""
+        folder = self.socket.parent
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.lstat()
+        if folder != self._layout.folder and (found.st_uid != os.getuid() or found.st_mode & 0o077):
+            raise DeploymentError(
+                f"{folder} belongs to somebody else, or others may enter it; remove it, and try again"
+            )
+        self.socket.unlink(missing_ok=True)
 
     @property
     def running(self) -> bool:
@@ -239,15 +251,14 @@ class Processes:
             transport.close()
 
     def _config(self, programs: Sequence[Program]) -> str:
-        log = self._layout.logs / "supervisord.log"
+        # Logs are named from the folder in which supervisord is started: it expands what stands there twice.
         head = [
             "[unix_http_server]",
             f"file={_escaped(self.socket)}",
             "chmod=0700",
             "[supervisord]",
-            f"logfile={_escaped(log)}",
+            f"logfile={self._layout.logs.name}/supervisord.log",
             f"pidfile={_escaped(self._pid_file)}",
-            f"directory={_escaped(self._layout.folder)}",
             "logfile_maxbytes=1MB",
             "logfile_backups=1",
             "umask=077",
@@ -268,19 +279,27 @@ class Processes:
         yield "stopasgroup=false"
         yield "killasgroup=true"
         yield "redirect_stderr=true"
-        yield f"stdout_logfile=logs/{program.name}.log"  # below `directory`: supervisor unescapes this one twice
+        yield f"stdout_logfile={self._layout.logs.name}/{_escaped(program.name)}.log"
         yield "stdout_logfile_maxbytes=5MB"
         yield "stdout_logfile_backups=2"
 
 
 def _escaped(value: object) -> str:
-    """A text as supervisor's configuration takes it: a percent sign would begin an expression there."""
+    """A text as supervisor's configuration takes it: a percent sign would begin an expression there.
+
+    Raises:
+        DeploymentError: for what would begin a comment or another line, in whatever way it is written.
+    """
+    if found := _COMMENT.search(str(value)):
+        raise DeploymentError(
+            f"{value}: supervisor's configuration cannot name a path with {found.group()!r}; choose another folder"
+        )
     return str(value).replace("%", "%%")
 
 
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except OSError:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[-1][:1] != "Z" if Path("/proc/self").exists() else True
+    except OSError:  # it may go between two questions
         return False
-    return Path(f"/proc/{pid}/stat").read_text().split(") ")[-1][:1] != "Z" if Path(f"/proc/{pid}").exists() else True

@@ -7,8 +7,10 @@ training state, so the same submission with ``resume=true`` goes on from the las
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -17,7 +19,8 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +28,7 @@ from typing import Any
 
 from federated.deployment.joining import environment
 from federated.deployment.layout import Layout
-from federated.deployment.links import CONNECTION, Link
+from federated.deployment.links import CONNECTION, Link, toml_text
 from federated.deployment.server_config import ServerConfig
 from federated.errors import ConfigError, DeploymentError
 from federated.files import write_whole
@@ -170,16 +173,17 @@ class Runs:
             raise ConfigError(
                 f"run name {name!r}: expected up to 63 letters, digits and . _ -, a letter or digit first"
             )
-        if self._path(name).exists() or (self._layout.runs / name).exists():
-            raise ConfigError(
-                f"run {name} is there already: 'fedpeft run resume {name}' goes on with it; or choose another"
-            )
         own = [one for one in overrides if one.partition("=")[0].lstrip("+") in _OWN]
         if own:
             raise ConfigError(f"{own[0]}: a deployment sets {', '.join(_OWN)} by itself; leave it out")
         folder = (app or self.app).resolve()
         first = Submission(name, tuple(overrides), str(folder), app_digest(folder), submitted=self._clock())
-        return self._attempt(first, resume=False)
+        with self._turn():
+            if self._path(name).exists() or (self._layout.runs / name).exists():
+                raise ConfigError(
+                    f"run {name} is there already: 'fedpeft run resume {name}' goes on with it; or choose another"
+                )
+            return self._attempt(first, resume=False)
 
     def resume(self, name: str) -> Submission:
         """Go on with a run from its last published round.
@@ -188,10 +192,11 @@ class Runs:
             ConfigError: if it is unknown, or still running.
             DeploymentError: if the SuperLink does not take it.
         """
-        standing = self.standing(name)
-        if standing.state == "running":
-            raise ConfigError(f"run {name} is running: 'fedpeft run stop {name}' ends it")
-        return self._attempt(replace(standing.submission, stopped=False, gave_up=""), resume=True)
+        with self._turn():
+            standing = self.standing(name)
+            if standing.state == "running":
+                raise ConfigError(f"run {name} is running: 'fedpeft run stop {name}' ends it")
+            return self._attempt(replace(standing.submission, stopped=False, gave_up=""), resume=True)
 
     def stop(self, name: str) -> Submission:
         """Stop a run; finished rounds are published, and `resume` goes on from there.
@@ -200,10 +205,11 @@ class Runs:
             ConfigError: if it is unknown.
             DeploymentError: if the SuperLink does not answer.
         """
-        submission = replace(self.submission(name), stopped=True)
-        self._write(submission)  # first: the keeper must not take it for one that died
-        self._end_last(submission)
-        return submission
+        with self._turn():
+            submission = replace(self.submission(name), stopped=True)
+            self._write(submission)  # first: the keeper must not take it for one that died
+            self._end_last(submission)
+            return submission
 
     def logs(self, name: str) -> str:
         """What the newest attempt's ServerApp printed.
@@ -283,20 +289,39 @@ class Runs:
         Raises:
             DeploymentError: if the SuperLink does not answer.
         """
-        found = []
-        for submission in self.submissions():
-            if submission.stopped or submission.gave_up:
-                continue
-            done, _, end = self._recorded(submission)
-            flower = partial(self._flower, _newest(submission)) if ask else str
-            if self._state(submission, end, flower) != "died":
-                continue
+        dead = [one.name for one in self.submissions() if self._is_dead(one, ask=ask)]
+        return [made for name in dead if (made := self._gone_on(name, ask=ask)) is not None]
+
+    def _is_dead(self, submission: Submission, *, ask: bool) -> bool:
+        """Whether its process is gone, and nobody wanted that."""
+        if submission.stopped or submission.gave_up:
+            return False
+        end = self._recorded(submission)[2]
+        flower = partial(self._flower, _newest(submission)) if ask else str
+        return self._state(submission, end, flower) == "died"
+
+    def _gone_on(self, name: str, *, ask: bool) -> Submission | None:
+        """Resume a run, unless somebody stopped or resumed it meanwhile, or it gets nowhere."""
+        with self._turn():
+            submission = self.submission(name)
+            if not self._is_dead(submission, ask=ask):
+                return None
             recent = submission.rounds_before[-_FRUITLESS:]
-            if len(recent) == _FRUITLESS and recent[0] >= done:
+            if len(recent) == _FRUITLESS and recent[0] >= self._recorded(submission)[0]:
                 self._write(replace(submission, gave_up=f"{_FRUITLESS} attempts in a row finished no round"))
-                continue
-            found.append(self._attempt(submission, resume=True))
-        return found
+                return None
+            return self._attempt(submission, resume=True)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Who starts or stops a run does it alone: the keeper and commands are processes of their own."""
+        self._layout.runs.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._layout.runs / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _attempt(self, submission: Submission, *, resume: bool) -> Submission:
         done, _, _ = self._recorded(submission)
@@ -317,10 +342,10 @@ class Runs:
             *(["resume=true"] if begun else []),
         ]
         now = self._clock()
-        text = "overrides=" + json.dumps(" ".join(map(_quoted, overrides)))
         with tempfile.TemporaryDirectory() as place:
-            copy = _copied(Path(submission.app), Path(place))
-            answer = self._link.record("run", str(copy), CONNECTION, "--run-config", text)
+            copy, settings = _copied(Path(submission.app), Path(place)), Path(place) / "run-config.toml"
+            settings.write_text(f"overrides = {toml_text(shlex.join(overrides))}\n", encoding="utf-8")
+            answer = self._link.record("run", str(copy), CONNECTION, "--run-config", str(settings))
         flower = str(answer.get("run-id") or answer.get("run_id") or "")
         if not flower:
             raise DeploymentError(f"flwr run gave no id: {answer}")
@@ -381,8 +406,3 @@ def _newest(submission: Submission) -> str:
 def _over(flower: str) -> bool:
     """Whether Flower's word for a run means that its process is gone."""
     return flower.startswith("finished") or flower in ("never submitted", "unknown")
-
-
-def _quoted(override: str) -> str:
-    """An override as `shlex.split` gives it back: the server splits the text so."""
-    return shlex.quote(override)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,8 +20,9 @@ from federated.deployment.processes import Processes, programs_of
 from federated.deployment.server_config import ServerConfig, read_server_config, write_server_config
 from federated.errors import ConfigError, DeploymentError
 
-__all__ = ["bring_up", "free_ports", "make_deployment"]
+__all__ = ["alone", "bring_up", "free_ports", "make_deployment"]
 
+_LOOPBACK = "127.0.0.1"
 _PATIENCE = 90.0
 _ENDING = 15.0
 _SECRET_BYTES = 32
@@ -49,6 +52,7 @@ def make_deployment(folder: Path, config: ServerConfig) -> Layout:
         raise ConfigError(f"{folder} holds a deployment already; edit its server.yaml, or choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)  # it may have been made by hand
         with os.fdopen(os.open(layout.secret, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(secrets.token_bytes(_SECRET_BYTES))
         if not config.insecure:
@@ -87,32 +91,59 @@ def bring_up(folder: Path, *, say: Callable[[str], object]) -> tuple[Layout, Ser
     layout, config = Layout(folder), read_server_config(folder)
     processes = Processes(layout)
     if not processes.running:
-        _check_ports([config.superlink_port, config.door_port, config.status_port])
+        _check_ports([(_LOOPBACK, config.superlink_port), _door(config), (_LOOPBACK, config.status_port)])
     Link(layout, config).write_connection()
     processes.start(programs_of(layout, config))
-    for name, port in (("superlink", config.superlink_port), ("door", config.door_port)):
+    for name, host, port in (("superlink", _LOOPBACK, config.superlink_port), ("door", *_door(config))):
         say(f"waiting for the {name} on port {port}")
-        _wait(port, name, layout)
+        _wait(host, port, name, layout)
     return layout, config, processes
 
 
-def _check_ports(ports: Sequence[int]) -> None:
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only one who makes or starts the deployment in a folder; who is at it is waited for.
+
+    Raises:
+        DeploymentError: if the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(folder / ".up.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise DeploymentError(f"cannot make a deployment in {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _door(config: ServerConfig) -> tuple[str, int]:
+    """Where the door answers on this machine."""
+    return {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(config.door_host, config.door_host), config.door_port  # noqa: S104
+
+
+def _check_ports(places: Sequence[tuple[str, int]]) -> None:
     """What a killed manager left behind is ending, and gets a moment for it."""
     end = time.monotonic() + _ENDING
-    while taken := [port for port in ports if _answers(port)]:
+    while taken := [port for host, port in places if _answers(host, port)]:
         if time.monotonic() > end:
             raise DeploymentError(f"port {taken[0]} is in use by another program; choose another in server.yaml")
         time.sleep(0.2)
 
 
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=5.0):
+            return True
+    except OSError:
+        return False
 
 
-def _wait(port: int, name: str, layout: Layout) -> None:
+def _wait(host: str, port: int, name: str, layout: Layout) -> None:
     end = time.monotonic() + _PATIENCE
-    while not _answers(port):
+    while not _answers(host, port):
         if time.monotonic() > end:
             log = layout.logs / f"{name}.log"
             raise DeploymentError(f"the {name} did not come up in {_PATIENCE:.0f} s; its log is {log}")

@@ -4,6 +4,8 @@ import base64
 import hashlib
 import http.client
 import json
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import httpx
 import pytest
 import uvicorn
 
+from federated.deployment import front
 from federated.deployment.front import FLEET, Traffic, door_app
 from federated.deployment.layout import Layout
 from federated.deployment.server_config import ServerConfig
@@ -157,6 +160,83 @@ def test_a_nodes_proof_is_passed_on_and_a_connections_own_headers_are_not(door: 
 def test_nothing_else_is(door: Door, path: str) -> None:
     assert door.raw(path) in (404, 405, 307)
     assert not door.link.seen
+
+
+@pytest.mark.parametrize("host", ["x/v1/control/start-run#", "x/v1/control/start-run?", "x@127.0.0.1:1", "x y"])
+def test_the_host_header_has_no_part_in_where_a_request_goes(
+    door: Door, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from starlette import datastructures
+
+    # Releases of Starlette before 1.0 take any header into `request.url`; FastAPI 0.115 comes with such a one.
+    monkeypatch.setattr(datastructures, "_HOST_RE", re.compile(".*"), raising=False)
+    door.post("/v1/fleet/get-run", headers={**HEADERS, "Host": host})
+    assert [path for _, path, _, _ in door.link.seen] == ["/v1/fleet/get-run"]
+
+
+def spoken(port: int, request: bytes) -> bytes:
+    """What comes back for bytes as they are."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        found = b""
+        while part := connection.recv(65_536):
+            found += part
+        return found
+
+
+HIDDEN = b"POST /v1/control/start-run HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+FLEET_LINE = b"POST /v1/fleet/get-run HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        FLEET_LINE + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + HIDDEN,
+        FLEET_LINE
+        + b"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + f"{len(HIDDEN):x}\r\n".encode()
+        + HIDDEN
+        + b"\r\n0\r\n\r\n",
+        FLEET_LINE + b"Content-Length: 0\r\nContent-Length: 70\r\n\r\n" + HIDDEN,
+        FLEET_LINE + b"Content-Length: 70\r\nContent-Length: 0\r\n\r\n" + HIDDEN,
+        FLEET_LINE + b"Content-Length: +0\r\n\r\n" + HIDDEN,
+        FLEET_LINE + b"Transfer-Encoding: x, chunked\r\n\r\n0\r\n\r\n" + HIDDEN,
+        FLEET_LINE + b"Transfer-Encoding : chunked\r\nContent-Length: 70\r\n\r\n0\r\n\r\n" + HIDDEN,
+        FLEET_LINE + b"X: y\rContent-Length: 0\r\n\r\n" + HIDDEN,
+        FLEET_LINE + b"X: y\n\nPOST /v1/control/start-run HTTP/1.1\r\n\r\n",
+        FLEET_LINE + b"Connection: content-length\r\nContent-Length: 0\r\n\r\n" + HIDDEN,
+        FLEET_LINE + b"Content-Length: 0\r\n\r\n" + HIDDEN,
+        FLEET_LINE + b"Upgrade: h2c\r\nConnection: Upgrade\r\nContent-Length: 0\r\n\r\n" + HIDDEN,
+        b"POST http://127.0.0.1:9440/v1/control/start-run HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+        b"POST /v1/fleet/get-run#/../control/start-run HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+        b"POST /v1/fleet/get-run;/../control HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+        b"POST /v1/control/start-run HTTP/1.0\r\n\r\n",
+        b"CONNECT 127.0.0.1:9440 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        FLEET_LINE + b"X: " + b"y" * 100_000 + b"\r\n\r\n",
+    ],
+)
+def test_no_second_request_is_smuggled_in(door: Door, request_bytes: bytes) -> None:
+    spoken(door.port, request_bytes)
+    assert {path for _, path, _, _ in door.link.seen} <= {"/v1/fleet/get-run"}
+    assert all(size in (0, len(HIDDEN)) for *_, size in door.link.seen)
+
+
+def test_who_leaves_in_the_middle_costs_a_line_and_no_trace(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_connection(("127.0.0.1", door.port), timeout=10) as connection:
+        connection.sendall(FLEET_LINE + b"Content-Length: 5000\r\n\r\nhalf")
+        time.sleep(0.3)
+    time.sleep(0.5)
+    assert door.post("/v1/fleet/get-run").status_code == 200
+    assert "Traceback" not in caplog.text
+
+
+def test_who_sends_nothing_more_is_not_waited_for(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_PAUSE", 0.2)
+    with socket.create_connection(("127.0.0.1", door.port), timeout=10) as connection:
+        connection.sendall(FLEET_LINE + b"Content-Length: 5000\r\n\r\nhalf")
+        assert connection.recv(20).startswith(b"HTTP/1.1 408")
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "CONNECT", "TRACE"])

@@ -2,9 +2,11 @@
 
 import hashlib
 import importlib
+import io
 import itertools
 import os
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResultStatus
 
 from federated.deployment import launcher
-from federated.deployment.launcher import Launch, PinnedExecutor, check_bundle, fits
+from federated.deployment.launcher import Launch, PinnedExecutor, fits
+from federated.deployment.pinned_app import TaskApp, check_bundle, remove_unpacked
 from federated.errors import DeploymentError
 from federated.flower.records import PINNED
 
@@ -130,6 +133,98 @@ def test_the_parent_keeps_its_own_unpacking_and_environment(tmp_path: Path, monk
     module: Any = importlib.import_module(launcher._CLIENT)
     assert module.install_from_fab == task.unpack
     assert PINNED not in os.environ
+
+
+def fab(word: str) -> bytes:
+    """A real bundle, whose app says a word in the log when it is loaded."""
+    code = f"import os\nfrom flwr.clientapp import ClientApp\nos.environ['WHICH_APP'] = {word!r}\napp = ClientApp()\n"
+    project = (
+        '[project]\nname = "small"\nversion = "1.0.0"\ndescription = ""\nlicense = "Apache-2.0"\n'
+        '[tool.flwr.app]\npublisher = "somebody"\n'
+        '[tool.flwr.app.components]\nserverapp = "small_app:app"\nclientapp = "small_app:app"\n'
+    )
+    files = {"pyproject.toml": project, "small_app.py": code}
+    lines = [f"{name},{hashlib.sha256(text.encode()).hexdigest()},8" for name, text in files.items()]
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, text in {**files, ".info/CONTENT": "\n".join(lines)}.items():
+            archive.writestr(name, text)
+    return packed.getvalue()
+
+
+class Named(Task):
+    """A task as Flower runs it: unpacks a bundle, and loads the app that the server names."""
+
+    def __init__(self, folder: Path, content: bytes, names: tuple[str, str, str]) -> None:
+        super().__init__(folder, content)
+        self.names = names
+
+    def run(self, **_: Any) -> None:
+        module: Any = importlib.import_module(launcher._CLIENT)
+        module.install_from_fab(self.content, skip_prompt=True)
+        try:
+            module.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)(*self.names)
+            said = f"{os.environ['WHICH_APP']} as {os.environ[PINNED]}"
+        except Exception as error:  # what Flower's own process answers with
+            said = type(error).__name__
+        (self.folder / "said").write_text(said)
+        raise SystemExit(0)
+
+
+GOOD, OLD = fab("the pinned one"), fab("an old one")
+GOOD_DIGEST, OLD_DIGEST = (hashlib.sha256(one).hexdigest() for one in (GOOD, OLD))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("somebody/small", "1.0.0", GOOD_DIGEST), f"the pinned one as {GOOD_DIGEST}"),
+        (("somebody/small", "1.0.0", OLD_DIGEST), f"the pinned one as {GOOD_DIGEST}"),
+        (("somebody/small", f"1.0.0.{GOOD_DIGEST[:8]}/../somebody.small.1.0.0", OLD_DIGEST), "LoadClientAppError"),
+        (("nobody/small", "1.0.0", GOOD_DIGEST), "LoadClientAppError"),
+    ],
+)
+def test_what_was_checked_is_what_is_loaded_whatever_the_server_calls_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str, str], said: str
+) -> None:
+    module: Any = importlib.import_module(launcher._CLIENT)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
+    module.install_from_fab(OLD, skip_prompt=True)  # from a time when it was pinned
+    task = Named(tmp_path, GOOD, names)
+    monkeypatch.setattr(module, "run_clientapp", task.run)
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (GOOD_DIGEST,), warm=True))
+    executor.launch(spec())
+    ended(executor)
+    assert (tmp_path / "said").read_text() == said
+    assert not list(tmp_path.glob("app-*"))
+
+
+def test_a_bundle_that_was_changed_on_the_disk_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = importlib.import_module(launcher._CLIENT)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
+    installed = module.install_from_fab(GOOD, skip_prompt=True)
+    (installed / "small_app.py").write_text("raise SystemExit('changed')\n")
+    task = Named(tmp_path, GOOD, ("somebody/small", "1.0.0", GOOD_DIGEST))
+    monkeypatch.setattr(module, "run_clientapp", task.run)
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (GOOD_DIGEST,), warm=True))
+    executor.launch(spec())
+    ended(executor)
+    assert (tmp_path / "said").read_text() == f"the pinned one as {GOOD_DIGEST}"
+
+
+def test_nothing_is_loaded_before_a_bundle_was_checked(tmp_path: Path) -> None:
+    with (
+        TaskApp(tmp_path, unpack=Path, loader=lambda **_: print, check=print) as app,
+        pytest.raises(DeploymentError, match="before a bundle was checked"),
+    ):
+        app.load_fn()("somebody/small", "1.0.0", GOOD_DIGEST)
+
+
+def test_what_killed_tasks_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "app-killed" / "clients").mkdir(parents=True)
+    (tmp_path / "store").mkdir()
+    remove_unpacked(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 class Slow(Task):

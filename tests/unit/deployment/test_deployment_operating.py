@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from federated.deployment import operating
 from federated.deployment.operating import keep
 from federated.deployment.server_config import ServerConfig, write_server_config
 from federated.deployment.starting_up import free_ports
@@ -62,3 +63,13 @@ def test_a_port_that_is_taken_costs_the_page_and_not_the_runs(tmp_path: Path, ca
             thread.join(0.5)
             assert thread.is_alive()
     assert "choose another status_port" in caplog.text
+
+
+def test_a_full_disk_ends_nothing_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    said: dict[str, str] = {}
+    for _ in range(3):
+        operating._tried("the runs", said, full)
+    assert caplog.text.count("No space left on device") == 1

@@ -1,104 +1,59 @@
-"""The process manager: real supervisord, real processes, in folders of any name."""
+"""The process manager takes any folder that it can name, refuses the others, and shares its socket with nobody."""
 
-import os
-import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from federated.deployment.layout import Layout
-from federated.deployment.processes import Processes, Program
+from federated.deployment.processes import Processes, Program, _alive
 from federated.errors import DeploymentError
 
-SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
 
-
-@pytest.fixture(params=["plain", '50 % of it\'s "here"', "d" * 80])
-def processes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Processes]:
-    folder = tmp_path / request.param
+@pytest.mark.parametrize(
+    "name", ["plain", "with space", "50% off %(here)s", "a'b\"c", "[x]", "\N{GRINNING FACE}", "x" * 99]
+)
+def test_a_process_gets_its_arguments_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
     folder.mkdir()
-    made = Processes(Layout(folder))
+    processes = Processes(Layout(folder))
+    code = "import sys, time; print(sys.argv[1], flush=True); time.sleep(60)"
+    processes.start([Program("one", [sys.executable, "-c", code, str(folder)])])
     try:
-        yield made
-    finally:
-        made.stop()
-
-
-def state_of(processes: Processes, name: str) -> str:
-    return next(one.state for one in processes.states() if one.name == name)
-
-
-def until(processes: Processes, name: str, state: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while state_of(processes, name) != state:
-        assert time.monotonic() < end, processes.states()
-        time.sleep(0.1)
-
-
-def test_they_start_are_started_again_and_end(processes: Processes) -> None:
-    assert not processes.running
-    processes.start([Program("one", SLEEP)])
-    until(processes, "one", "RUNNING")
-    pid = next(one.pid for one in processes.states() if one.name == "one")
-    os.kill(pid, signal.SIGKILL)
-    end = time.monotonic() + 60
-    while next(one.pid for one in processes.states() if one.name == "one") in (0, pid):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    again = next(one.pid for one in processes.states() if one.name == "one")
-    processes.stop()
-    assert not processes.running
-    with pytest.raises(ProcessLookupError):
-        os.kill(again, 0)
-
-
-def test_a_second_start_adds_what_is_new_and_leaves_the_rest(tmp_path: Path) -> None:
-    processes = Processes(Layout(tmp_path))
-    try:
-        processes.start([Program("one", SLEEP)])
-        until(processes, "one", "RUNNING")
-        before = {one.name: one.pid for one in processes.states()}
-        processes.start([Program("one", SLEEP), Program("two", SLEEP)])
-        until(processes, "two", "RUNNING")
-        after = {one.name: one.pid for one in processes.states()}
-        assert after["one"] == before["one"]
-        processes.start([Program("two", SLEEP)])
-        assert {one.name: one.pid for one in processes.states()} == {"two": after["two"]}
-    finally:
-        processes.stop()
-
-
-def test_what_a_program_says_is_in_its_log_and_arguments_arrive_as_they_are(tmp_path: Path) -> None:
-    processes = Processes(Layout(tmp_path))
-    said = "a \"b\" 'c' %d 100%"
-    talk = "import sys, time; print(sys.argv[1], flush=True); time.sleep(600)"
-    try:
-        processes.start([Program("talk", [sys.executable, "-c", talk, said])])
-        until(processes, "talk", "RUNNING")
-        log = Path(next(one.log for one in processes.states()))
-        end = time.monotonic() + 30
-        while said not in log.read_text():
-            assert time.monotonic() < end, log.read_text()
+        log = folder / "logs" / "one.log"
+        end = time.monotonic() + 60
+        while not (log.is_file() and log.read_text()):
+            assert time.monotonic() < end, (folder / "logs" / "supervisord.log").read_text()
             time.sleep(0.1)
+        assert log.read_text() == f"{folder}\n"
+        assert [Path(one.log) for one in processes.states()] == [log]
     finally:
         processes.stop()
+    assert not processes.running
 
 
-def test_without_a_manager_it_says_how_to_start_one(tmp_path: Path) -> None:
-    processes = Processes(Layout(tmp_path))
-    with pytest.raises(DeploymentError, match="fedpeft deploy up"):
-        processes.states()
-    processes.stop()
+@pytest.mark.parametrize("name", ["a #1", "a ;b", "a\nb"])
+def test_a_folder_that_cannot_be_named_is_said_in_one_line(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    with pytest.raises(DeploymentError, match="choose another folder"):
+        Processes(Layout(folder)).start([Program("one", ["true", str(folder)])])
 
 
-def test_others_cannot_reach_it(tmp_path: Path) -> None:
-    processes = Processes(Layout(tmp_path))
-    try:
-        processes.start([Program("one", SLEEP)])
-        assert processes.socket.stat().st_mode & 0o077 == 0
-        assert processes._layout.supervisor_config.stat().st_mode & 0o077 == 0
-    finally:
-        processes.stop()
+def test_a_place_for_the_socket_that_others_may_enter_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / ("x" * 99)
+    folder.mkdir()
+    processes = Processes(Layout(folder))
+    processes.socket.parent.mkdir(mode=0o777)
+    processes.socket.parent.chmod(0o777)
+    with pytest.raises(DeploymentError, match="others may enter"):
+        processes.start([])
+
+
+def test_a_process_that_is_gone_is_not_alive() -> None:
+    assert not _alive(2**22 + 1)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -175,3 +177,60 @@ def until(found: Any) -> None:
     while not found():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+HARD = ('name="a b"', "task.labels=['x','y z']", "a=b\nc", "a=\N{GRINNING FACE}", "a=$(id);`id`", "a=\x7f\\", "=")
+
+
+def test_overrides_come_through_flowers_command_as_they_were(runs: Runs, flower: StandIn) -> None:
+    from flwr.common.config import parse_config_args
+
+    told = []
+
+    def record(*arguments: str, timeout: float = 0.0) -> dict[str, Any]:
+        del timeout
+        told.append(parse_config_args([arguments[-1]])["overrides"])
+        return {"run-id": "1"}
+
+    flower.record = record  # type: ignore[method-assign]
+    runs.submit(HARD, name="hard")
+    assert tuple(shlex.split(str(told[0]))[: len(HARD)]) == HARD
+
+
+def test_who_stops_a_run_while_the_keeper_resumes_it_has_the_last_word(
+    runs: Runs, flower: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flower.status = "finished:failed"
+    stopping = threading.Thread(target=runs.stop, args=("r",))
+    record = flower.record
+
+    def slow(*arguments: str, timeout: float = 0.0) -> dict[str, Any]:
+        if arguments[0] == "run":
+            stopping.start()
+            time.sleep(0.3)
+        return record(*arguments, timeout=timeout)
+
+    monkeypatch.setattr(flower, "record", slow)
+    runs.keep_going()
+    stopping.join(30)
+    assert runs.submission("r").stopped
+    assert len(runs.submission("r").flower_runs) == 2
+
+
+def test_two_keepers_resume_a_run_once(runs: Runs, flower: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    flower.status = "finished:failed"
+    record = flower.record
+
+    def slow(*arguments: str, timeout: float = 0.0) -> dict[str, Any]:
+        if arguments[0] == "run":
+            time.sleep(0.3)
+            flower.status = "running"
+        return record(*arguments, timeout=timeout)
+
+    monkeypatch.setattr(flower, "record", slow)
+    keepers = [threading.Thread(target=runs.keep_going) for _ in range(2)]
+    for one in keepers:
+        one.start()
+    for one in keepers:
+        one.join(30)
+    assert flower.calls.count("run") == 1

@@ -267,7 +267,7 @@ def _check(here: Trial, run: str, found: Kills, *, rounds: int) -> None:
     reported = {str(one["version_id"]) for one in events if one["event"] == "round" and one["published"]}
     with Registry.open(here.layout.registry, create=False) as registry:
         records = sorted(registry.versions(_run_id(here, run)), key=lambda one: one.manifest.round_number)
-        found.faults += list(registry.verify())
+        found.faults += [str(fault) for fault in registry.verify()]
     numbers = [one.manifest.round_number for one in records]
     wrong = [f"version {one[:12]} was reported and is not there" for one in reported - {r.version_id for r in records}]
     wrong += [f"round {number} has {times} versions" for number, times in Counter(numbers).items() if times > 1]

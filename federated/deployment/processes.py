@@ -29,6 +29,8 @@ from federated.files import write_whole
 __all__ = ["Processes", "Program", "State", "programs_of"]
 
 _PATIENCE = 30.0
+_ENDING = 90.0
+"""Seconds: what does not end when told to is killed after 12, one rank of processes after the other."""
 _WITH_PARENT = Path(__file__).with_name("with_parent.py")
 _LONGEST_SOCKET = 90
 """Characters of a Unix socket's path, of which the system allows about 100."""
@@ -197,7 +199,7 @@ class Processes:
         except DeploymentError:
             return
         self._call("shutdown")
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + _ENDING
         while _alive(pid):
             if time.monotonic() > end:
                 raise DeploymentError(f"supervisord (process {pid}) does not end")

@@ -20,11 +20,12 @@ import yaml
 
 from federated.deployment.processes import Processes
 from federated.deployment.server_config import read_server_config
+from federated.deployment.starting_up import free_ports
 from federated.registry import Registry
 from simulations.deployments import Trial, processes, trial
 from tests.integration.slow_link import SlowLink, slow_link
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANGED = Path(__file__).parent / "changed_device"
@@ -32,7 +33,7 @@ RUN = "faults"
 DEADLINE = 10.0
 TINY = ("experiment=tiny", "train.steps=2", "selection.min_clients=1", "selection.wait=240", "round.poll_interval=0.1")
 NAMES = {"client-000", "client-001", "client-002"}
-PATIENCE = 120.0
+PATIENCE = 180.0
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +188,8 @@ def changed(field: Trial, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     control = tmp_path_factory.mktemp("changed") / "fault"
     control.write_text("")
     extra = {"PYTHONPATH": f"{CHANGED}{os.pathsep}{ROOT}", "FEDPEFT_TEST_FAULT": str(control)}
-    with slow_link(read_server_config(field.folder).door_port) as link, slow_link(1) as unused:
-        unused.close()  # its port is free
-        change = {"server": f"https://127.0.0.1:{link.port}", "port": unused.port}
+    with slow_link(read_server_config(field.folder).door_port) as link:
+        change = {"server": f"https://127.0.0.1:{link.port}", "port": free_ports(1)[0]}
         with in_place_of(field, "client-002", change, extra=extra):
             well(field)
             yield Changed(link, control)

@@ -277,7 +277,7 @@ def _check(here: Trial, run: str, found: Kills, *, rounds: int) -> None:
     found.lost_versions += len(wrong)
     found.unpublished_rounds = rounds + 1 - len(set(numbers))
     empty = {one["round_number"] for one in events if one["event"] == "round" and not one["published"]}
-    silent = set(range(rounds + 1)) - set(numbers) - empty
+    silent = set(range(found.rounds + 1)) - set(numbers) - empty
     found.lost_versions += len(silent)
     found.faults += wrong + [f"round {number} has no version, and nothing says why" for number in sorted(silent)]
     if not found.completed:
@@ -301,7 +301,7 @@ def _check_ledgers(here: Trial, run: str, witness: Path, found: Kills) -> None:
 
 def _charges(folder: Path) -> Iterable[int]:
     """The rounds of a device's charges."""
-    for path in folder.rglob("privacy_ledger*.jsonl"):
+    for path in (folder / "store" / "privacy").glob("*.jsonl"):
         for line in _whole_lines(path)[1:]:
             yield int(json.loads(line)["key"]["round_number"])
 

@@ -1,8 +1,8 @@
 """A device takes part: Flower's SuperNode and our launcher as two processes, started again when they end.
 
 Both are children of the process that calls `join`, and end with it. After a kill, Flower lets a node back in only
-when its old session has run out (a minute); until then the SuperNode ends with a refusal, and is started again after
-ever longer pauses.
+when its old session has run out (a minute). The next SuperNode ends that session first where the launcher knows this
+version of Flower; else it ends with a refusal, and is started again after ever longer pauses.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _node(config: TrainingConfig, port: int, secret: Path) -> _Child:
     else:
         arguments += ["--root-certificates", str(config.ca), "--auth-supernode-private-key", str(config.node_key)]
     said = {"arguments": arguments, "poll_seconds": config.poll_seconds, "log_format": config.log_format}
-    return _Child("supernode", said)
+    return _Child("supernode", {**said, "session": str(config.state / "node.session")})
 
 
 def _launcher(config: TrainingConfig, port: int, secret: Path) -> _Child:

@@ -39,10 +39,11 @@ from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 from federated.deployment.pinned_app import TaskApp, check_bundle, remove_unpacked
 from federated.device_events import note_event
 from federated.errors import DeploymentError
+from federated.files import write_whole
 from federated.flower.records import PINNED
 from federated.logs import LogFormat, set_up_logs
 
-__all__ = ["TESTED", "Launch", "PinnedExecutor", "fits", "supernode"]
+__all__ = ["TESTED", "Launch", "PinnedExecutor", "end_left_session", "fits", "supernode"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ _SUPEREXEC = "flwr.supercore.superexec.run_superexec"
 _SUPERNODE = "flwr.supernode.start_client_internal"
 _HEAVY = ("torch", "transformers", "peft", "federated.flower.client", _CLIENT)
 _NEEDED = ((_CLIENT, "install_from_fab"), (_CLIENT, "get_load_client_app_fn"), (_SUPEREXEC, "get_executor"))
+_AWAY = 3.0
+"""Seconds between the end of a killed SuperNode's session and the next: longer than a server's pause between looks."""
 _NO_PIPE = -1
 _MOST_WAITING = 32
 _LONGEST = 60_000
@@ -284,8 +287,38 @@ def _serve(launch: Launch) -> None:
     )
 
 
-def supernode(arguments: list[str], poll_seconds: float) -> None:
+def end_left_session(path: Path) -> None:
+    """Let a SuperNode that was killed come back at once: Flower refuses it until its session has run out, a minute.
+
+    The node's id is kept beside its key; the next SuperNode ends that session before it begins its own, and stays away
+    for a moment, in which a server that looks for answers learns that what the killed one had taken is lost.
+
+    Args:
+        path: file of the id.
+    """
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+
+    client: Any = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
+    activate = client.ActivateNode
+
+    def again(self: Any, request: Any) -> Any:
+        if path.is_file():
+            try:
+                self.DeactivateNode(DeactivateNodeRequest(node_id=int(path.read_text())))
+                time.sleep(_AWAY)
+            except Exception as error:  # noqa: BLE001 - nothing to end, or not ours to end: Flower decides on the next call
+                _LOG.debug("no session to end: %r", error)
+        answer = activate(self, request)
+        write_whole(path, str(answer.node_id).encode())
+        return answer
+
+    client.ActivateNode = again
+
+
+def supernode(arguments: list[str], poll_seconds: float, session: str) -> None:
     """Run Flower's SuperNode in this process, which looks for messages more often than every 3 seconds where it can."""
+    if version("flwr").startswith(TESTED):
+        end_left_session(Path(session))
     if poll_seconds < 3.0 and version("flwr").startswith(TESTED):
         module: Any = importlib.import_module(_SUPERNODE)
 
@@ -326,7 +359,7 @@ def _main() -> None:
     if kind == "task":
         _in_child(lambda: _task(_launch_of(said["launch"]), said["token"], parent=said["parent"]), _NO_PIPE)
     if kind == "supernode":
-        supernode(said["arguments"], said["poll_seconds"])
+        supernode(said["arguments"], said["poll_seconds"], said["session"])
     else:
         _serve(_launch_of(said))
 

@@ -207,16 +207,42 @@ def _submit(deployment: Deployment, name: str, *overrides: str, nodes: int = 2) 
     deployment.fedpeft("run", "submit", *TINY, *wait, *overrides, "--name", name)
 
 
-def test_a_run_goes_on_after_its_server_was_killed(deployment: Deployment) -> None:
-    _submit(deployment, "killed", "rounds=6")
-    deployment.until("round 2", lambda: any(e["event"] == "round" for e in deployment.events("killed")))
-    for name in ("serverapps", "superlink"):
+@pytest.mark.parametrize(
+    ("run", "names", "whole"),
+    [("killed", ("serverapps", "superlink"), True), ("executor-killed", ("serverapps",), False)],
+)
+def test_a_run_goes_on_after_its_server_was_killed(
+    deployment: Deployment, run: str, names: tuple[str, ...], *, whole: bool
+) -> None:
+    """The executor alone: its ServerApp is told to end then, which is no end of the run."""
+    _submit(deployment, run, "rounds=6")
+    deployment.until("round 2", lambda: any(e["event"] == "round" for e in deployment.events(run)))
+    for name in names:
         pid = deployment.pid(name)
         if pid:
-            os.killpg(os.getpgid(pid), signal.SIGKILL)
-    deployment.until("end of the run", lambda: deployment.completed("killed"))
-    assert deployment.versions("killed") == list(range(7))
-    assert len(json.loads((deployment.layout.runs / "killed.json").read_text())["flower_runs"]) > 1
+            (os.killpg if whole else os.kill)(os.getpgid(pid) if whole else pid, signal.SIGKILL)
+    deployment.until("end of the run", lambda: deployment.completed(run))
+    assert deployment.versions(run) == list(range(7))
+    assert len(json.loads((deployment.layout.runs / f"{run}.json").read_text())["flower_runs"]) > 1
+
+
+def test_a_killed_process_manager_leaves_nothing_behind_and_up_goes_on(deployment: Deployment) -> None:
+    _submit(deployment, "unmanaged", "rounds=6")
+    deployment.until("round 1", lambda: any(e["event"] == "round" for e in deployment.events("unmanaged")))
+    manager = int((deployment.folder / "supervisord.pid").read_text())
+    left = [one.pid for one in Processes(deployment.layout).states() if one.pid]
+    os.kill(manager, signal.SIGKILL)
+    deployment.until("end of what it had started", lambda: not any(map(_alive, left)), 60)
+    deployment.fedpeft("deploy", "up")
+    deployment.until("end of the run", lambda: deployment.completed("unmanaged"))
+    assert deployment.versions("unmanaged") == list(range(7))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_stopped_run_stays_stopped_until_it_is_resumed(deployment: Deployment) -> None:

@@ -324,3 +324,40 @@ def test_close_in_a_child_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     executor._children[os.getpid()] = -1  # a signal to this would end the test
     monkeypatch.setattr(executor, "_owner", -1)
     executor.close()
+
+
+class Session:
+    """What a SuperNode asks of a SuperLink, and what it was asked."""
+
+    calls: list[Any]
+
+    def ActivateNode(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        self.calls.append(request)
+        return type("Answer", (), {"node_id": 7})()
+
+    def DeactivateNode(self, request: Any) -> None:  # noqa: N802 - Flower's name
+        self.calls.append(request.node_id)
+        if request.node_id == 404:
+            raise ConnectionError("refused")
+
+
+def test_a_killed_supernode_ends_its_session_when_it_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = type("Client", (Session,), {"calls": []})
+    module = importlib.import_module("flwr.supernode.fleet_http_client")
+    monkeypatch.setattr(module, "FleetHttpClient", client)
+    monkeypatch.setattr(launcher, "_AWAY", 0.0)
+    launcher.end_left_session(tmp_path / "node.session")
+    client().ActivateNode("first")
+    client().ActivateNode("second")
+    (tmp_path / "node.session").write_text("404")
+    client().ActivateNode("third")
+    assert client.calls == ["first", 7, "second", 404, "third"]
+    assert (tmp_path / "node.session").read_text() == "7"
+
+
+def test_flower_has_the_session_that_is_ended() -> None:
+    client = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
+    assert callable(client.ActivateNode)
+    assert callable(client.DeactivateNode)

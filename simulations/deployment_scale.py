@@ -1,0 +1,159 @@
+"""How many SuperNodes one machine holds, and what bounds it: devices are added in steps, and each step runs rounds.
+
+    python -m simulations.deployment_scale --nodes 50 [--cold] [--reserve-gb 6] [--seed N]
+
+Everything is on this machine: the server, and for each device its ``device join``, SuperNode and launcher, warm (the
+libraries in memory) or cold (each message starts Python anew). On a server alone, of a step's memory only the rows
+``superlink``, ``serverapps``, ``serverapp``, ``door`` and ``operator`` count. Before a step that would leave less than
+``--reserve-gb`` of memory the script stops and says so.
+
+For each step: seconds of a round (median), memory as PSS and file handles by kind of process, processor seconds of a
+round in SuperLink and door, size of the SuperLink's database. The last line on standard output is JSON: ``nodes`` that
+took part in every round of the last step, ``round_seconds``, ``pss_mb_per_node``, ``server_pss_mb``, ``bound``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simulations.deployments import Trial, processes, trial
+
+__all__ = ["main"]
+
+STEPS = (2, 4, 8, 16, 32, 50, 75, 100)
+ROUNDS = 4
+_PATIENCE = 3000.0
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    """Add devices until there are as many as asked for, or the memory ends; show and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=50)
+    parser.add_argument("--cold", action="store_true", help="launchers that hold nothing in memory")
+    parser.add_argument("--reserve-gb", type=float, default=6.0, help="memory that is left to others")
+    parser.add_argument("--first", type=int, default=STEPS[0], help="devices of the first step")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the deployment is taken down then too
+    steps = [one for one in STEPS if given.first <= one < given.nodes] + [given.nodes]
+    with tempfile.TemporaryDirectory(prefix="deployment-scale-") as folder:
+        found, bound = _grow(Path(folder) / "d", steps, given)
+    last = found[-1] if found else {}
+    print(json.dumps({"seed": given.seed, "warm": not given.cold, **last, "bound": bound, "steps": found}))
+
+
+def _grow(folder: Path, steps: list[int], given: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """What each step measured, and why there is no further one (empty: as many as asked for)."""
+    found: list[dict[str, Any]] = []
+    asked = _asked(given)
+    with trial(folder, asked, nodes=steps[0]) as here:
+        for number, nodes in enumerate(steps):
+            if number:
+                before = _available()
+                need = found[-1]["pss_mb_per_node"] / 1000 * (nodes - steps[number - 1])
+                if before - need < given.reserve_gb:
+                    return found, f"memory: {nodes} nodes need {need:.1f} GB more, {before:.1f} GB are available"
+                _up(here, asked, nodes)
+            if given.cold:
+                _cool(here)
+            _wait(here)
+            found.append(_step(here, nodes))
+            print(time.strftime("%H:%M:%S"), json.dumps(found[-1]), file=sys.stderr, flush=True)
+    return found, ""
+
+
+def _asked(given: argparse.Namespace) -> list[str]:
+    most = f"data.partition.num_clients={given.nodes}"
+    return ["experiment=tiny", most, f"seed={given.seed}", f"rounds={ROUNDS}", "round.deadline=600", "round.quorum=1"]
+
+
+def _up(here: Trial, asked: list[str], nodes: int) -> None:
+    here.fedpeft("deploy", "up", "--no-wait", "--nodes", str(nodes), *asked, patience=_PATIENCE)
+
+
+def _cool(here: Trial) -> None:
+    """Make launchers cold: they are started again where they were warm."""
+    for path in here.layout.nodes.glob("*/device.yaml"):
+        plain = yaml.safe_load(path.read_text())
+        if plain["training"].get("warm", True):
+            plain["training"]["warm"] = False
+            path.write_text(yaml.safe_dump(plain))
+    for one in processes(here.folder):
+        if one.name == "launcher" and one.pss == 0 and _is_warm(one.pid):
+            os.kill(one.parent, signal.SIGTERM)  # supervisor starts the device again
+
+
+def _is_warm(pid: int) -> bool:
+    try:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
+
+
+def _run(here: Trial) -> str:
+    return sorted(here.layout.runs.glob("*.json"), key=lambda path: path.stat().st_mtime)[-1].stem
+
+
+def _wait(here: Trial) -> None:
+    end = time.monotonic() + _PATIENCE
+    run = _run(here)
+    while not here.completed(run):
+        if time.monotonic() > end:
+            raise SystemExit(f"run {run} is not over after {_PATIENCE:.0f} s, in round {here.rounds(run)}")
+        time.sleep(1.0)
+
+
+def _step(here: Trial, nodes: int) -> dict[str, Any]:
+    """The figures of the newest run, and of the processes as they are now."""
+    events = here.events(_run(here))
+    rounds = [one for one in events if one["event"] == "round"]
+    pss, files, count = defaultdict[str, float](float), defaultdict[str, int](int), defaultdict[str, int](int)
+    for one in processes(here.folder, memory=True):
+        pss[one.name] += one.pss / 1e6
+        files[one.name] = max(files[one.name], one.files)
+        count[one.name] += 1
+    own = {"join", "supernode", "launcher", "task"}
+    return {
+        "nodes": min(int(one["participants"]) for one in rounds),
+        "round_seconds": round(statistics.median(float(one["seconds"]) for one in rounds[1:]), 1),
+        "pss_mb_per_node": round(sum(value for name, value in pss.items() if name in own) / nodes, 1),
+        "server_pss_mb": round(sum(value for name, value in pss.items() if name not in own), 1),
+        "pss_mb": {name: round(value / count[name], 1) for name, value in sorted(pss.items())},
+        "files": dict(sorted(files.items())),
+        "cpu_seconds_since_start": {name: _cpu(here, name) for name in ("superlink", "door")},
+        "database_mb": round(sum(p.stat().st_size for p in here.folder.glob("superlink.db*")) / 1e6, 1),
+        "processes": sum(count.values()),
+    }
+
+
+def _cpu(here: Trial, name: str) -> float:
+    """Processor seconds of a process of the server since it began."""
+    pid = next((one.pid for one in processes(here.folder) if one.name == name), 0)
+    try:
+        parts = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return 0.0
+    return round((int(parts[11]) + int(parts[12])) / _TICK, 1)
+
+
+def _available() -> float:
+    """GB of memory that a new process could have."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -109,9 +109,9 @@ def up(
 
 def _devices(layout: Layout, config: ServerConfig, given: list[str], nodes: int) -> None:
     """Devices on this machine, enrolled and started."""
+    from federated.deployment.app_bundle import app_digest
     from federated.deployment.local_nodes import enrol_local_nodes, make_local_nodes
     from federated.deployment.processes import Processes, programs_of
-    from federated.deployment.runs import app_digest
 
     experiment = _experiment(config, given)
     apps = [app_digest(Path(config.app))]
@@ -180,7 +180,7 @@ def app_command(
     ] = None,
 ) -> None:
     """Print the SHA-256 of the app's bundle: what a device's owner reads, and then pins in training.apps."""
-    from federated.deployment.runs import app_digest
+    from federated.deployment.app_bundle import app_digest
     from federated.deployment.server_config import read_server_config
 
     say(app_digest(app_dir or Path(read_server_config(folder.resolve()).app)))

@@ -8,17 +8,13 @@ training state, so the same submission with ``resume=true`` goes on from the las
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from federated.deployment.joining import environment
+from federated.deployment.app_bundle import copied
 from federated.deployment.layout import Layout
 from federated.deployment.links import CONNECTION, Link, toml_text
 from federated.deployment.server_config import ServerConfig
@@ -35,7 +31,7 @@ from federated.files import write_whole
 from federated.flower.serving import last_serving
 from federated.tracking import read_events
 
-__all__ = ["Runs", "Standing", "Submission", "app_digest"]
+__all__ = ["Runs", "Standing", "Submission"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _OWN = ("run_dir", "registry", "admission.devices", "engine", "resume", "tracking.progress", "tracking.log_format")
@@ -94,51 +90,6 @@ class Standing:
     rounds_done: int
     rounds: int
     message: str
-
-
-def app_digest(app: Path) -> str:
-    """SHA-256 of the bundle that Flower makes of an app folder: what devices pin.
-
-    Raises:
-        DeploymentError: if Flower cannot make one.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        folder = _copied(app, Path(place))
-        done = subprocess.run(
-            [str(Path(sys.executable).with_name("flwr")), "build", "--app", str(folder)],
-            cwd=place,
-            env=environment(Path(place) / "home"),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        found = list(Path(place).glob("*.fab"))
-        if done.returncode or len(found) != 1:
-            said = " ".join((done.stdout + done.stderr).split())[-400:]
-            raise DeploymentError(
-                f"flwr build {app}: {said}; an app folder has pyproject.toml, clients/ and strategies/"
-            )
-        return hashlib.sha256(found[0].read_bytes()).hexdigest()
-
-
-def _copied(app: Path, place: Path) -> Path:
-    """The app's own files alone: a bundle must not change with what lies about in a checkout."""
-    try:
-        name = str(tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DeploymentError(
-            f"{app} is no app folder: expected a pyproject.toml with [project] name, and clients/, conf/, strategies/"
-        ) from None
-    folder = place / Path(name).name
-    folder.mkdir()
-    for name in ("clients", "conf", "strategies"):
-        if (app / name).is_dir():
-            shutil.copytree(app / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        if (app / name).is_file():
-            shutil.copy(app / name, folder / name)
-    return folder
 
 
 class Runs:
@@ -343,7 +294,7 @@ class Runs:
         ]
         now = self._clock()
         with tempfile.TemporaryDirectory() as place:
-            copy, settings = _copied(Path(submission.app), Path(place)), Path(place) / "run-config.toml"
+            copy, settings = copied(Path(submission.app), Path(place)), Path(place) / "run-config.toml"
             settings.write_text(f"overrides = {toml_text(shlex.join(overrides))}\n", encoding="utf-8")
             answer = self._link.record("run", str(copy), CONNECTION, "--run-config", str(settings))
         flower = str(answer.get("run-id") or answer.get("run_id") or "")

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from federated.deployment.app_bundle import copied
+from federated.deployment.app_bundle import app_digest, copied
 from federated.deployment.layout import Layout
 from federated.deployment.links import CONNECTION, Link, toml_text
 from federated.deployment.server_config import ServerConfig

@@ -7,6 +7,7 @@ version of Flower; else it ends with a refusal, and is started again after ever 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ _LOOK = 0.3  # seconds
 _WELL = 60.0  # seconds after which a process counts as started well
 _GRACE = 10.0  # seconds to end in
 _SECRET_BYTES = 32
+_LOOPBACK = "localhost,127.0.0.1,::1"
 
 OFF_SWITCHES: Mapping[str, str] = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -48,9 +51,17 @@ def environment(flwr_home: Path) -> dict[str, str]:
     """This process's environment for a process of Flower's.
 
     With the off-switches, a home of its own, and this Python's programs first: Flower starts its own by their names.
+    What is on loopback is asked past any proxy.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, **OFF_SWITCHES, "FLWR_HOME": str(flwr_home), "PATH": path, "PYTHONUNBUFFERED": "1"}
+    own = {"FLWR_HOME": str(flwr_home), "PATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **OFF_SWITCHES, **_past_proxies(), **own}
+
+
+def _past_proxies() -> dict[str, str]:
+    """Flower's clients ask proxies of the environment for loopback too."""
+    names = ("no_proxy", "NO_PROXY")
+    return {name: ",".join(filter(None, [os.environ.get(name, ""), _LOOPBACK])) for name in names}
 
 
 def join(config: TrainingConfig, *, stop: threading.Event) -> None:
@@ -61,11 +72,38 @@ def join(config: TrainingConfig, *, stop: threading.Event) -> None:
         stop: ends both processes.
 
     Raises:
-        DeploymentError: if the device's folder cannot be written, or a file that the owner named is not there.
+        DeploymentError: if the device's folder cannot be written, a file that the owner named is not there, or another
+            process takes part for this device already.
     """
     for what, path in (("client", config.client), ("ca", config.ca), ("node_key", config.node_key)):
         if path is not None and not path.is_file():
             raise DeploymentError(f"training.{what} = {path}: no such file")
+    with _alone(config.state):
+        _take_part(config, stop)
+
+
+@contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """Two would answer under one name from one store.
+
+    Raises:
+        DeploymentError: if the folder cannot be written, or somebody is there.
+    """
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(state / "join.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise DeploymentError(f"training.state = {state}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DeploymentError(f"training.state = {state}: another 'fedpeft device join' takes part already") from None
+    finally:
+        os.close(descriptor)
+
+
+def _take_part(config: TrainingConfig, stop: threading.Event) -> None:
     try:
         home = config.state / "flwr"
         home.mkdir(parents=True, exist_ok=True)
@@ -80,6 +118,7 @@ def join(config: TrainingConfig, *, stop: threading.Event) -> None:
     children = [_node(config, port, secret), _launcher(config, port, secret)]
     for child in children:
         child.environment = {**environment(home), EVENTS: str(config.state / EVENTS_FILE)}
+        child.folder = config.client.absolute().parent  # relative places in the client's file are beside it
     metrics = DeviceMetrics(
         config.state, restarts=lambda: {child.kind: child.restarts for child in children}, pinned=not config.unpinned
     )
@@ -124,7 +163,7 @@ def _free_port() -> int:
 def _node(config: TrainingConfig, port: int, secret: Path) -> _Child:
     arguments = ["--superlink", config.address, "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
     arguments += ["--superexec-auth-secret-file", str(secret)]
-    arguments += ["--node-config", f"client-config={json.dumps(str(config.client))}"]
+    arguments += ["--node-config", f"client-config={json.dumps(str(config.client.absolute()), ensure_ascii=False)}"]
     if config.insecure:
         arguments.append("--insecure")
     else:
@@ -146,6 +185,7 @@ class _Child:
     kind: str
     said: Mapping[str, Any]
     environment: Mapping[str, str] = field(default_factory=dict)
+    folder: Path = Path()
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     again: float = 0.0
@@ -168,11 +208,14 @@ class _Child:
 
     def _start(self, now: float) -> None:
         command = [sys.executable, "-m", "federated.deployment.launcher", self.kind]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=dict(self.environment))
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, env=dict(self.environment), cwd=self.folder, umask=0o077
+        )
         self.started = now
-        if self.process.stdin is not None:
-            self.process.stdin.write(json.dumps(self.said).encode() + b"\n")
-            self.process.stdin.close()
+        with suppress(BrokenPipeError):  # it ended already: the next look finds that
+            if self.process.stdin is not None:
+                self.process.stdin.write(json.dumps(self.said).encode() + b"\n")
+                self.process.stdin.close()
 
     def end(self) -> None:
         """End it, gently first."""

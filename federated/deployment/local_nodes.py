@@ -23,7 +23,7 @@ from federated.deployment.devices import DeviceBook
 from federated.deployment.enrolling import enrol
 from federated.deployment.flwr_command import FlowerLink
 from federated.deployment.keys import NODE_KEY, UPDATE_KEY
-from federated.deployment.layout import Layout, NodeLayout
+from federated.deployment.layout import Layout
 from federated.deployment.nodes import sync_nodes
 from federated.deployment.server_config import ServerConfig
 from federated.errors import ConfigError
@@ -67,7 +67,7 @@ def make_local_nodes(
         if not node.client.is_file():
             data = source.load(name)
             _write_rows(node.folder / "data" / f"{name}.jsonl", [*data.train, *data.test])
-            _write_yaml(node.client, _client(node, name, experiment, secured=not server.insecure))
+            _write_yaml(node.client, _client(name, experiment, secured=not server.insecure))
         _write_yaml(node.config, {"training": _training(server, apps)})
     return names
 
@@ -102,17 +102,17 @@ def _write_yaml(path: Path, value: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
 
 
-def _client(node: NodeLayout, name: str, experiment: ExperimentConfig, *, secured: bool) -> dict[str, Any]:
+def _client(name: str, experiment: ExperimentConfig, *, secured: bool) -> dict[str, Any]:
     data = DataConfig(
         name="files",
-        path=str(node.folder / "data"),
+        path="data",
         max_train_per_client=experiment.data.max_train_per_client,
         max_test_per_client=experiment.data.max_test_per_client,
     )
     kept = {key: value for key, value in asdict(data).items() if value != getattr(DataConfig(), key)}
     return {
         "client_id": name,
-        "store": str(node.folder / "store"),
+        "store": "store",
         "data": kept,
         "model": asdict(experiment.model),
         "max_rank": max(16, experiment.adapter.rank),

@@ -41,7 +41,7 @@ class ServerConfig:
         app: the app folder (``conf/``, ``clients/``, ``strategies/``) whose runs are submitted.
         insecure: no TLS and no authentication of nodes, for a try on loopback.
         max_request_mb: most bytes of one request through the door. Flower cuts messages into pieces of 5 MB.
-        max_requests: most requests that the door serves at the same time.
+        max_requests: most connections that the door holds at the same time. A device that waits for work keeps one.
         keep_going: submit a run again, from its last published round, when its server process died.
         log_format: of the lines that our own processes write: ``text``, or ``json`` with one object a line.
     """

@@ -55,6 +55,7 @@ _SUPERNODE = "flwr.supernode.start_client_internal"
 _HEAVY = ("torch", "transformers", "peft", "federated.flower.client", _CLIENT)
 _AWAY = 3.0
 """Seconds between the end of a killed SuperNode's session and the next: longer than a server's pause between looks."""
+_TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 _NO_PIPE = -1
 _MOST_WAITING = 32
 _LONGEST = 60_000
@@ -221,7 +222,7 @@ def _in_child(work: Callable[[], None], pipe: int) -> NoReturn:
         from flwr.supercore.exit import exit_handler
 
         exit_handler.registered_exit_handlers.clear()
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+        for name in _TOLD_TO_END:
             signal.signal(name, signal.SIG_DFL)
         work()
     except SystemExit as done:
@@ -257,6 +258,7 @@ def _task(launch: Launch, token: str, *, parent: int) -> None:
         return installed
 
     module.install_from_fab = checked
+    module.register_signal_handlers = _dying_on_signals(module.register_signal_handlers)
     module.run_clientapp(
         runtime_api_address=launch.address,
         token=token,
@@ -264,6 +266,22 @@ def _task(launch: Launch, token: str, *, parent: int) -> None:
         parent_pid=parent,
         runtime_dependency_install=False,
     )
+
+
+def _dying_on_signals(register: Callable[..., None]) -> Callable[..., None]:
+    """Flower's exit handlers without its signal handlers.
+
+    Told to end, or left alone by a launcher that was killed, Flower's task says "stopped" and gives no answer; the
+    SuperNode, which works on one message at a time, then waits for that answer for ever. One that dies without a word
+    is missed after a minute, answered for with an error, and the next message is taken.
+    """
+
+    def registered(*given: Any, **more: Any) -> None:
+        register(*given, **more)
+        for name in _TOLD_TO_END:
+            signal.signal(name, signal.SIG_DFL)
+
+    return registered
 
 
 def _working_alone(path: Path) -> None:
@@ -358,6 +376,8 @@ def supernode(arguments: list[str], poll_seconds: float, session: str) -> None:
 
     sys.argv = ["flower-supernode", *arguments]
     flower_supernode()
+    _LOG.warning("the SuperNode gave its connection up, as Flower does when one TLS handshake took too long")
+    os._exit(1)  # a thread of Flower's would keep this process, which does nothing any more, for ever
 
 
 def _launch_of(plain: dict[str, Any]) -> Launch:

@@ -57,6 +57,7 @@ _HEAVY = ("torch", "transformers", "peft", "federated.flower.client", _CLIENT)
 _NEEDED = ((_CLIENT, "install_from_fab"), (_CLIENT, "get_load_client_app_fn"), (_SUPEREXEC, "get_executor"))
 _AWAY = 3.0
 """Seconds between the end of a killed SuperNode's session and the next: longer than a server's pause between looks."""
+_TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 _NO_PIPE = -1
 _MOST_WAITING = 32
 _LONGEST = 60_000
@@ -200,7 +201,7 @@ def _in_child(work: Callable[[], None], pipe: int) -> NoReturn:
         from flwr.supercore.exit import exit_handler
 
         exit_handler.registered_exit_handlers.clear()
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+        for name in _TOLD_TO_END:
             signal.signal(name, signal.SIG_DFL)
         work()
     except SystemExit as done:
@@ -240,6 +241,7 @@ def _task(launch: Launch, token: str, *, parent: int) -> None:
     unpack, loader = module.install_from_fab, module.get_load_client_app_fn
     with TaskApp(state, unpack=unpack, loader=loader, check=check) as app:
         module.install_from_fab, module.get_load_client_app_fn = app.install, app.load_fn
+        module.register_signal_handlers = _dying_on_signals(module.register_signal_handlers)
         module.run_clientapp(
             runtime_api_address=launch.address,
             token=token,
@@ -247,6 +249,22 @@ def _task(launch: Launch, token: str, *, parent: int) -> None:
             parent_pid=parent,
             runtime_dependency_install=False,
         )
+
+
+def _dying_on_signals(register: Callable[..., None]) -> Callable[..., None]:
+    """Flower's exit handlers without its signal handlers.
+
+    Told to end, or left alone by a launcher that was killed, Flower's task says "stopped" and gives no answer; the
+    SuperNode, which works on one message at a time, then waits for that answer for ever. One that dies without a word
+    is missed after a minute, answered for with an error, and the next message is taken.
+    """
+
+    def registered(*given: Any, **more: Any) -> None:
+        register(*given, **more)
+        for name in _TOLD_TO_END:
+            signal.signal(name, signal.SIG_DFL)
+
+    return registered
 
 
 def _working_alone(path: Path) -> None:
@@ -344,6 +362,8 @@ def supernode(arguments: list[str], poll_seconds: float, session: str) -> None:
 
     sys.argv = ["flower-supernode", *arguments]
     flower_supernode()
+    _LOG.warning("the SuperNode gave its connection up, as Flower does when one TLS handshake took too long")
+    os._exit(1)  # a thread of Flower's would keep this process, which does nothing any more, for ever
 
 
 def _launch_of(plain: dict[str, Any]) -> Launch:

@@ -44,7 +44,7 @@ from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, T
 __all__ = ["Run", "RunSummary", "run_trackers", "write_versions"]
 
 _LOG = logging.getLogger(__name__)
-_ENDED = "its process was told to end; finished rounds are published"
+_ENDED = "its process was told to end, or lost the SuperLink; finished rounds are published"
 _PERSONAL = "each client keeps a part of the model and is measured with its own: no version of this run can be served"
 
 
@@ -169,7 +169,7 @@ class Run:
                     message = str(error)
                     raise
                 except BaseException as error:
-                    if not isinstance(error, Exception):  # from outside, Flower's word that it gave the run up too
+                    if _from_outside(error):
                         status, message = "interrupted", _ENDED
                     raise
                 finally:
@@ -335,6 +335,11 @@ class Run:
         digest = registry.get(version_id).manifest.weights_digest
         report = self.folder / "report.html"
         return RunSummary(self.run_id, self.folder, self.registry_location, version_id, digest, report)
+
+
+def _from_outside(error: BaseException) -> bool:
+    """Whether it says nothing of the run: a signal, Flower's word that it gave the run up, or its lost connection."""
+    return not isinstance(error, Exception) or type(error).__module__.partition(".")[0] == "httpx"
 
 
 def write_versions(folder: Path, records: Sequence[VersionRecord]) -> None:

@@ -122,6 +122,13 @@ def test_one_that_dies_in_the_middle_of_a_round_is_named_and_comes_back(field: T
     well(field)
 
 
+def test_one_whose_launcher_dies_at_work_works_again(field: Trial) -> None:
+    """Flower's task says "stopped" when its launcher is gone, and its SuperNode waits for the answer for ever."""
+    until("task", lambda: any(one.name == "task" and one.device == "client-002" for one in processes(field.folder)))
+    send(field, "client-002", signal.SIGKILL, "launcher")
+    well(field)
+
+
 def test_one_that_hangs_past_the_deadline_is_late_and_its_late_answer_changes_nothing(field: Trial) -> None:
     send(field, "client-002", signal.SIGSTOP, "launcher", "task")
     since = begun(field)

@@ -5,6 +5,8 @@ import importlib
 import io
 import itertools
 import os
+import signal
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -361,3 +363,38 @@ def test_flower_has_the_session_that_is_ended() -> None:
     client = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
     assert callable(client.ActivateNode)
     assert callable(client.DeactivateNode)
+
+
+def test_a_task_that_is_told_to_end_dies_without_a_word() -> None:
+    """Else it says "stopped" and answers nothing, and Flower's SuperNode waits for that answer for ever."""
+    given: list[Any] = []
+
+    def register(*names: Any, **more: Any) -> None:
+        given.extend([*names, more])
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    before = {name: signal.getsignal(name) for name in launcher._TOLD_TO_END}
+    try:
+        launcher._dying_on_signals(register)("enter", exit_handlers=["push"])
+        assert {signal.getsignal(name) for name in launcher._TOLD_TO_END} == {signal.SIG_DFL}
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert given == ["enter", {"exit_handlers": ["push"]}]
+
+
+def test_flower_registers_its_tasks_handlers_where_they_are_replaced() -> None:
+    assert callable(importlib.import_module("flwr.supernode.runtime.run_clientapp").register_signal_handlers)
+
+
+def test_a_supernode_that_gave_up_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Flower's own stays for ever, with nothing but the thread that serves its tasks."""
+    ended: list[int] = []
+    cli = importlib.import_module("flwr.supernode.cli")
+    monkeypatch.setattr(cli, "flower_supernode", lambda: None)
+    monkeypatch.setattr(launcher, "end_left_session", lambda _: None)
+    monkeypatch.setattr("flwr.supercore.app_utils.start_parent_process_monitor", lambda _: None)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(sys, "argv", [])
+    launcher.supernode(["--insecure"], 3.0, str(tmp_path / "node.session"))
+    assert ended == [1]

@@ -68,6 +68,18 @@ class ServerConfig:
             raise ValueError(f"expected DNS names or IP addresses without port, found {wrong[0]!r}")
         return value
 
+    @field_validator("door_url")
+    @classmethod
+    def _is_a_door(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            well = not value or (parts.scheme in ("https", "http") and bool(parts.hostname) and parts.port != 0)
+        except ValueError:
+            well = False
+        if not well:
+            raise ValueError(f"expected https://HOST:PORT, found {value!r}")
+        return value
+
     @property
     def url(self) -> str:
         """How devices call the door."""
@@ -86,7 +98,7 @@ class ServerConfig:
 
 def _with_port(host: str) -> bool:
     """Whether it is more than a name or an address; an IPv6 address has several colons."""
-    return any(char in host for char in "/@ ") or host.count(":") == 1
+    return any(char in host for char in "/@ []") or host.count(":") == 1
 
 
 _CONFIG: TypeAdapter[ServerConfig] = TypeAdapter(ServerConfig)

@@ -21,7 +21,7 @@ APP = Path(__file__).resolve().parents[3]
 HOLD = """
 import sys, time
 from pathlib import Path
-from federated.flower.serving import serving
+from federated.run_lock import serving
 with serving(Path(sys.argv[1])):
     print("holds", flush=True)
     time.sleep(60)
@@ -175,3 +175,9 @@ def until(found: Any) -> None:
     while not found():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_the_operators_process_holds_no_torch_in_memory() -> None:
+    """It runs for months beside the SuperLink, and looks at files."""
+    code = "import sys, federated.deployment.operating; sys.exit(int('torch' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

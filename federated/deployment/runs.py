@@ -28,7 +28,7 @@ from federated.deployment.links import CONNECTION, Link, toml_text
 from federated.deployment.server_config import ServerConfig
 from federated.errors import ConfigError, DeploymentError
 from federated.files import write_whole
-from federated.flower.serving import last_serving
+from federated.run_lock import last_serving
 from federated.tracking import read_events
 
 __all__ = ["Runs", "Standing", "Submission"]

@@ -30,7 +30,6 @@ from federated.flower.enrolled import read_devices
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.flower.run_key import kept_key
 from federated.flower.server_privacy import ServerPrivacy
-from federated.flower.serving import serving
 from federated.flower.session import Session, app_folder, open_session
 from federated.flower.starting import Start, start_of
 from federated.flower.strategy import DeltaStrategy
@@ -39,6 +38,7 @@ from federated.mlflow_tracker import MlflowTracker
 from federated.registry import Registry, VersionRecord
 from federated.report import write_report
 from federated.run_history import history_of, result_warning
+from federated.run_lock import serving
 from federated.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker, read_events
 
 __all__ = ["Run", "RunSummary", "run_trackers", "write_versions"]

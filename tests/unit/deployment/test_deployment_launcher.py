@@ -346,16 +346,18 @@ class Session:
 def test_a_killed_supernode_ends_its_session_when_it_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = type("Client", (Session,), {"calls": []})
+    class Client(Session):
+        calls: list[Any] = []  # noqa: RUF012 - of this test alone
+
     module = importlib.import_module("flwr.supernode.fleet_http_client")
-    monkeypatch.setattr(module, "FleetHttpClient", client)
+    monkeypatch.setattr(module, "FleetHttpClient", Client)
     monkeypatch.setattr(launcher, "_AWAY", 0.0)
     launcher.end_left_session(tmp_path / "node.session")
-    client().ActivateNode("first")
-    client().ActivateNode("second")
+    Client().ActivateNode("first")
+    Client().ActivateNode("second")
     (tmp_path / "node.session").write_text("404")
-    client().ActivateNode("third")
-    assert client.calls == ["first", 7, "second", 404, "third"]
+    Client().ActivateNode("third")
+    assert Client.calls == ["first", 7, "second", 404, "third"]
     assert (tmp_path / "node.session").read_text() == "7"
 
 

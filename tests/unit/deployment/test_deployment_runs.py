@@ -23,7 +23,7 @@ APP = Path(__file__).resolve().parents[3]
 HOLD = """
 import sys, time
 from pathlib import Path
-from federated.flower.serving import serving
+from federated.run_lock import serving
 with serving(Path(sys.argv[1])):
     print("holds", flush=True)
     time.sleep(60)
@@ -234,3 +234,9 @@ def test_two_keepers_resume_a_run_once(runs: Runs, flower: StandIn, monkeypatch:
     for one in keepers:
         one.join(30)
     assert flower.calls.count("run") == 1
+
+
+def test_the_operators_process_holds_no_torch_in_memory() -> None:
+    """It runs for months beside the SuperLink, and looks at files."""
+    code = "import sys, federated.deployment.operating; sys.exit(int('torch' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

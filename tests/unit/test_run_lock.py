@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from federated.errors import ConfigError
-from federated.flower.serving import FILE, last_serving, serving
+from federated.run_lock import FILE, last_serving, serving
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from federated.flower.serving import serving
+from federated.run_lock import serving
 with serving(Path(sys.argv[1])):
     print("holds", flush=True)
     time.sleep(60)

@@ -494,7 +494,7 @@ def test_a_slow_client_of_a_real_worker_joins_a_later_buffer(federation: Make, f
     class Watching(MemoryTracker):
         def emit(self, event: Any) -> None:
             super().emit(event)
-            if event.get("client_id") == "client-002":
+            if (event["event"], event.get("client_id")) == ("client", "client-002"):
                 taken.set()
 
     policy = {"mode": "buffered", "buffer": 2, "concurrency": 3}

@@ -82,7 +82,7 @@ def test_nothing_that_sends_or_publishes_loads_the_devices_room() -> None:
     senders = "federated.flower, federated.uploads, federated.wire, federated.registry, federated.release, clients.app"
     code = (
         f"import sys, {senders}, strategies.app\n"
-        "print(*[name for name in sys.modules if name.startswith('federated.device')])"
+        "print(*[name for name in sys.modules if (name + '.').startswith('federated.device.')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

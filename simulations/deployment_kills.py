@@ -37,8 +37,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from federated.deployment.app_bundle import copied
 from federated.registry import Registry
-from simulations.deployments import Trial, app_folder, processes, trial
+from simulations.deployments import ROOT, Trial, processes, trial
 
 __all__ = ["Kills", "main"]
 
@@ -194,7 +195,7 @@ def _killed(pid: int) -> bool:
 def work(folder: Path, *, rounds: int, kills: int, same: int, seed: int, say: Callable[[str], None]) -> Kills:
     """Start a deployment, let its first run go through the kills, and check what is left."""
     chance, found, began = random.Random(seed), Kills(), time.monotonic()  # noqa: S311 - moments, no secret
-    app, witness = app_folder(folder), folder / "witness.jsonl"
+    app, witness = copied(ROOT, folder), folder / "witness.jsonl"
     (app / "clients" / "app.py").write_text(_WITNESS)
     asked = [*_TINY, *_PRIVATE, f"rounds={rounds}", f"seed={seed}", "round.deadline=40", "round.quorum=0.3"]
     extra, run = {"FEDPEFT_WITNESS": str(witness)}, "kills"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from federated.deployment.layout import Layout
 from federated.deployment.processes import Processes
 from federated.tracking import read_events
 
-__all__ = ["Process", "Trial", "app_folder", "processes", "trial"]
+__all__ = ["ROOT", "Process", "Trial", "processes", "trial"]
 
 ROOT = Path(__file__).resolve().parents[1]
 _SWITCHES = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "FLWR_TELEMETRY_ENABLED": "0"}
@@ -97,16 +96,6 @@ class Trial:
     def completed(self, run: str) -> bool:
         """Whether a run says that it is."""
         return any(one["event"] == "end" and one["status"] == "completed" for one in self.events(run))
-
-
-def app_folder(folder: Path) -> Path:
-    """A copy of the app that may be changed."""
-    app = folder / "federated-peft"
-    for name in ("clients", "conf", "strategies"):
-        shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, app / name)
-    return app
 
 
 @contextmanager

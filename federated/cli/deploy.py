@@ -130,8 +130,9 @@ def _known(place: Path, *, local: bool) -> None:
 def _made(place: Path, app_dir: Path, *, insecure: bool) -> None:
     """A deployment for this machine alone, where there is none yet."""
     from federated.cli.compose import conf_folder
+    from federated.deployment.loopback import free_ports
     from federated.deployment.server_config import ServerConfig
-    from federated.deployment.starting_up import free_ports, make_deployment
+    from federated.deployment.starting_up import make_deployment
 
     if (place / "server.yaml").exists():
         return

@@ -143,20 +143,12 @@ def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
         config: of the deployment.
         traffic: is counted into.
     """
-    trust: ssl.SSLContext | bool = True
-    scheme = "http" if config.insecure else "https"
-    if not config.insecure:
-        trust = ssl.create_default_context(cafile=str(layout.ca))
-    base = f"{scheme}://127.0.0.1:{config.superlink_port}"
-    limits = httpx.Limits(max_connections=config.max_requests, max_keepalive_connections=64)
     most = int(config.max_request_mb * 1_000_000)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         """Hold the connections to the SuperLink, and write the traffic down."""
-        app.state.client = httpx.AsyncClient(
-            base_url=base, verify=trust, limits=limits, timeout=httpx.Timeout(60.0, connect=5.0), trust_env=False
-        )
+        app.state.client = _client(layout, config)
         noting = asyncio.create_task(_note(traffic))
         try:
             yield
@@ -197,6 +189,20 @@ def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
         return Response(status_code=404)
 
     return app
+
+
+def _client(layout: Layout, config: ServerConfig) -> httpx.AsyncClient:
+    """Connections to the SuperLink on loopback, by TLS with the deployment's own authority."""
+    trust: ssl.SSLContext | bool = True
+    if not config.insecure:
+        trust = ssl.create_default_context(cafile=str(layout.ca))
+    return httpx.AsyncClient(
+        base_url=f"{'http' if config.insecure else 'https'}://127.0.0.1:{config.superlink_port}",
+        verify=trust,
+        limits=httpx.Limits(max_connections=config.max_requests, max_keepalive_connections=64),
+        timeout=httpx.Timeout(60.0, connect=5.0),
+        trust_env=False,
+    )
 
 
 def _entered(name: str) -> None:

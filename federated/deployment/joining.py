@@ -11,8 +11,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from federated.deployment.device_metrics import EVENTS_FILE, DeviceMetrics
+from federated.deployment.loopback import free_ports, shared_secret
 from federated.deployment.training_config import TrainingConfig
 from federated.device_events import EVENTS
 from federated.errors import DeploymentError
@@ -34,7 +33,6 @@ _LOG = logging.getLogger(__name__)
 _LOOK = 0.3  # seconds
 _WELL = 60.0  # seconds after which a process counts as started well
 _GRACE = 10.0  # seconds to end in
-_SECRET_BYTES = 32
 _LOOPBACK = "localhost,127.0.0.1,::1"
 
 OFF_SWITCHES: Mapping[str, str] = {
@@ -107,14 +105,14 @@ def _take_part(config: TrainingConfig, stop: threading.Event) -> None:
     try:
         home = config.state / "flwr"
         home.mkdir(parents=True, exist_ok=True)
-        secret = _secret(config.state)
+        secret = shared_secret(config.state / "superexec.secret")
     except OSError as error:
         raise DeploymentError(f"training.state = {config.state}: {error.strerror}") from None
     if config.unpinned:
         _LOG.warning("unpinned: this device runs whatever app the server sends")
     if config.insecure:
         _LOG.warning("insecure: no TLS and no authentication; whoever is on the way reads and changes every message")
-    port = config.port or _free_port()
+    port = config.port or free_ports(1)[0]
     children = [_node(config, port, secret), _launcher(config, port, secret)]
     for child in children:
         child.environment = {**environment(home), EVENTS: str(config.state / EVENTS_FILE)}
@@ -142,22 +140,6 @@ def _written(metrics: DeviceMetrics, said: str) -> str:
             _LOG.warning("the device's metrics cannot be written: %s", error)
         return str(error)
     return ""
-
-
-def _secret(folder: Path) -> Path:
-    """What the launcher proves itself with to the SuperNode: else any user of the machine could take its messages."""
-    path = folder / "superexec.secret"
-    if not path.is_file():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(_SECRET_BYTES))
-    return path
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _node(config: TrainingConfig, port: int, secret: Path) -> _Child:

@@ -198,16 +198,6 @@ class Processes:
             for one in sorted(self._call("getAllProcessInfo"), key=lambda one: str(one["name"]))
         ]
 
-    def restart(self, name: str) -> None:
-        """End a process and start it again.
-
-        Raises:
-            DeploymentError: if there is none of that name.
-        """
-        if next((one for one in self.states() if one.name == name and one.pid), None):
-            self._call("stopProcess", name, True)
-        self._call("startProcess", name, False)
-
     def stop(self) -> None:
         """End everything and wait until it has ended. What was finished is on the disk.
 

@@ -88,13 +88,6 @@ class ServerConfig:
         host = f"[{self.hosts[0]}]" if ":" in self.hosts[0] else self.hosts[0]
         return f"{'http' if self.insecure else 'https'}://{host}:{self.door_port}"
 
-    @property
-    def door_address(self) -> str:
-        """``host:port`` of `url`, as Flower's SuperNode wants it."""
-        parts = urlsplit(self.url)
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-        return f"{host}:{parts.port or 443}"
-
 
 def _with_port(host: str) -> bool:
     """Whether it is more than a name or an address; an IPv6 address has several colons."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,28 +15,16 @@ from federated.deployment.certificates import make_ca, make_server_certificate
 from federated.deployment.devices import DeviceBook
 from federated.deployment.layout import Layout
 from federated.deployment.links import Link
+from federated.deployment.loopback import shared_secret
 from federated.deployment.processes import Processes, programs_of
 from federated.deployment.server_config import ServerConfig, read_server_config, write_server_config
 from federated.errors import ConfigError, DeploymentError
 
-__all__ = ["alone", "bring_up", "free_ports", "make_deployment"]
+__all__ = ["alone", "bring_up", "make_deployment"]
 
 _LOOPBACK = "127.0.0.1"
 _PATIENCE = 90.0
 _ENDING = 15.0
-_SECRET_BYTES = 32
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody has at the moment."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def make_deployment(folder: Path, config: ServerConfig) -> Layout:
@@ -53,8 +40,7 @@ def make_deployment(folder: Path, config: ServerConfig) -> Layout:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)  # it may have been made by hand
-        with os.fdopen(os.open(layout.secret, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(_SECRET_BYTES))
+        shared_secret(layout.secret)
         if not config.insecure:
             _certify(layout, config)
             DeviceBook(folder, clock=_now).write_devices_file()

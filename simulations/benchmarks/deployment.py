@@ -38,8 +38,8 @@ from rich.table import Table
 from federated.config import ExperimentConfig, experiment_from
 from federated.deployment.joining import environment
 from federated.deployment.layout import Layout
+from federated.deployment.loopback import free_ports
 from federated.deployment.processes import Processes
-from federated.deployment.starting_up import free_ports
 from federated.flower.session import open_session
 from federated.manifest import TrainPlan
 from federated.tracking import read_events

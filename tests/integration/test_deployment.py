@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import re
-import shutil
 import signal
 import ssl
 import subprocess
@@ -19,6 +18,7 @@ import httpx
 import pytest
 import yaml
 
+from federated.deployment.app_bundle import copied
 from federated.deployment.layout import Layout
 from federated.deployment.processes import Processes
 from federated.deployment.server_config import read_server_config
@@ -85,23 +85,13 @@ class Deployment:
         return any(event["event"] == "end" and event["status"] == "completed" for event in self.events(name))
 
 
-def app_folder(folder: Path) -> Path:
-    """A copy of the app: the repository's own folder has another name on every machine."""
-    app = folder / "federated-peft"
-    for name in ("clients", "conf", "strategies"):
-        shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, app / name)
-    return app
-
-
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """Two devices, and a first run."""
     folder = tmp_path_factory.mktemp("deployment")
     deployment = Deployment(folder / "d")
     try:
-        said = deployment.fedpeft("deploy", "up", "--nodes", "2", "--app", str(app_folder(folder)), *TINY, "rounds=2")
+        said = deployment.fedpeft("deploy", "up", "--nodes", "2", "--app", str(copied(ROOT, folder)), *TINY, "rounds=2")
         (folder / "said").write_text(said)
         yield deployment
     finally:
@@ -189,7 +179,7 @@ def test_a_stranger_is_not_let_in(deployment: Deployment, tmp_path: Path) -> Non
 
     keys_of(tmp_path)
     config = read_server_config(deployment.folder)
-    command = [str(Path(sys.executable).with_name("flower-supernode")), "--superlink", config.door_address]
+    command = [str(Path(sys.executable).with_name("flower-supernode")), "--superlink", f"127.0.0.1:{config.door_port}"]
     command += ["--root-certificates", str(deployment.layout.ca), "--auth-supernode-private-key"]
     environment = {**os.environ, "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_TELEMETRY_ENABLED": "0"}
     done = subprocess.run(
@@ -262,14 +252,14 @@ def test_an_app_that_a_device_has_not_pinned_does_not_run_there(deployment: Depl
     changed = {"training": {**before["training"], "apps": ["0" * 64]}}
     try:
         path.write_text(yaml.safe_dump(changed))
-        Processes(deployment.layout).restart("node-client-001")
+        os.kill(deployment.pid("node-client-001"), signal.SIGTERM)  # it is started again
         _submit(deployment, "pinned", "rounds=1", nodes=1)
         deployment.until("end of the run", lambda: deployment.completed("pinned"))
         problems = [event for event in deployment.events("pinned") if event["event"] == "node_problem"]
         assert any("app_not_pinned" in event["message"] for event in problems), deployment.events("pinned")
     finally:
         path.write_text(yaml.safe_dump(before))
-        Processes(deployment.layout).restart("node-client-001")
+        os.kill(deployment.pid("node-client-001"), signal.SIGTERM)  # it is started again
 
 
 @pytest.mark.parametrize(

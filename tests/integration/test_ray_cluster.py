@@ -12,7 +12,7 @@ import pytest
 
 from federated.cli.apps import load_client_app
 from federated.cli.compose import compose
-from federated.deployment.starting_up import free_ports
+from federated.deployment.loopback import free_ports
 from federated.flower import simulate
 from federated.registry import Registry
 

@@ -22,11 +22,6 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def server(folder: Path, value: Any) -> Path:
-    (folder / "server.yaml").write_text(value if isinstance(value, str) else yaml.safe_dump(value))
-    return folder
-
-
 def device(folder: Path, value: Any) -> Path:
     path = folder / "device.yaml"
     path.write_text(value if isinstance(value, str) else yaml.safe_dump(value))
@@ -40,38 +35,8 @@ def test_a_server_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (found.name, found.hosts, found.door_port, found.app) == ("clinics", ("fed.example.org",), 443, "/srv/app")
 
 
-@pytest.mark.parametrize(
-    ("config", "url", "address"),
-    [
-        (ServerConfig(), "https://localhost:9443", "localhost:9443"),
-        (ServerConfig(hosts=("2001:db8::1",)), "https://[2001:db8::1]:9443", "[2001:db8::1]:9443"),
-        (ServerConfig(door_url="https://fed.example.org"), "https://fed.example.org", "fed.example.org:443"),
-        (ServerConfig(insecure=True), "http://localhost:9443", "localhost:9443"),
-    ],
-)
-def test_how_devices_call_the_door(config: ServerConfig, url: str, address: str) -> None:
-    assert (config.url, config.door_address) == (url, address)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("[1, 2]", "expected keys and values"),
-        ("a: [", "cannot read"),
-        ({"door_prot": 1}, "door_prot"),
-        ({"door_port": 0}, "door_port"),
-        ({"door_port": 70000}, "door_port"),
-        ({"hosts": []}, "hosts"),
-        ({"hosts": ["fed.example.org:9443"]}, "without port"),
-        ({"hosts": ["https://fed"]}, "without port"),
-        ({"name": "../x"}, "name"),
-        ({"max_request_mb": 0}, "max_request_mb"),
-    ],
-)
-def test_a_server_that_cannot_be_is_said_in_one_line(tmp_path: Path, value: Any, expected: str) -> None:
-    with pytest.raises(ConfigError, match=expected) as caught:
-        read_server_config(server(tmp_path, value))
-    assert "\n" not in str(caught.value)
+def test_without_tls_the_door_says_so() -> None:
+    assert ServerConfig(insecure=True).url == "http://localhost:9443"
 
 
 def test_no_deployment_says_how_to_make_one(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ import uvicorn
 from federated.deployment import front
 from federated.deployment.front import FLEET, Traffic, door_app
 from federated.deployment.layout import Layout
+from federated.deployment.loopback import free_ports
 from federated.deployment.server_config import ServerConfig
-from federated.deployment.starting_up import free_ports
 
 KEY = b"a device's public key"
 HEADERS = {"flwr-public-key": base64.b64encode(KEY).decode(), "timestamp": "now"}

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from federated.deployment import operating
+from federated.deployment.loopback import free_ports
 from federated.deployment.operating import keep
 from federated.deployment.server_config import ServerConfig, write_server_config
-from federated.deployment.starting_up import free_ports
 
 
 @contextmanager

@@ -25,13 +25,16 @@ def follow(path: Path, tracker: Tracker, *, going_on: Callable[[], bool], since:
         since: seconds since the epoch; an ``end`` from before is of an earlier attempt.
 
     Returns:
-        The ``end`` event; empty if there was none.
+        The ``end`` event; empty if there was none. An ``interrupted`` one is none as long as the run is going on.
     """
+    last: dict[str, Any] = {}
     for event in _events(path, going_on):
         tracker.emit(event)
         if event.get("event") == "end" and float(event.get("time", 0.0)) >= since:
-            return event
-    return {}
+            last = event
+            if event.get("status") != "interrupted":
+                break
+    return last
 
 
 def _events(path: Path, going_on: Callable[[], bool]) -> Iterator[dict[str, Any]]:

@@ -34,6 +34,10 @@ _LOOK = 0.3  # seconds
 _WELL = 60.0  # seconds after which a process counts as started well
 _GRACE = 10.0  # seconds to end in
 _LOOPBACK = "localhost,127.0.0.1,::1"
+_REFUSED = (
+    " (the server refused it: is the device approved, and is this machine's clock within 5 minutes of the server's?)"
+)
+"""Flower's own word for that is "terminated gracefully"."""
 
 OFF_SWITCHES: Mapping[str, str] = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -186,7 +190,8 @@ class _Child:
         self.pause = 1.0 if now - self.started >= _WELL else min(2 * self.pause, longest)
         self.process, self.again = None, now + self.pause
         self.restarts += 1
-        _LOG.warning("the %s ended with code %d; it is started again in %.0f s", self.kind, code, self.pause)
+        hint = _REFUSED if self.kind == "supernode" and code == 0 else ""
+        _LOG.warning("the %s ended with code %d%s; it is started again in %.0f s", self.kind, code, hint, self.pause)
 
     def _start(self, now: float) -> None:
         command = [sys.executable, "-m", "federated.deployment.launcher", self.kind]

@@ -50,3 +50,23 @@ def test_lines_are_taken_as_they_come_and_half_of_one_waits(tmp_path: Path) -> N
 
 def test_a_run_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
     assert follow(tmp_path / "metrics.jsonl", MemoryTracker(), going_on=lambda: False) == {}
+
+
+def written(path: Path, *statuses: str) -> Path:
+    events: list[dict[str, Any]] = [{"event": "end", "status": status, "time": 5.0} for status in statuses]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return path
+
+
+def test_the_end_of_a_process_that_was_told_to_end_is_not_the_runs(tmp_path: Path) -> None:
+    path = written(tmp_path / "m", "interrupted", "completed", "failed")
+    assert follow(path, MemoryTracker(), going_on=lambda: True)["status"] == "completed"
+
+
+def test_where_nobody_goes_on_it_is(tmp_path: Path) -> None:
+    path = written(tmp_path / "m", "interrupted")
+    assert follow(path, MemoryTracker(), going_on=lambda: False)["status"] == "interrupted"
+
+
+def test_an_end_of_before_is_none(tmp_path: Path) -> None:
+    assert follow(written(tmp_path / "m", "failed"), MemoryTracker(), going_on=lambda: False, since=6.0) == {}

@@ -10,7 +10,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from federated.deployment.joining import environment
+from federated.deployment.flower_environment import environment
 from federated.errors import DeploymentError
 
 __all__ = ["app_digest", "copied"]

@@ -22,48 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from federated.deployment.device_metrics import EVENTS_FILE, DeviceMetrics
+from federated.deployment.flower_environment import environment
 from federated.deployment.loopback import free_ports, shared_secret
 from federated.deployment.training_config import TrainingConfig
 from federated.device_events import EVENTS
 from federated.errors import DeploymentError
 
-__all__ = ["OFF_SWITCHES", "environment", "join"]
+__all__ = ["join"]
 
 _LOG = logging.getLogger(__name__)
 _LOOK = 0.3  # seconds
 _WELL = 60.0  # seconds after which a process counts as started well
 _GRACE = 10.0  # seconds to end in
-_LOOPBACK = "localhost,127.0.0.1,::1"
 _REFUSED = (
     " (the server refused it: is the device approved, and is this machine's clock within 5 minutes of the server's?)"
 )
 """Flower's own word for that is "terminated gracefully"."""
-
-OFF_SWITCHES: Mapping[str, str] = {
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-"""What keeps Flower and its friends from calling anybody but their own servers."""
-
-
-def environment(flwr_home: Path) -> dict[str, str]:
-    """This process's environment for a process of Flower's.
-
-    With the off-switches, a home of its own, and this Python's programs first: Flower starts its own by their names.
-    What is on loopback is asked past any proxy.
-    """
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    own = {"FLWR_HOME": str(flwr_home), "PATH": path, "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **OFF_SWITCHES, **_past_proxies(), **own}
-
-
-def _past_proxies() -> dict[str, str]:
-    """Flower's clients ask proxies of the environment for loopback too."""
-    names = ("no_proxy", "NO_PROXY")
-    return {name: ",".join(filter(None, [os.environ.get(name, ""), _LOOPBACK])) for name in names}
 
 
 def join(config: TrainingConfig, *, stop: threading.Event) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federated.deployment.joining import environment
+from federated.deployment.flower_environment import environment
 from federated.deployment.layout import Layout
 from federated.deployment.server_config import ServerConfig
 from federated.errors import DeploymentError

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from federated.deployment.app_bundle import app_digest, copied
+from federated.deployment.flwr_command import CONNECTION, FlowerLink, toml_text
 from federated.deployment.layout import Layout
-from federated.deployment.links import CONNECTION, Link, toml_text
 from federated.deployment.server_config import ServerConfig
 from federated.errors import ConfigError, DeploymentError
 from federated.files import write_whole
@@ -104,7 +104,7 @@ class Runs:
     def __init__(self, layout: Layout, config: ServerConfig, *, clock: Callable[[], float] = time.time) -> None:
         self._layout = layout
         self._config = config
-        self._link = Link(layout, config)
+        self._link = FlowerLink(layout.flwr_home)
         self._clock = clock
 
     def submit(self, overrides: Sequence[str], *, name: str = "", app: Path | None = None) -> Submission:

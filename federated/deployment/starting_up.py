@@ -13,8 +13,8 @@ from pathlib import Path
 
 from federated.deployment.certificates import make_ca, make_server_certificate
 from federated.deployment.devices import DeviceBook
+from federated.deployment.flwr_command import write_connection
 from federated.deployment.layout import Layout
-from federated.deployment.links import Link
 from federated.deployment.loopback import shared_secret
 from federated.deployment.processes import Processes, programs_of
 from federated.deployment.server_config import ServerConfig, read_server_config, write_server_config
@@ -44,7 +44,7 @@ def make_deployment(folder: Path, config: ServerConfig) -> Layout:
         if not config.insecure:
             _certify(layout, config)
             DeviceBook(folder, clock=_now).write_devices_file()
-        Link(layout, config).write_connection()
+        write_connection(layout, config)
         for place in (layout.runs, layout.logs, layout.nodes):
             place.mkdir(exist_ok=True, mode=0o700)
         write_server_config(folder, config)  # last: what has one is whole
@@ -78,7 +78,7 @@ def bring_up(folder: Path, *, say: Callable[[str], object]) -> tuple[Layout, Ser
     processes = Processes(layout)
     if not processes.running:
         _check_ports([(_LOOPBACK, config.superlink_port), _door(config), (_LOOPBACK, config.status_port)])
-    Link(layout, config).write_connection()
+    write_connection(layout, config)
     processes.start(programs_of(layout, config))
     for name, host, port in (("superlink", _LOOPBACK, config.superlink_port), ("door", *_door(config))):
         say(f"waiting for the {name} on port {port}")

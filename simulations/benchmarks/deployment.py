@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from federated.config import ExperimentConfig, experiment_from
-from federated.deployment.joining import environment
+from federated.deployment.flower_environment import environment
 from federated.deployment.layout import Layout
 from federated.deployment.loopback import free_ports
 from federated.deployment.processes import Processes

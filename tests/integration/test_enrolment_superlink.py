@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from federated.deployment import flwr_command
 from federated.deployment.certificates import make_ca, make_server_certificate
 from federated.deployment.devices import Claim, DeviceBook
 from federated.deployment.keys import keys_of
@@ -156,7 +155,7 @@ def enrolled(server: Server, name: str, device: Path) -> None:
 def status_of(server: Server, device_name: str) -> str:
     """What Flower says of a device's node."""
     node_id = next(one.node_id for one in server.book.devices() if one.client_id == device_name and one.node_id)
-    listed = flwr_command._flwr(server.link, "supernode", "list", server.link.connection)["nodes"]
+    listed = server.link.record("supernode", "list", server.link.connection)["nodes"]
     return next(str(one["status"]) for one in listed if str(one["node-id"]) == node_id)
 
 

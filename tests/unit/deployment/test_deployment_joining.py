@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from federated.deployment.joining import environment, join
+from federated.deployment.flower_environment import environment
+from federated.deployment.joining import join
 from federated.deployment.training_config import TrainingConfig
 from federated.errors import DeploymentError
 

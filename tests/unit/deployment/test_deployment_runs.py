@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from federated.deployment.flwr_command import FlowerLink
 from federated.deployment.layout import Layout
-from federated.deployment.links import Link
 from federated.deployment.runs import Runs, Submission
 from federated.deployment.server_config import ServerConfig
 
@@ -37,15 +37,13 @@ class StandIn:
         self.status = "running"
         self.calls: list[str] = []
 
-    def call(self, *arguments: str, timeout: float = 0.0) -> str:
-        del timeout
+    def call(self, *arguments: str) -> str:
         self.calls.append(arguments[0])
         if arguments[0] == "stop":
             self.status = "finished:stopped"
         return ""
 
-    def record(self, *arguments: str, timeout: float = 0.0) -> dict[str, Any]:
-        del timeout
+    def record(self, *arguments: str) -> dict[str, Any]:
         self.calls.append(arguments[0])
         if arguments[0] == "run":
             return {"run-id": f"{len(self.calls)}"}
@@ -55,8 +53,8 @@ class StandIn:
 @pytest.fixture
 def flower(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     found = StandIn()
-    monkeypatch.setattr(Link, "call", lambda _, *given, **more: found.call(*given, **more))
-    monkeypatch.setattr(Link, "record", lambda _, *given, **more: found.record(*given, **more))
+    monkeypatch.setattr(FlowerLink, "call", lambda _, *given: found.call(*given))
+    monkeypatch.setattr(FlowerLink, "record", lambda _, *given: found.record(*given))
     return found
 
 
@@ -187,8 +185,7 @@ def test_overrides_come_through_flowers_command_as_they_were(runs: Runs, flower:
 
     told = []
 
-    def record(*arguments: str, timeout: float = 0.0) -> dict[str, Any]:
-        del timeout
+    def record(*arguments: str) -> dict[str, Any]:
         told.append(parse_config_args([arguments[-1]])["overrides"])
         return {"run-id": "1"}
 
@@ -204,11 +201,11 @@ def test_who_stops_a_run_while_the_keeper_resumes_it_has_the_last_word(
     stopping = threading.Thread(target=runs.stop, args=("r",))
     record = flower.record
 
-    def slow(*arguments: str, timeout: float = 0.0) -> dict[str, Any]:
+    def slow(*arguments: str) -> dict[str, Any]:
         if arguments[0] == "run":
             stopping.start()
             time.sleep(0.3)
-        return record(*arguments, timeout=timeout)
+        return record(*arguments)
 
     monkeypatch.setattr(flower, "record", slow)
     runs.keep_going()
@@ -221,11 +218,11 @@ def test_two_keepers_resume_a_run_once(runs: Runs, flower: StandIn, monkeypatch:
     flower.status = "finished:failed"
     record = flower.record
 
-    def slow(*arguments: str, timeout: float = 0.0) -> dict[str, Any]:
+    def slow(*arguments: str) -> dict[str, Any]:
         if arguments[0] == "run":
             time.sleep(0.3)
             flower.status = "running"
-        return record(*arguments, timeout=timeout)
+        return record(*arguments)
 
     monkeypatch.setattr(flower, "record", slow)
     keepers = [threading.Thread(target=runs.keep_going) for _ in range(2)]

@@ -1,0 +1,39 @@
+"""The environment of Flower's processes: a home of their own, off-switches, and loopback past any proxy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["environment"]
+
+_LOOPBACK = "localhost,127.0.0.1,::1"
+
+_OFF_SWITCHES: Mapping[str, str] = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What keeps Flower and its friends from calling anybody but their own servers."""
+
+
+def environment(flwr_home: Path) -> dict[str, str]:
+    """This process's environment for a process of Flower's.
+
+    With the off-switches, a home of its own, and this Python's programs first: Flower starts its own by their names.
+    What is on loopback is asked past any proxy. No other switch of Flower's is handed on.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    own = {"FLWR_HOME": str(flwr_home), "PATH": path, "PYTHONUNBUFFERED": "1"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_")}
+    return {**kept, **_OFF_SWITCHES, **_past_proxies(), **own}
+
+
+def _past_proxies() -> dict[str, str]:
+    """Flower's clients ask proxies of the environment for loopback too."""
+    names = ("no_proxy", "NO_PROXY")
+    return {name: ",".join(filter(None, [os.environ.get(name, ""), _LOOPBACK])) for name in names}

@@ -11,19 +11,15 @@ Run as ``python -m federated.deployment.front FOLDER``.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import hashlib
-import json
 import logging
 import os
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +34,11 @@ from federated.deployment.devices import DeviceBook
 from federated.deployment.enrolment import enrolment_routes
 from federated.deployment.layout import Layout
 from federated.deployment.server_config import ServerConfig, read_server_config
-from federated.files import write_whole
+from federated.deployment.traffic import Flow, Traffic, key_name
+from federated.listening import Bounds
 from federated.logs import set_up_logs
 
-__all__ = ["FLEET", "Traffic", "door_app", "serve_door"]
+__all__ = ["FLEET", "door_app", "serve_door"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -68,71 +65,12 @@ _HOP = frozenset(
     ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailers", "transfer-encoding",
      "upgrade", "host", "content-length", "expect")
 )  # fmt: skip
+_STRANGE = (401, 403)  # what the SuperLink answers to a key that it does not know
 _NOTE = 2.0  # seconds between two notes of the traffic
-_MOST_KEYS = 10_000
 _HEADER_BYTES = 16_384
 _PAUSE = 60.0  # seconds for which a request's body may pause
-
-
-@dataclass
-class Flow:
-    """What went through for one key, in bytes of bodies.
-
-    Args:
-        up: from the device.
-        down: to the device.
-        requests: how many.
-        last: seconds since the epoch.
-    """
-
-    up: int = 0
-    down: int = 0
-    requests: int = 0
-    last: float = 0.0
-
-
-@dataclass
-class Traffic:
-    """Bytes by key, since the deployment was made; written down every few seconds.
-
-    Args:
-        path: where it is kept.
-    """
-
-    path: Path
-    flows: dict[str, Flow] = field(default_factory=dict)
-    refused: int = 0
-
-    @classmethod
-    def of(cls, path: Path) -> Traffic:
-        """Go on from what was written; a damaged file begins anew, and is said."""
-        try:
-            found = json.loads(path.read_text())
-            return cls(path, {key: Flow(**one) for key, one in found["flows"].items()}, int(found["refused"]))
-        except FileNotFoundError:
-            return cls(path)
-        except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-            _LOG.warning("%s cannot be read (%r): the count of bytes begins anew", path, error)
-            return cls(path)
-
-    def flow(self, key: str) -> Flow:
-        """The counters of a key; so many keys share one when there are more than anybody has devices."""
-        if key not in self.flows and len(self.flows) >= _MOST_KEYS:
-            key = "others"
-        return self.flows.setdefault(key, Flow())
-
-    def note(self) -> None:
-        """Write it down."""
-        plain = {"flows": {key: asdict(flow) for key, flow in self.flows.items()}, "refused": self.refused}
-        write_whole(self.path, json.dumps(plain).encode())
-
-
-def key_name(header: str) -> str:
-    """A short name of the key that a node authenticates itself with: the SHA-256 of its bytes; empty for none."""
-    try:
-        return hashlib.sha256(base64.b64decode(header, validate=True)).hexdigest() if header else ""
-    except (binascii.Error, ValueError):
-        return ""
+_HEAD = 10.0  # seconds until a request's head is there
+_SHARE = 4  # one address has at most this part of the connections
 
 
 def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
@@ -168,10 +106,8 @@ def door_app(layout: Layout, config: ServerConfig, traffic: Traffic) -> FastAPI:
         if name not in FLEET or query or request.scope.get("raw_path", b"") != path.encode():
             traffic.refused += 1
             return Response(status_code=404)
-        flow = traffic.flow(key_name(request.headers.get(_KEY_HEADER, "")))
-        flow.requests += 1
-        flow.last = time.time()
-        return await _passed(app.state.client, request, path, flow, most=most)
+        key = key_name(request.headers.get(_KEY_HEADER, ""))
+        return await _passed(app.state.client, request, path, partial(traffic.flow, key), most=most)
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -228,14 +164,17 @@ async def _parts(request: Request, flow: Flow, *, most: int) -> AsyncIterator[by
         yield part
 
 
-async def _passed(client: httpx.AsyncClient, request: Request, path: str, flow: Flow, *, most: int) -> Response:
+async def _passed(
+    client: httpx.AsyncClient, request: Request, path: str, flow_of: Callable[..., Flow], *, most: int
+) -> Response:
     """Pass a request on, and its answer back, neither held in memory as a whole."""
     if int(request.headers.get("content-length") or 0) > most:
         return _refused(413, f"more than {most} bytes")
 
+    asked = Flow()
     dropped = _HOP - {"content-length"}
     headers = [(name, value) for name, value in request.headers.raw if name.decode("latin-1") not in dropped]
-    sent = client.build_request("POST", path, headers=headers, content=_parts(request, flow, most=most))
+    sent = client.build_request("POST", path, headers=headers, content=_parts(request, asked, most=most))
     try:
         answer = await client.send(sent, stream=True)
     except _TooLarge:
@@ -246,6 +185,9 @@ async def _passed(client: httpx.AsyncClient, request: Request, path: str, flow: 
         return _refused(400, "half a request")  # nobody is there to read it
     except httpx.HTTPError as error:
         return _refused(502, f"the SuperLink does not answer: {type(error).__name__}")
+
+    flow = flow_of(let_in=answer.status_code not in _STRANGE)
+    flow.up, flow.requests, flow.last = flow.up + asked.up, flow.requests + 1, time.time()
 
     async def back() -> AsyncIterator[bytes]:
         async for part in answer.aiter_raw():
@@ -299,7 +241,7 @@ def serve_door(folder: Path) -> None:
         log_level="warning",
         server_header=False,
         proxy_headers=False,
-        http="h11",
+        http=Bounds(_HEAD, _PAUSE, each=max(1, config.max_requests // _SHARE)).protocol,
         h11_max_incomplete_event_size=_HEADER_BYTES,
         **tls,
     )

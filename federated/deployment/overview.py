@@ -40,6 +40,7 @@ from federated.deployment.processes import Processes
 from federated.deployment.run_feed import RunFeed
 from federated.deployment.runs import Runs
 from federated.deployment.server_config import ServerConfig
+from federated.deployment.traffic import STRANGERS
 from federated.errors import DeploymentError, FederatedError
 
 if TYPE_CHECKING:
@@ -117,7 +118,6 @@ class Gatherer:
         devices = self._devices(known, flows)
         nothing: _Published = [], []
         versions, channels = self._tried("the registry", self._versions, nothing)
-        keys = {self._key(line) for _, line in known.values()}
         return Overview(
             at=self._clock(),
             federation=self._config.name,
@@ -131,7 +131,7 @@ class Gatherer:
             invitations=invitations,
             bytes_up=sum(_whole(flow.get("up")) for flow in flows.values()),
             bytes_down=sum(_whole(flow.get("down")) for flow in flows.values()),
-            strangers=len(flows.keys() - keys),
+            strange_requests=_whole(flows.get(STRANGERS, {}).get("requests")),
             refused_at_door=refused,
             runs=views[:_MOST_RUNS],
             runs_left_out=max(0, len(views) - _MOST_RUNS),

@@ -222,7 +222,7 @@ class Overview:
         invitations: that can still be used.
         bytes_up: through the door, by whomever.
         bytes_down: likewise.
-        strangers: keys at the door that no device has.
+        strange_requests: requests at the door under keys that the SuperLink did not let in.
         refused_at_door: requests for what the door does not pass.
         runs: the newest first, at most fifty.
         runs_left_out: beyond the fifty.
@@ -243,7 +243,7 @@ class Overview:
     invitations: int
     bytes_up: int
     bytes_down: int
-    strangers: int
+    strange_requests: int
     refused_at_door: int
     runs: Sequence[RunView]
     runs_left_out: int

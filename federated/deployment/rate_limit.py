@@ -6,15 +6,14 @@ guessed), nor against many addresses at once.
 
 from __future__ import annotations
 
-import ipaddress
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-__all__ = ["RateLimit"]
+from federated.listening import network_of
 
-_LARGEST_NETWORK = 64  # bits: whoever has one IPv6 address has a whole network of this size
+__all__ = ["RateLimit"]
 
 
 class RateLimit:
@@ -46,7 +45,7 @@ class RateLimit:
         Returns:
             0, or the seconds until there is one.
         """
-        key, now = _network(address), self._clock()
+        key, now = network_of(address), self._clock()
         with self._lock:
             tokens, counted = self._buckets.pop(key, (float(self._burst), now))
             tokens = min(self._burst, tokens + (now - counted) * self._rate)
@@ -55,13 +54,3 @@ class RateLimit:
             if len(self._buckets) > self._most:
                 self._buckets.popitem(last=False)
         return missing / self._rate
-
-
-def _network(address: str) -> str:
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
-        return str(ipaddress.IPv6Network((int(found), _LARGEST_NETWORK), strict=False))
-    return str(found)

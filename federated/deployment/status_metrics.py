@@ -74,7 +74,8 @@ def _deployment(view: Overview) -> Iterator[Metric]:
     yield _counter(
         "door_refused_requests", "Requests for what the door does not pass", (), [([], view.refused_at_door)]
     )
-    yield _gauge("door_strange_keys", "Keys at the door that no device has", (), [([], view.strangers)])
+    strange = "Requests under keys that the SuperLink did not let in"
+    yield _counter("door_strange_requests", strange, (), [([], view.strange_requests)])
     yield _gauge("faults", "Sources of the overview that cannot be read", (), [([], len(view.faults))])
     yield _gauge(
         "channel_info",

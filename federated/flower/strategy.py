@@ -38,6 +38,7 @@ from federated.flower.round_closer import RoundCloser
 from federated.flower.server_privacy import ServerPrivacy, choose_cohort
 from federated.flower.server_state import ServerState
 from federated.flower.starting import start_of
+from federated.flower.whole_replies import whole_replies
 from federated.global_state import GlobalState
 from federated.registry import Registry
 from federated.state import AdapterState
@@ -184,7 +185,7 @@ class DeltaStrategy(Strategy):
             self.server.adopt(initial_arrays)
         result = FlowerResult()
         try:
-            self._all_rounds(grid, rounds, result=result, evaluate_fn=evaluate_fn)
+            self._all_rounds(whole_replies(grid), rounds, result=result, evaluate_fn=evaluate_fn)
         except KeyboardInterrupt:
             number = min(self.server.finished + 1, rounds)
             raise RunInterrupted(f"stopped in round {number} of {rounds}; finished rounds are published") from None

@@ -15,22 +15,18 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from federated.device.serving.admin import ADMIN_PATHS, make_admin_app
 from federated.device.serving.application import PATHS, make_app
 from federated.device.serving.credentials import Tokens
 from federated.device.serving.guard import Door, Guard
-from federated.device.serving.limits import Limits
 from federated.device.serving.service import Service
 from federated.errors import DeviceError
+from federated.listening import Bounds
 
 __all__ = ["Listener", "admin_listener", "public_listener", "serve"]
 
@@ -160,59 +156,6 @@ async def _serve(
             await asyncio.gather(*ends)
 
 
-class _Quiet(H11Protocol):
-    """Logs no requests: their paths may hold anything. h11 bounds the size of a request's head, this its time.
-
-    Connections are counted and bounded, so one that says nothing, or takes nothing of its answer, must not stay.
-    """
-
-    def __init__(self, *args: Any, limits: Limits, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.access_log = False  # the configuration's own switch counts only while nobody listens to the root logger
-        self._limits = limits
-        self._late: asyncio.TimerHandle | None = None
-        self._full: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The time for the first head begins."""
-        super().connection_made(transport)
-        self._mind_the_head()
-
-    def data_received(self, data: bytes) -> None:
-        """A head has come whole, or goes on, or the next one has begun."""
-        super().data_received(data)
-        self._mind_the_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """No time runs any more."""
-        self._forget_the_head()
-        self.resume_writing()
-        super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        """The client does not take what is sent: its time begins."""
-        super().pause_writing()
-        self._full = self.loop.call_later(self._limits.request_seconds, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """It took some."""
-        super().resume_writing()
-        if self._full is not None:
-            self._full.cancel()
-            self._full = None
-
-    def _mind_the_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
-            self._forget_the_head()
-        elif self._late is None:
-            self._late = self.loop.call_later(self._limits.head_seconds, self.transport.close)
-
-    def _forget_the_head(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
-
 class _Server(uvicorn.Server):
     """Leaves the process's signals alone: several servers share them."""
 
@@ -246,7 +189,7 @@ def _config(listener: Listener, service: Service) -> uvicorn.Config:
     return uvicorn.Config(
         listener.app,
         loop="asyncio",
-        http=partial(_Quiet, limits=service.limits),  # type: ignore[arg-type]
+        http=Bounds(service.limits.head_seconds, service.limits.request_seconds).protocol,
         ws="none",
         lifespan="off",
         log_config=None,

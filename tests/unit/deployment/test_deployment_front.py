@@ -19,10 +19,12 @@ import pytest
 import uvicorn
 
 from federated.deployment import front
-from federated.deployment.front import FLEET, Traffic, door_app
+from federated.deployment.front import FLEET, door_app
 from federated.deployment.layout import Layout
 from federated.deployment.loopback import free_ports
 from federated.deployment.server_config import ServerConfig
+from federated.deployment.traffic import STRANGERS, Traffic
+from federated.listening import Bounds
 
 KEY = b"a device's public key"
 HEADERS = {"flwr-public-key": base64.b64encode(KEY).decode(), "timestamp": "now"}
@@ -35,6 +37,7 @@ class Link(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.seen: list[tuple[str, str, dict[str, str], int]] = []
+        self.status = 200
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -44,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self._body()
         self.server.seen.append((self.command, self.path, dict(self.headers.items()), len(body)))
-        self.send_response(200)
+        self.send_response(self.server.status)
         self.send_header("Content-Type", "application/x-protobuf")
         self.send_header("Content-Length", str(len(body) * 2))
         self.end_headers()
@@ -67,8 +70,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(app: Any, port: int) -> Iterator[None]:
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="none"))
+def serving(app: Any, port: int, **more: Any) -> Iterator[None]:
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="none", **more))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -276,6 +279,39 @@ def test_bytes_without_a_key_are_counted_too(door: Door, header: str | None) -> 
     assert door.traffic.flows[""].up == 300
 
 
+def test_keys_that_the_superlink_does_not_let_in_have_one_counter(door: Door) -> None:
+    door.post("/v1/fleet/pull-messages", bytes(10))
+    door.link.status = 401
+    for number in range(5):
+        key = base64.b64encode(bytes([number])).decode()
+        door.post("/v1/fleet/pull-messages", bytes(10), headers={"flwr-public-key": key})
+    door.post("/v1/fleet/pull-messages", bytes(10))  # one that was let in before stays itself
+    assert door.traffic.flows.keys() == {NAME, STRANGERS}
+    assert [door.traffic.flows[key].requests for key in (NAME, STRANGERS)] == [2, 5]
+
+
+def test_who_says_nothing_is_not_kept(tmp_path: Path) -> None:
+    door = Door(tmp_path, Link())
+    quick, place = Bounds(0.3, 5.0).protocol, ("127.0.0.1", door.port)
+    with serving(door.app, door.port, http=quick), socket.create_connection(place, timeout=10) as connection:
+        assert connection.recv(1) == b""
+    door.link.server_close()
+
+
+def test_one_address_has_but_a_part_of_the_connections() -> None:
+    bounds = Bounds(1.0, 1.0, each=2)
+    assert [bounds.enter("2001:db8::1"), bounds.enter("2001:db8::2"), bounds.enter("2001:db8::3")] == [
+        True,
+        True,
+        False,
+    ]
+    assert bounds.enter("192.0.2.1")
+    bounds.leave("2001:db8::3")
+    bounds.leave("2001:db8::2")
+    assert bounds.enter("2001:db8::4")
+    assert all(bounds.enter("127.0.0.1") and bounds.enter("") for _ in range(5))  # a proxy may stand there
+
+
 def test_a_superlink_that_is_away_is_said(door: Door) -> None:
     door.link.shutdown()
     door.link.server_close()
@@ -308,4 +344,4 @@ def test_keys_are_bounded(tmp_path: Path) -> None:
     for number in range(10_050):
         traffic.flow(str(number)).up += 1
     assert len(traffic.flows) == 10_001
-    assert traffic.flows["others"].up == 50
+    assert traffic.flows[STRANGERS].up == 50

@@ -212,13 +212,13 @@ def test_bytes_are_those_that_the_door_counted_for_the_devices_key(deployment: D
     line = deployment.enrol("north")
     flows = {
         traffic_key(line): {"up": 10, "down": 20, "requests": 3, "last": NOW - 5},
-        "stranger": {"up": 1, "down": 2, "requests": 1, "last": NOW},
+        "strangers": {"up": 1, "down": 2, "requests": 1, "last": NOW},
     }
     deployment.layout.traffic.write_text(json.dumps({"flows": flows, "refused": 7}))
     view = deployment.look()
     (north,) = view.devices
     assert (north.bytes_up, north.bytes_down, north.requests, north.last_seen) == (10, 20, 3, NOW - 5)
-    assert (view.bytes_up, view.bytes_down, view.strangers, view.refused_at_door) == (11, 22, 1, 7)
+    assert (view.bytes_up, view.bytes_down, view.strange_requests, view.refused_at_door) == (11, 22, 1, 7)
 
 
 def test_the_key_is_written_as_flower_writes_it(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def keep(folder: Path, stop: threading.Event) -> None:
             if book is not None:
                 _tried("the list of devices", said, lambda: _step_nodes(book, layout))
             if config.keep_going:
-                _tried("the runs", said, partial(_step_runs, runs, ask=looks % _ASK_EVERY == 0))
+                for name in runs.names:
+                    _tried(f"run {name}", said, partial(_step_run, runs, name, ask=looks % _ASK_EVERY == 0))
             looks += 1
 
 
@@ -77,6 +78,10 @@ def _tried(what: str, said: dict[str, str], work: Callable[[], None]) -> None:
         if said.get(what) != str(error):
             _LOG.warning("cannot look after %s: %s", what, error)
         said[what] = str(error)
+    except Exception as error:  # noqa: BLE001 - whatever one run's files hold, the others are looked after
+        if said.get(what) != repr(error):
+            _LOG.exception("cannot look after %s", what)
+        said[what] = repr(error)
 
 
 def _step_nodes(book: DeviceBook, layout: Layout) -> None:
@@ -88,10 +93,10 @@ def _step_nodes(book: DeviceBook, layout: Layout) -> None:
             _LOG.info("let in: %s; ended: %s", ", ".join(done.registered) or "-", ", ".join(done.unregistered) or "-")
 
 
-def _step_runs(runs: Runs, *, ask: bool) -> None:
-    for submission in runs.keep_going(ask=ask):
-        attempt, about = len(submission.flower_runs), {"run": submission.name}
-        _LOG.warning("run %s died and goes on, attempt %d", submission.name, attempt, extra=about)
+def _step_run(runs: Runs, name: str, *, ask: bool) -> None:
+    made = runs.keep_going(name, ask=ask)
+    if made is not None:
+        _LOG.warning("run %s died and goes on, attempt %d", name, len(made.flower_runs), extra={"run": name})
 
 
 if __name__ == "__main__":

@@ -177,8 +177,12 @@ class Runs:
         Raises:
             ConfigError: if a record cannot be read.
         """
-        names = sorted(path.stem for path in self._layout.runs.glob("*.json"))
-        return sorted(map(self.submission, names), key=lambda one: one.submitted)
+        return sorted(map(self.submission, self.names), key=lambda one: one.submitted)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all runs, in order."""
+        return sorted(path.stem for path in self._layout.runs.glob("*.json"))
 
     def submission(self, name: str) -> Submission:
         """One run's record.
@@ -193,7 +197,7 @@ class Runs:
             return Submission(**plain)
         except FileNotFoundError:
             raise ConfigError(f"no run {name} on this deployment; 'fedpeft run status' lists them") from None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{self._path(name)} cannot be read: {error}") from None
 
     @property
@@ -230,18 +234,22 @@ class Runs:
             return "stopped" if submission.stopped else "died"
         return "running"
 
-    def keep_going(self, *, ask: bool = True) -> list[Submission]:
-        """Resume each run whose process died and that nobody stopped; give up one that gets nowhere.
+    def keep_going(self, name: str, *, ask: bool = True) -> Submission | None:
+        """Resume a run whose process died and that nobody stopped; give up one that gets nowhere.
 
         Args:
+            name: of the run.
             ask: Flower, of a process that has not begun to serve its run: it takes a second of processor time, and
                 Flower misses a process after a minute.
 
+        Returns:
+            The new attempt, if there was need of one.
+
         Raises:
+            ConfigError: if the run's record cannot be read.
             DeploymentError: if the SuperLink does not answer.
         """
-        dead = [one.name for one in self.submissions() if self._is_dead(one, ask=ask)]
-        return [made for name in dead if (made := self._gone_on(name, ask=ask)) is not None]
+        return self._gone_on(name, ask=ask) if self._is_dead(self.submission(name), ask=ask) else None
 
     def _is_dead(self, submission: Submission, *, ask: bool) -> bool:
         """Whether its process is gone, and nobody wanted that."""

@@ -7,8 +7,10 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import pytest
 from federated.deployment import operating
 from federated.deployment.loopback import free_ports
 from federated.deployment.operating import keep
+from federated.deployment.runs import Runs, Submission
 from federated.deployment.server_config import ServerConfig, write_server_config
 
 
@@ -73,3 +76,28 @@ def test_a_full_disk_ends_nothing_and_is_said_once(caplog: pytest.LogCaptureFixt
     for _ in range(3):
         operating._tried("the runs", said, full)
     assert caplog.text.count("No space left on device") == 1
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"name": 7}', "\x00"])
+def test_a_record_that_cannot_be_read_keeps_no_other_run_from_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, record: str
+) -> None:
+    monkeypatch.setattr(operating, "_LOOK", 0.02)
+    kept, before = [], Runs.keep_going
+    (tmp_path / "runs").mkdir()
+    for name, text in (("a", record), ("b", json.dumps(asdict(Submission("b", (), "app", "ab"))))):
+        (tmp_path / "runs" / f"{name}.json").write_text(text)
+
+    def keep_going(runs: Runs, name: str, *, ask: bool) -> Submission | None:
+        if name == "b":
+            kept.append(name)
+            return None
+        return before(runs, name, ask=ask)
+
+    monkeypatch.setattr(Runs, "keep_going", keep_going)
+    with caplog.at_level(logging.WARNING), working(tmp_path, free_ports(1)[0]):
+        end = time.monotonic() + 30
+        while len(kept) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    assert caplog.text.count("cannot look after run a") == 1

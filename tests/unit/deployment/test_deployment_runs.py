@@ -94,36 +94,36 @@ def test_a_killed_server_is_missed_at_once_and_its_run_goes_on(
     runs: Runs, server: "subprocess.Popen[str]", flower: StandIn
 ) -> None:
     flower.status = "finished:failed"  # as after a minute without SuperLink: it may not be resumed while it lives
-    assert runs.keep_going() == []
+    assert runs.keep_going("r") is None
     assert runs.standing("r").state == "running"
     assert "run" not in flower.calls
     flower.status = "running"  # Flower has not missed it yet
     server.kill()
     server.wait()
-    resumed = runs.keep_going(ask=False)
-    assert [one.flower_runs[0] for one in resumed] == ["7"]
-    assert len(resumed[0].flower_runs) == 2
+    resumed = runs.keep_going("r", ask=False)
+    assert resumed is not None
+    assert (resumed.flower_runs[0], len(resumed.flower_runs)) == ("7", 2)
     assert flower.calls.index("stop") < flower.calls.index("run")
 
 
 def test_a_process_that_never_began_is_missed_when_flower_says_so(runs: Runs, flower: StandIn) -> None:
-    assert runs.keep_going() == []
+    assert runs.keep_going("r") is None
     flower.status = "finished:failed"
-    assert runs.keep_going(ask=False) == []
-    assert len(runs.keep_going()) == 1
+    assert runs.keep_going("r", ask=False) is None
+    assert runs.keep_going("r") is not None
 
 
 @pytest.mark.parametrize(
     ("status", "state", "resumed"),
-    [("completed", "completed", 0), ("failed", "failed", 0), ("interrupted", "died", 1)],
+    [("completed", "completed", False), ("failed", "failed", False), ("interrupted", "died", True)],
 )
 def test_only_an_end_from_outside_is_none(
-    runs: Runs, tmp_path: Path, flower: StandIn, status: str, state: str, resumed: int
+    runs: Runs, tmp_path: Path, flower: StandIn, status: str, state: str, *, resumed: bool
 ) -> None:
     flower.status = "finished:failed"
     say(tmp_path, {"event": "end", "status": status, "message": ""})
     assert runs.standing("r").state == state
-    assert len(runs.keep_going()) == resumed
+    assert (runs.keep_going("r") is not None) == resumed
 
 
 def test_what_was_stopped_or_given_up_stays_so(runs: Runs, tmp_path: Path, flower: StandIn) -> None:
@@ -131,10 +131,10 @@ def test_what_was_stopped_or_given_up_stays_so(runs: Runs, tmp_path: Path, flowe
     one = runs.submission("r")
     write(tmp_path, replace(one, stopped=True))
     assert runs.standing("r").state == "stopped"
-    assert runs.keep_going() == []
+    assert runs.keep_going("r") is None
     write(tmp_path, replace(one, flower_runs=("7",) * 5, rounds_before=(2,) * 5))
     say(tmp_path, {"event": "round", "round_number": 2, "published": True})
-    assert runs.keep_going() == []
+    assert runs.keep_going("r") is None
     assert "5 attempts" in runs.submission("r").gave_up
 
 
@@ -143,7 +143,7 @@ def test_a_run_that_was_killed_before_it_had_a_name_begins_again_in_its_own_fold
 ) -> None:
     (tmp_path / "runs" / "r" / "config.yaml").write_text("half")
     flower.status = "finished:failed"
-    assert len(runs.keep_going()) == 1
+    assert runs.keep_going("r") is not None
     assert not (tmp_path / "runs" / "r").exists()  # else the new one would be runs/r-2
 
 
@@ -208,7 +208,7 @@ def test_who_stops_a_run_while_the_keeper_resumes_it_has_the_last_word(
         return record(*arguments)
 
     monkeypatch.setattr(flower, "record", slow)
-    runs.keep_going()
+    runs.keep_going("r")
     stopping.join(30)
     assert runs.submission("r").stopped
     assert len(runs.submission("r").flower_runs) == 2
@@ -225,7 +225,7 @@ def test_two_keepers_resume_a_run_once(runs: Runs, flower: StandIn, monkeypatch:
         return record(*arguments)
 
     monkeypatch.setattr(flower, "record", slow)
-    keepers = [threading.Thread(target=runs.keep_going) for _ in range(2)]
+    keepers = [threading.Thread(target=runs.keep_going, args=("r",)) for _ in range(2)]
     for one in keepers:
         one.start()
     for one in keepers:

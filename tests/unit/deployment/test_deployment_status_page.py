@@ -44,7 +44,8 @@ VIEW = Overview(
     at=NOW, federation="clinics", door="https://fed.example.org:9443", secured=True, up=True,
     processes=[ProcessView("door", "RUNNING", 17, 3600.0)], devices=[DEVICE], devices_by_state={"approved": 1},
     devices_left_out=0, invitations=0, bytes_up=55_000, bytes_down=174_000, strange_requests=0, refused_at_door=4,
-    runs=[RUN], runs_left_out=0, versions=[VersionView("cd" * 32, "tiny-ab:v3", "2027-01-15T08:00:00+00:00", ("dev",), 2, True)],
+    runs=[RUN], runs_left_out=0,
+    versions=[VersionView("cd" * 32, "tiny-ab:v3", "2027-01-15T08:00:00+00:00", ("dev",), 2, True)],
     channels=[ChannelView("dev", "cd" * 32)], faults=(),
 )  # fmt: skip
 

@@ -7,7 +7,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["environment"]
+__all__ = ["TESTED", "environment"]
+
+TESTED = ("1.41.",)
+"""Beginnings of the versions of Flower whose internals are known: what a device changes of them is off with others."""
 
 _LOOPBACK = "localhost,127.0.0.1,::1"
 

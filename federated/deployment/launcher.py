@@ -8,7 +8,7 @@ bytes and loaded from there (`federated.deployment.pinned_app`), whatever the se
 
 Warm, the process has loaded the libraries (and the base model, once a first message named it) and forks for each
 message; cold, each message has a new Python. What the two use of Flower's internals is in this module alone, for the
-versions in `TESTED`. With any other version nothing is warm; where a name that the check hangs on is missing, nothing
+versions that `federated.deployment.flower_environment` names. With any other version nothing is warm; where a name that the check hangs on is missing, nothing
 runs at all.
 
 It is started by `federated.deployment.joining`, as ``python -m federated.deployment.launcher``, and reads what it
@@ -36,27 +36,21 @@ from typing import Any, NoReturn
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
+from federated.deployment.flower_environment import TESTED
 from federated.deployment.pinned_app import TaskApp, check_bundle, remove_unpacked
 from federated.device_events import note_event
 from federated.errors import DeploymentError
-from federated.files import write_whole
 from federated.flower.records import PINNED
 from federated.logs import LogFormat, set_up_logs
 
-__all__ = ["TESTED", "Launch", "PinnedExecutor", "end_left_session", "fits", "supernode"]
+__all__ = ["Launch", "PinnedExecutor", "fits"]
 
 _LOG = logging.getLogger(__name__)
 
-TESTED = ("1.41.",)
-"""Beginnings of the versions of Flower that the warm launcher was tested with."""
-
 _CLIENT = "flwr.supernode.runtime.run_clientapp"
 _SUPEREXEC = "flwr.supercore.superexec.run_superexec"
-_SUPERNODE = "flwr.supernode.start_client_internal"
 _HEAVY = ("torch", "transformers", "peft", "federated.flower.client", _CLIENT)
 _NEEDED = ((_CLIENT, "install_from_fab"), (_CLIENT, "get_load_client_app_fn"), (_SUPEREXEC, "get_executor"))
-_AWAY = 3.0
-"""Seconds between the end of a killed SuperNode's session and the next: longer than a server's pause between looks."""
 _TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 _NO_PIPE = -1
 _MOST_WAITING = 32
@@ -75,6 +69,7 @@ class Launch:
         warm: fork instead of starting Python anew.
         poll_seconds: between two looks for a message.
         log_format: ``text`` or ``json``.
+        longest_seconds: of work on one message; then its process is killed, so that the next one has its turn.
     """
 
     address: str
@@ -83,6 +78,7 @@ class Launch:
     warm: bool
     poll_seconds: float = 0.2
     log_format: LogFormat = "text"
+    longest_seconds: int = 21_600
 
 
 def fits(names: Collection[tuple[str, str]] = _NEEDED) -> None:
@@ -133,16 +129,27 @@ class PinnedExecutor:
             return LaunchResult.failed(f"a device runs client apps alone, not {spec.task_type}")
         if self._launch.apps and spec.fab_hash and spec.fab_hash not in self._launch.apps:
             _LOG.warning("a message of app %s, which is not pinned: it will be refused", spec.fab_hash[:12])
-        self._children.update([self._fork(spec) if self._launch.warm else self._spawn(spec)])
+        try:
+            self._children.update([self._fork(spec) if self._launch.warm else self._spawn(spec)])
+        except OSError as error:  # no memory, no process: Flower lets the message fail after a minute
+            _LOG.error("no process for a message: %s", error.strerror)
+            return LaunchResult.failed(f"no process could be started: {error.strerror}")
         return LaunchResult.accepted()
 
     def reconcile(self) -> None:
         """Take leave of processes that ended; open what the last one opened, for the next ones to inherit."""
         for child, pipe in list(self._children.items()):
-            done, _ = os.waitpid(child, os.WNOHANG)
+            done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 del self._children[child]
+                self._note_end(status)
                 self._take(pipe)
+
+    def _note_end(self, status: int) -> None:
+        """Say why a process was killed; how others ended was answered, or is in their own words."""
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+            _LOG.error("a message took more than %d s (training.longest_task): ended", self._launch.longest_seconds)
+            note_event({"event": "answer", "kind": "app", "outcome": "refused", "reason": "took_too_long"})
 
     def close(self) -> None:
         """End what is at work; a forked child inherits this method and does nothing."""
@@ -153,7 +160,12 @@ class PinnedExecutor:
 
     def _fork(self, spec: ExecutionSpec) -> tuple[int, int]:
         reading, writing = os.pipe()
-        child = os.fork()
+        try:
+            child = os.fork()
+        except OSError:
+            os.close(reading)
+            os.close(writing)
+            raise
         if not child:
             launch, parent = self._launch, self._owner
             _in_child(lambda: _task(launch, spec.token, parent=parent), writing)
@@ -236,7 +248,7 @@ def _task(launch: Launch, token: str, *, parent: int) -> None:
         except DeploymentError:
             note_event({"event": "answer", "kind": "app", "outcome": "refused", "reason": "app_not_pinned"})
             raise
-        _working_alone(state / "working.lock")
+        _working_alone(state / "working.lock", launch.longest_seconds)
 
     unpack, loader = module.install_from_fab, module.get_load_client_app_fn
     with TaskApp(state, unpack=unpack, loader=loader, check=check) as app:
@@ -267,14 +279,16 @@ def _dying_on_signals(register: Callable[..., None]) -> Callable[..., None]:
     return registered
 
 
-def _working_alone(path: Path) -> None:
-    """Wait until no other task of this device works; the lock goes with the process.
+def _working_alone(path: Path, seconds: int) -> None:
+    """Wait until no other task of this device works, and have so long for it; the lock goes with the process.
 
     The message is whole by then. One whose parts never come, because the server died while it sent them, waits for them
     in its process for as long as Flower says, and holds up nobody.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # dies of it, wherever it hangs
+    signal.alarm(seconds)
 
 
 def _serve(launch: Launch) -> None:
@@ -305,67 +319,6 @@ def _serve(launch: Launch) -> None:
     )
 
 
-def end_left_session(path: Path) -> None:
-    """Let a SuperNode that was killed come back at once: Flower refuses it until its session has run out, a minute.
-
-    The node's id is kept beside its key; the next SuperNode ends that session before it begins its own, and stays away
-    for a moment, in which a server that looks for answers learns that what the killed one had taken is lost.
-
-    Args:
-        path: file of the id.
-    """
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-
-    client: Any = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
-    activate = client.ActivateNode
-
-    def again(self: Any, request: Any) -> Any:
-        if path.is_file():
-            try:
-                self.DeactivateNode(DeactivateNodeRequest(node_id=int(path.read_text())))
-                time.sleep(_AWAY)
-            except Exception as error:  # noqa: BLE001 - nothing to end, or not ours to end: Flower decides on the next call
-                _LOG.debug("no session to end: %r", error)
-        answer = activate(self, request)
-        write_whole(path, str(answer.node_id).encode())
-        return answer
-
-    client.ActivateNode = again
-
-
-def supernode(arguments: list[str], poll_seconds: float, session: str) -> None:
-    """Run Flower's SuperNode in this process, which looks for messages more often than every 3 seconds where it can."""
-    if version("flwr").startswith(TESTED):
-        end_left_session(Path(session))
-    if poll_seconds < 3.0 and version("flwr").startswith(TESTED):
-        module: Any = importlib.import_module(_SUPERNODE)
-
-        class Paced:
-            """The module's clock with a shorter idle pause; everything else is Python's."""
-
-            def __getattr__(self, name: str) -> Any:
-                """Everything else."""
-                return getattr(time, name)
-
-            @staticmethod
-            def sleep(seconds: float) -> None:
-                """At most the owner's pause."""
-                time.sleep(min(seconds, poll_seconds))
-
-        module.time = Paced()
-    elif poll_seconds < 3.0:
-        _LOG.warning("flwr %s: it looks for messages every 3 seconds, whatever poll_seconds says", version("flwr"))
-    from flwr.supercore.app_utils import start_parent_process_monitor
-    from flwr.supernode.cli import flower_supernode
-
-    start_parent_process_monitor(os.getppid())
-
-    sys.argv = ["flower-supernode", *arguments]
-    flower_supernode()
-    _LOG.warning("the SuperNode gave its connection up, as Flower does when one TLS handshake took too long")
-    os._exit(1)  # a thread of Flower's would keep this process, which does nothing any more, for ever
-
-
 def _launch_of(plain: dict[str, Any]) -> Launch:
     return Launch(**{**plain, "apps": tuple(plain["apps"])})
 
@@ -379,6 +332,8 @@ def _main() -> None:
     if kind == "task":
         _in_child(lambda: _task(_launch_of(said["launch"]), said["token"], parent=said["parent"]), _NO_PIPE)
     if kind == "supernode":
+        from federated.deployment.supernode import supernode
+
         supernode(said["arguments"], said["poll_seconds"], said["session"])
     else:
         _serve(_launch_of(said))

@@ -11,6 +11,7 @@ import http.client
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -109,6 +110,10 @@ def _texts(parts: Sequence[object]) -> list[str]:
     return [str(part) for part in parts]
 
 
+class _NotUp(DeploymentError):
+    """There is no process manager."""
+
+
 class Processes:
     """The process manager of one deployment.
 
@@ -173,10 +178,14 @@ class Processes:
 
     @property
     def running(self) -> bool:
-        """Whether the manager answers."""
+        """Whether the manager is there.
+
+        Raises:
+            DeploymentError: if it is there and does not answer: a second one beside it would be worse.
+        """
         try:
             self._call("getPID")
-        except DeploymentError:
+        except _NotUp:
             return False
         return True
 
@@ -206,7 +215,7 @@ class Processes:
         """
         try:
             pid = int(self._call("getPID"))
-        except DeploymentError:
+        except _NotUp:
             return
         self._call("shutdown")
         end = time.monotonic() + _LEAVE
@@ -225,16 +234,17 @@ class Processes:
             self._call("addProcessGroup", name)
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        from supervisor.xmlrpc import SupervisorTransport
-
-        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
+        transport = _transport(self.socket)
         try:
             proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
             return getattr(proxy.supervisor, method)(*arguments)
-        except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError):
+        except TimeoutError:
             raise DeploymentError(
-                f"the deployment in {self._layout.folder} is not up: 'fedpeft deploy up' starts it"
+                f"the process manager of {self._layout.folder} has not answered for {_PATIENCE:g} s; see "
+                f"{self._layout.logs / 'supervisord.log'}, or end the process in {self._pid_file}"
             ) from None
+        except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError):
+            raise _NotUp(f"the deployment in {self._layout.folder} is not up: 'fedpeft deploy up' starts it") from None
         except xmlrpc.client.Fault as fault:
             raise DeploymentError(f"{method} {' '.join(map(str, arguments))}: {fault.faultString}") from None
         finally:
@@ -272,6 +282,21 @@ class Processes:
         yield f"stdout_logfile={self._layout.logs.name}/{_escaped(program.name)}.log"
         yield "stdout_logfile_maxbytes=5MB"
         yield "stdout_logfile_backups=2"
+
+
+def _transport(path: Path) -> Any:
+    """Supervisor's own, which would wait for ever."""
+    from supervisor.xmlrpc import SupervisorTransport, UnixStreamHTTPConnection
+
+    class Patient(UnixStreamHTTPConnection):  # type: ignore[misc]
+        def connect(self) -> None:
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sock.settimeout(_PATIENCE)
+            self.sock.connect(str(path))
+
+    transport = SupervisorTransport(None, None, f"unix://{path}")
+    transport._get_connection = lambda: Patient("localhost")
+    return transport
 
 
 def _escaped(value: object) -> str:

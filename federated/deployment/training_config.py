@@ -42,6 +42,8 @@ class TrainingConfig:
         port: where the SuperNode serves its own processes, on loopback; 0: a free one.
         poll_seconds: between two looks for a message; Flower's own is 3. Less only where the launcher knows Flower's
             version.
+        longest_task: seconds of work on one message, after which its process is killed: a training that hangs must not
+            keep the device from all that comes after it.
         max_retry_seconds: longest pause before a SuperNode that ended is started again.
         insecure: no TLS, no authentication: for a try on loopback.
         log_format: of the lines that our own processes write: ``text``, or ``json`` with one object a line.
@@ -57,6 +59,7 @@ class TrainingConfig:
     warm: bool = True
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     poll_seconds: Annotated[float, Field(ge=0.1, le=60)] = 3.0
+    longest_task: Annotated[int, Field(ge=1)] = 21_600
     max_retry_seconds: Annotated[float, Field(ge=1)] = 30.0
     insecure: bool = False
     log_format: LogFormat = "text"

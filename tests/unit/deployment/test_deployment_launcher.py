@@ -16,7 +16,7 @@ import pytest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResultStatus
 
-from federated.deployment import launcher
+from federated.deployment import launcher, supernode
 from federated.deployment.launcher import Launch, PinnedExecutor, fits
 from federated.deployment.pinned_app import TaskApp, check_bundle, remove_unpacked
 from federated.errors import DeploymentError
@@ -275,6 +275,52 @@ def test_one_whose_message_never_comes_holds_up_nobody(tmp_path: Path, monkeypat
     ended(executor)
 
 
+class Hanging(Slow):
+    """A task that begins to work and never ends, deaf to all that can be caught."""
+
+    def run(self, **_: Any) -> None:
+        module: Any = importlib.import_module(launcher._CLIENT)
+        module.install_from_fab(self.content)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        (self.folder / "hangs").write_text("")
+        while True:
+            time.sleep(1)
+
+
+def test_one_that_hangs_has_its_end_and_the_next_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    launch = Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=True, longest_seconds=1)
+    executor = PinnedExecutor(launch)
+    patched(monkeypatch, Hanging(tmp_path, BUNDLE))
+    executor.launch(spec())
+    end = time.monotonic() + 30
+    while not (tmp_path / "hangs").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    patched(monkeypatch, Slow(tmp_path, BUNDLE))
+    executor.launch(spec())
+    ended(executor)
+    assert len(list(tmp_path.glob("times-*"))) == 1
+    assert "took more than 1 s (training.longest_task)" in caplog.text
+
+
+@pytest.mark.parametrize(("warm", "what"), [(True, "os.fork"), (False, "subprocess.Popen")])
+def test_where_no_process_can_be_had_the_launcher_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, *, warm: bool
+) -> None:
+    def none(*_: Any, **__: Any) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    module, name = what.split(".")
+    monkeypatch.setattr(getattr(launcher, module), name, none)
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=warm))
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    result = executor.launch(spec())
+    assert result.status == LaunchResultStatus.FAILED
+    assert "temporarily unavailable" in str(result.message)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
 def test_there_is_an_end_to_how_many_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patched(monkeypatch, Waiting(tmp_path, BUNDLE))
     monkeypatch.setattr(launcher, "_MOST_WAITING", 2)
@@ -351,8 +397,8 @@ def test_a_killed_supernode_ends_its_session_when_it_comes_back(
 
     module = importlib.import_module("flwr.supernode.fleet_http_client")
     monkeypatch.setattr(module, "FleetHttpClient", Client)
-    monkeypatch.setattr(launcher, "_AWAY", 0.0)
-    launcher.end_left_session(tmp_path / "node.session")
+    monkeypatch.setattr(supernode, "_AWAY", 0.0)
+    supernode.end_left_session(tmp_path / "node.session")
     Client().ActivateNode("first")
     Client().ActivateNode("second")
     (tmp_path / "node.session").write_text("404")
@@ -394,9 +440,9 @@ def test_a_supernode_that_gave_up_ends(monkeypatch: pytest.MonkeyPatch, tmp_path
     ended: list[int] = []
     cli = importlib.import_module("flwr.supernode.cli")
     monkeypatch.setattr(cli, "flower_supernode", lambda: None)
-    monkeypatch.setattr(launcher, "end_left_session", lambda _: None)
+    monkeypatch.setattr(supernode, "end_left_session", lambda _: None)
     monkeypatch.setattr("flwr.supercore.app_utils.start_parent_process_monitor", lambda _: None)
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(sys, "argv", [])
-    launcher.supernode(["--insecure"], 3.0, str(tmp_path / "node.session"))
+    supernode.supernode(["--insecure"], 3.0, str(tmp_path / "node.session"))
     assert ended == [1]

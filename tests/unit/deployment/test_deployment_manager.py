@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from federated.deployment import processes as manager
 from federated.deployment.layout import Layout
 from federated.deployment.processes import Processes, Program
 from federated.errors import DeploymentError
@@ -84,3 +85,20 @@ def test_others_cannot_reach_it(tmp_path: Path) -> None:
         assert processes._layout.supervisor_config.stat().st_mode & 0o077 == 0
     finally:
         processes.stop()
+
+
+def test_a_manager_that_does_not_answer_is_said_and_gets_no_second_beside_it(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes.start([Program("one", SLEEP)])
+    pid = int(processes._call("getPID"))
+    monkeypatch.setattr(manager, "_PATIENCE", 0.5)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for ask in (processes.states, processes.stop, lambda: processes.start([Program("one", SLEEP)])):
+            with pytest.raises(DeploymentError, match=r"has not answered for 0\.5 s"):
+                ask()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    monkeypatch.undo()
+    assert int(processes._call("getPID")) == pid

@@ -1,0 +1,86 @@
+"""Flower's SuperNode in a process of ours: it comes back at once after a kill, and looks for messages more often.
+
+What it changes of Flower's internals is in this module alone, for the versions that were tried.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from federated.deployment.flower_environment import TESTED
+from federated.files import write_whole
+
+__all__ = ["end_left_session", "supernode"]
+
+_LOG = logging.getLogger(__name__)
+_SUPERNODE = "flwr.supernode.start_client_internal"
+_AWAY = 3.0
+"""Seconds between the end of a killed SuperNode's session and the next: longer than a server's pause between looks."""
+
+
+def end_left_session(path: Path) -> None:
+    """Let a SuperNode that was killed come back at once: Flower refuses it until its session has run out, a minute.
+
+    The node's id is kept beside its key; the next SuperNode ends that session before it begins its own, and stays away
+    for a moment, in which a server that looks for answers learns that what the killed one had taken is lost.
+
+    Args:
+        path: file of the id.
+    """
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+
+    client: Any = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
+    activate = client.ActivateNode
+
+    def again(self: Any, request: Any) -> Any:
+        if path.is_file():
+            try:
+                self.DeactivateNode(DeactivateNodeRequest(node_id=int(path.read_text())))
+                time.sleep(_AWAY)
+            except Exception as error:  # noqa: BLE001 - nothing to end, or not ours to end: Flower decides on the next call
+                _LOG.debug("no session to end: %r", error)
+        answer = activate(self, request)
+        write_whole(path, str(answer.node_id).encode())
+        return answer
+
+    client.ActivateNode = again
+
+
+def supernode(arguments: list[str], poll_seconds: float, session: str) -> None:
+    """Run Flower's SuperNode in this process, which looks for messages more often than every 3 seconds where it can."""
+    if version("flwr").startswith(TESTED):
+        end_left_session(Path(session))
+    if poll_seconds < 3.0 and version("flwr").startswith(TESTED):
+        module: Any = importlib.import_module(_SUPERNODE)
+
+        class Paced:
+            """The module's clock with a shorter idle pause; everything else is Python's."""
+
+            def __getattr__(self, name: str) -> Any:
+                """Everything else."""
+                return getattr(time, name)
+
+            @staticmethod
+            def sleep(seconds: float) -> None:
+                """At most the owner's pause."""
+                time.sleep(min(seconds, poll_seconds))
+
+        module.time = Paced()
+    elif poll_seconds < 3.0:
+        _LOG.warning("flwr %s: it looks for messages every 3 seconds, whatever poll_seconds says", version("flwr"))
+    from flwr.supercore.app_utils import start_parent_process_monitor
+    from flwr.supernode.cli import flower_supernode
+
+    start_parent_process_monitor(os.getppid())
+
+    sys.argv = ["flower-supernode", *arguments]
+    flower_supernode()
+    _LOG.warning("the SuperNode gave its connection up, as Flower does when one TLS handshake took too long")
+    os._exit(1)  # a thread of Flower's would keep this process, which does nothing any more, for ever

@@ -7,9 +7,9 @@ of it is unpacked or imported. The refusal is the answer that the server gets. W
 bytes and loaded from there (`federated.deployment.pinned_app`), whatever the server calls it.
 
 Warm, the process has loaded the libraries (and the base model, once a first message named it) and forks for each
-message; cold, each message has a new Python. What the two use of Flower's internals is in this module alone, for the
-versions that `federated.deployment.flower_environment` names. With any other version nothing is warm; where a name that the check hangs on is missing, nothing
-runs at all.
+message; cold, each message has a new Python. What the two use of Flower's internals is in this module alone. With a
+version that `federated.deployment.flower_environment` does not name nothing is warm; where a name that the check hangs
+on is missing, nothing runs at all.
 
 It is started by `federated.deployment.joining`, as ``python -m federated.deployment.launcher``, and reads what it
 needs as one line of JSON from standard input: a command line can be read by every user of a machine.

@@ -79,7 +79,8 @@ class Directory:
         nodes: client id to node id, of those that may be asked.
         resting: client id to what is known of those that said "not now": they are in no cohort, and asked again later.
         ranks: client id to the largest rank that it says it trains; those that do not say are not in it.
-        problems: nodes that take no part, and why; one that stays out for the same reason is named once.
+        problems: nodes that take no part, and why, as found since the last `wait` began; one that stays out for the
+            same reason is named once.
     """
 
     def __init__(
@@ -113,25 +114,17 @@ class Directory:
         return self._enrolled.update_key(client_id)
 
     def gather(self, grid: Grid) -> None:
-        """`wait`, and tell of each node that takes no part.
+        """`wait`, and say where names are bound by signatures alone.
 
         Raises:
             NotEnoughUpdates: if too few clients come.
             ConfigError: if ``admission.devices`` cannot be read.
         """
         self.wait(grid)
-        for problem in self.take_problems():
-            _LOG.warning("node %s takes no part: %s: %s", problem.node, problem.reason, problem.text)
-            self._tell(problem.as_event())
         if self._enrolled.by_signature_alone and not self._warned:
             self._warned = True
             _LOG.warning("%s", _BY_SIGNATURE)
             self._tell({"event": "warning", "message": _BY_SIGNATURE})
-
-    def take_problems(self) -> list[Problem]:
-        """The problems since the last call."""
-        found, self.problems = self.problems, []
-        return found
 
     def heard(self, outcomes: Iterable[Outcome]) -> None:
         """Take note of the clients of a round that said "not now"."""
@@ -147,7 +140,8 @@ class Directory:
         """
         selection = self._config.selection
         end = self._clock() + selection.wait
-        self.refresh(grid)
+        self.problems = []
+        self._look(grid)
         if len(self.nodes) < self._least and self.resting:
             message = f"{self._too_many_rest()}: waiting up to {selection.wait:g} s (selection.wait)"
             _LOG.warning("%s", message)
@@ -156,7 +150,15 @@ class Directory:
             if self._clock() >= end:
                 raise NotEnoughUpdates(self._too_few(self._least))
             time.sleep(self._config.round.poll_interval)
-            self.refresh(grid)
+            self._look(grid)
+
+    def _look(self, grid: Grid) -> None:
+        """`refresh`, and say at once who takes no part and why: waiting for too few may take long."""
+        known = len(self.problems)
+        self.refresh(grid)
+        for problem in self.problems[known:]:
+            _LOG.warning("node %s takes no part: %s: %s", problem.node, problem.reason, problem.text)
+            self._tell(problem.as_event())
 
     def _too_few(self, expected: int) -> str:
         causes = "; ".join(f"node {problem.node}: {problem.text}" for problem in self.problems[:3])

@@ -105,7 +105,7 @@ def directory(config: Make, devices: Devices) -> Directory:
 
 
 def codes(directory: Directory) -> list[tuple[int, str]]:
-    found = [(problem.node, problem.reason) for problem in directory.take_problems()]
+    found = [(problem.node, problem.reason) for problem in directory.problems]
     assert {reason for _, reason in found} <= NODE_REASONS.keys()
     return found
 
@@ -126,7 +126,7 @@ class TestNodes:
     def test_its_name_and_the_one_that_it_claims_are_said(self, directory: Directory):
         with KeyedGrid(claiming("client-001"), 1) as grid:
             directory.refresh(grid)
-        (problem,) = directory.take_problems()
+        (problem,) = directory.problems
         assert "'client-001' is enrolled with another node key" in problem.text
         assert "enrolled as 'client-000'" in problem.text
 
@@ -139,7 +139,7 @@ class TestNodes:
     def test_it_is_named_by_the_fingerprint_of_its_key(self, directory: Directory):
         with KeyedGrid(claiming(*NAMES, "client-000"), 4) as grid:
             directory.refresh(grid)
-        assert fingerprint(line(3)) in directory.take_problems()[0].text
+        assert fingerprint(line(3)) in directory.problems[0].text
 
     def test_an_enrolled_node_that_gives_a_name_that_nobody_has(self, directory: Directory):
         with KeyedGrid(claiming("../../root"), 1) as grid:
@@ -171,7 +171,7 @@ class TestNodes:
         with KeyedGrid(claiming(*NAMES), 3) as grid:
             grid.keys = {**grid.keys, 2: b""}
             directory.refresh(grid)
-        assert "is not enrolled" in directory.take_problems()[0].text
+        assert "is not enrolled" in directory.problems[0].text
 
     def test_what_is_revoked_takes_no_part_from_the_next_look_on(self, devices: Devices, directory: Directory):
         with KeyedGrid(claiming(*NAMES), 3) as grid:
@@ -217,6 +217,7 @@ class TestNodes:
             for _ in range(3):
                 directory.refresh(grid)
             assert codes(directory) == [(2, "revoked"), (4, "unknown_client")]
+            directory.problems.clear()
             devices.write(enrolled(client_001={"state": "pending"}))
             directory.refresh(grid)
         assert codes(directory) == [(2, "unknown_client")]

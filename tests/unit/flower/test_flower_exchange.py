@@ -122,7 +122,7 @@ class TestDirectory:
             directory = Directory(config())
             directory.wait(grid)
         assert directory.nodes == {"client-000": 1, "client-001": 2, "client-002": 3}
-        assert directory.take_problems() == []
+        assert directory.problems == []
 
     def test_a_node_is_asked_once(self, config: Make):
         grid = naming(Grid([[1, 2], [3]]), {1: "a", 2: "b", 3: "c"})
@@ -150,8 +150,7 @@ class TestDirectory:
         directory = Directory(config())
         directory.refresh(grid)
         assert directory.nodes == {"a": 1}
-        assert directory.take_problems() == [(2, "name_taken", "client id 'a' is taken by node 1")]
-        assert directory.take_problems() == []
+        assert directory.problems == [(2, "name_taken", "client id 'a' is taken by node 1")]
 
     @pytest.mark.parametrize("name", ["", "a\nb", "\ud800", "\x1b[2J", "x" * 201], ids=repr)
     def test_a_name_that_nothing_can_be_keyed_on_is_a_problem(self, config: Make, name: str):
@@ -160,7 +159,7 @@ class TestDirectory:
         directory = Directory(config())
         directory.refresh(grid)
         assert directory.nodes == {"good": 2}
-        assert directory.take_problems() == [(1, "no_name", "it gave no client id that can be used")]
+        assert directory.problems == [(1, "no_name", "it gave no client id that can be used")]
 
     @pytest.mark.parametrize("name", ["x" * 200, "Klinik Nürnberg 病院", "../x"])
     def test_unusual_names_are_names(self, config: Make, name: str):
@@ -182,7 +181,7 @@ class TestDirectory:
         directory.refresh(grid)  # type: ignore[arg-type]
         assert directory.nodes == {}
         causes = ["no rows here", "boom", "the reply has no 'reply' record"]
-        assert directory.take_problems() == [(node, "no_name", text) for node, text in enumerate(causes, 1)]
+        assert directory.problems == [(node, "no_name", text) for node, text in enumerate(causes, 1)]
 
     def test_too_few_clients_end_the_wait_with_the_causes(self, config: Make):
         app = ClientApp()
@@ -199,6 +198,21 @@ class TestDirectory:
             ),
         ):
             directory.wait(grid)
+
+    def test_who_takes_no_part_is_said_before_the_wait_is_over(self, config: Make, monkeypatch: pytest.MonkeyPatch):
+        grid = naming(Grid([[1], [2]]), {1: "", 2: "b"})
+        grid.nodes, told = [1], list[dict[str, Any]]()
+        said_before: list[int] = []
+
+        def come(_: float) -> None:
+            said_before.append(len(told))
+            grid.nodes = [1, 2]
+
+        monkeypatch.setattr("federated.flower.directory.time.sleep", come)
+        directory = Directory(config(selection={"min_clients": 1, "wait": 60}), tell=told.append)
+        directory.gather(grid)
+        assert said_before[0] == 1
+        assert [event["event"] for event in told] == ["node_problem", "joined"]
 
     def test_no_node_at_all_has_no_cause(self, config: Make):
         directory = Directory(config(selection={"min_clients": 1, "wait": 0.01}))

@@ -230,7 +230,7 @@ class TestAtTheQuery:
             grid.push_messages = lambda messages: [None for _ in messages]
             directory.refresh(grid)
         assert (directory.resting, directory.nodes) == ({}, {})
-        assert directory.take_problems() == [(1, "no_name", "the message was not delivered")]
+        assert directory.problems == [(1, "no_name", "the message was not delivered")]
 
 
 class TestInARound:

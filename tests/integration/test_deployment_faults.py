@@ -20,7 +20,7 @@ import yaml
 
 from federated.deployment.processes import Processes
 from federated.deployment.server_config import read_server_config
-from federated.deployment.starting_up import free_ports
+from federated.deployment.loopback import free_ports
 from federated.registry import Registry
 from simulations.deployments import Trial, processes, trial
 from tests.integration.slow_link import SlowLink, slow_link

@@ -230,6 +230,19 @@ def test_one_with_an_old_library_is_refused(field: Trial, changed: Changed) -> N
     well(field)
 
 
+def test_one_that_sends_half_an_update_holds_up_nobody(field: Trial, changed: Changed) -> None:
+    changed.control.write_text("half")
+    since = begun(field)
+    found = named(field, "client-002", since, "late")
+    over = next(e for e in field.events(RUN) if e["event"] == "round" and e["round_number"] == found["round_number"])
+    in_time = [e["seconds"] for e in outcomes(field, since) if e["status"] == "ok" and e["time"] <= over["time"]]
+    assert in_time
+    assert max(in_time) < DEADLINE  # they were taken while its other half was not there
+    assert over["seconds"] < DEADLINE + 5
+    changed.control.write_text("")
+    well(field)
+
+
 def test_one_behind_a_slow_link_is_late_or_in_time_as_the_deadline_says(field: Trial, changed: Changed) -> None:
     changed.link.bytes_per_second = 600.0
     since = begun(field)

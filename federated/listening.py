@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
+import socket
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["Bounds", "network_of"]
+__all__ = ["Bounds", "BoundedServer", "network_of"]
 
+_LOG = logging.getLogger(__name__)
 _LARGEST_NETWORK = 64  # bits: whoever has one IPv6 address has a whole network of this size
+_MOST_TOLD = 100
 
 
 def network_of(address: str) -> str:
@@ -46,6 +51,7 @@ class Bounds:
     answer_seconds: float
     each: int = 0
     _peers: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
+    _told: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def protocol(self) -> Any:
@@ -60,7 +66,12 @@ class Bounds:
         """
         peer = network_of(address)
         self._peers[peer] += 1
-        return not self.each or self._peers[peer] <= self.each or _is_loopback(address)
+        if not self.each or self._peers[peer] <= self.each or _is_loopback(address):
+            return True
+        if peer not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add(peer)
+            _LOG.warning("%s has %d connections, and gets no more: all that one address may have", peer, self.each)
+        return False
 
     def leave(self, address: str) -> None:
         """Count it no more."""
@@ -72,9 +83,30 @@ class Bounds:
 
 def _is_loopback(address: str) -> bool:
     try:
-        return ipaddress.ip_address(address).is_loopback
+        found = ipaddress.ip_address(address)
     except ValueError:
         return not address  # a Unix socket
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+
+
+class BoundedServer(uvicorn.Server):
+    """uvicorn's server, which gives a TLS handshake no more time than a head: before it a connection is not counted.
+
+    Args:
+        config: uvicorn's.
+        bounds: of its connections.
+    """
+
+    def __init__(self, config: uvicorn.Config, bounds: Bounds) -> None:
+        super().__init__(config)
+        self._bounds = bounds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        loop: Any = asyncio.get_running_loop()
+        if self.config.ssl is not None:
+            loop.create_server = partial(loop.create_server, ssl_handshake_timeout=self._bounds.head_seconds)
+        await super().startup(sockets)
 
 
 class _Bounded(H11Protocol):
@@ -87,6 +119,7 @@ class _Bounded(H11Protocol):
         self._peer = ""
         self._late: asyncio.TimerHandle | None = None
         self._full: asyncio.TimerHandle | None = None
+        self._gone: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The time for the first head begins."""
@@ -105,6 +138,8 @@ class _Bounded(H11Protocol):
         """No time runs any more."""
         self._bounds.leave(self._peer)
         self._forget_the_head()
+        if self._gone is not None:
+            self._gone.cancel()
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -120,11 +155,23 @@ class _Bounded(H11Protocol):
             self._full.cancel()
             self._full = None
 
+    def timeout_keep_alive_handler(self) -> None:
+        """Uvicorn's pause between two requests is over."""
+        super().timeout_keep_alive_handler()
+        self._leave()
+
     def _mind_the_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
+        states = self.conn.our_state, self.conn.their_state
+        if states[1] is not h11.IDLE and states != (h11.DONE, h11.SEND_BODY):  # the rest of what is answered already
             self._forget_the_head()
         elif self._late is None:
-            self._late = self.loop.call_later(self._bounds.head_seconds, self.transport.close)
+            self._late = self.loop.call_later(self._bounds.head_seconds, self._leave)
+
+    def _leave(self) -> None:
+        """Close; what of an answer is not taken by then is lost."""
+        self.transport.close()
+        if self._gone is None:
+            self._gone = self.loop.call_later(self._bounds.answer_seconds, self.transport.abort)
 
     def _forget_the_head(self) -> None:
         if self._late is not None:

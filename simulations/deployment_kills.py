@@ -317,7 +317,8 @@ def _same(here: Trial, rounds: int, chance: random.Random, say: Callable[[str], 
     ends = []
     for name, kills in (("never-killed", 0), ("killed", max(2, rounds // 3))):
         given = ["experiment=tiny", "train.steps=2", "selection.min_clients=3", "selection.wait=900", "round.quorum=1"]
-        given += ["strategy.server_optimizer.name=adam", f"rounds={rounds}", "round.deadline=300"]
+        given += ["strategy.server_optimizer.name=adam", "strategy.server_optimizer.learning_rate=0.01"]
+        given += [f"rounds={rounds}", "round.deadline=300"]
         here.fedpeft("run", "submit", *given, "--name", name)
         plan = [(1 + place * (rounds - 2) // max(1, kills), "server") for place in range(kills)]
         own = Kills(by_kind={"door": 99, "operator": 99, "manager": 99})

@@ -23,7 +23,7 @@ from yaml import YAMLError
 from federated.config import ExperimentConfig, experiment_from
 from federated.errors import ConfigError
 
-__all__ = ["compose", "conf_folder", "from_hydra", "one_line", "spelt_out"]
+__all__ = ["compose", "compose_run", "conf_folder", "from_hydra", "one_line", "spelt_out"]
 
 
 def conf_folder(app_dir: Path) -> Path:
@@ -51,6 +51,19 @@ def compose(app_dir: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
             return from_hydra(hydra_compose("config", overrides=spelt_out(overrides)))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ConfigError(one_line(error, folder)) from None
+
+
+def compose_run(app_dir: Path, overrides: Sequence[str]) -> ExperimentConfig:
+    """The experiment of a run on other processes: what is wrong with it is said here, and not in a server's log.
+
+    Raises:
+        ConfigError: also if its rule does not go with the rest.
+    """
+    from federated.aggregation import check_combination, make_rule
+
+    config = compose(app_dir, overrides)
+    check_combination(make_rule(config.strategy.rule, config.strategy.options), config)
+    return config
 
 
 def spelt_out(overrides: Sequence[str]) -> list[str]:

@@ -151,9 +151,9 @@ def _made(place: Path, app_dir: Path, *, insecure: bool) -> None:
 
 def _experiment(config: ServerConfig, overrides: list[str]) -> ExperimentConfig:
     from federated.cli.apps import enter_app
-    from federated.cli.compose import compose
+    from federated.cli.compose import compose_run
 
-    return compose(enter_app(Path(config.app)), overrides)
+    return compose_run(enter_app(Path(config.app)), overrides)
 
 
 @app.command()

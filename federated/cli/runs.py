@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from federated.cli.tables import console, fill, say
-from federated.errors import DeploymentError
+from federated.errors import ConfigError, DeploymentError
 
 if TYPE_CHECKING:
     from federated.deployment.runs import Runs, Submission
@@ -40,10 +40,10 @@ def submit(
     Example: fedpeft run submit experiment=airlines rounds=5
     """
     from federated.cli.apps import enter_app
-    from federated.cli.compose import compose
+    from federated.cli.compose import compose_run
 
     runs = _runs(folder)
-    compose(enter_app(app_dir or runs.app), overrides or [])  # what is wrong is said here, not on the server's log
+    compose_run(enter_app(app_dir or runs.app), overrides or [])
     submission = runs.submit(overrides or [], name=name, app=app_dir)
     say(f"run {submission.name} is submitted as {submission.flower_runs[-1]}, with app {submission.app_digest[:12]}")
     if wait:
@@ -101,11 +101,16 @@ def _runs(folder: Path) -> Runs:
 def show_runs(runs: Runs, only: str = "") -> None:
     """A table of runs."""
     table = Table("run", "state", "rounds", "attempts", "Flower", "message")
-    for submission in runs.submissions():
-        if only in ("", submission.name):
-            one = runs.standing(submission.name)
-            rounds = f"{one.rounds_done} of {one.rounds or '?'}"
-            fill(table, [[submission.name, one.state, rounds, len(submission.flower_runs), one.flower, one.message]])
+    for name in [only] if only else runs.names:
+        try:
+            one = runs.standing(name)
+        except ConfigError as error:
+            if only:
+                raise
+            fill(table, [[name, "unreadable", "", "", "", str(error)]])
+            continue
+        rounds = f"{one.rounds_done} of {one.rounds or '?'}"
+        fill(table, [[name, one.state, rounds, len(one.submission.flower_runs), one.flower, one.message]])
     console().print(table)
 
 
@@ -124,7 +129,7 @@ def follow_run(runs: Runs, submission: Submission) -> None:
         end = follow(
             path,
             display,
-            going_on=lambda: runs.standing(submission.name).state in ("running", "died"),
+            going_on=lambda: runs.goes_on(submission.name),
             since=submission.attempted,
         )
     finally:

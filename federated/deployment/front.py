@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import ssl
 import sys
 import time
@@ -35,7 +36,7 @@ from federated.deployment.enrolment import enrolment_routes
 from federated.deployment.layout import Layout
 from federated.deployment.server_config import ServerConfig, read_server_config
 from federated.deployment.traffic import Flow, Traffic, key_name
-from federated.listening import Bounds
+from federated.listening import BoundedServer, Bounds
 from federated.logs import set_up_logs
 
 __all__ = ["FLEET", "door_app", "serve_door"]
@@ -65,7 +66,6 @@ _HOP = frozenset(
     ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailers", "transfer-encoding",
      "upgrade", "host", "content-length", "expect")
 )  # fmt: skip
-_STRANGE = (401, 403)  # what the SuperLink answers to a key that it does not know
 _NOTE = 2.0  # seconds between two notes of the traffic
 _HEADER_BYTES = 16_384
 _PAUSE = 60.0  # seconds for which a request's body may pause
@@ -186,7 +186,7 @@ async def _passed(
     except httpx.HTTPError as error:
         return _refused(502, f"the SuperLink does not answer: {type(error).__name__}")
 
-    flow = flow_of(let_in=answer.status_code not in _STRANGE)
+    flow = flow_of(let_in=answer.is_success)
     flow.up, flow.requests, flow.last = flow.up + asked.up, flow.requests + 1, time.time()
 
     async def back() -> AsyncIterator[bytes]:
@@ -229,7 +229,10 @@ def serve_door(folder: Path) -> None:
     tls: dict[str, Any] = (
         {} if config.insecure else {"ssl_certfile": str(layout.certificate), "ssl_keyfile": str(layout.key)}
     )
-    uvicorn.run(
+    bounds = Bounds(_HEAD, _PAUSE, each=config.max_requests_each or max(1, config.max_requests // _SHARE))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections that have not shaken hands are files too
+    server = uvicorn.Config(
         app,
         host=config.door_host,
         port=config.door_port,
@@ -241,10 +244,11 @@ def serve_door(folder: Path) -> None:
         log_level="warning",
         server_header=False,
         proxy_headers=False,
-        http=Bounds(_HEAD, _PAUSE, each=max(1, config.max_requests // _SHARE)).protocol,
+        http=bounds.protocol,
         h11_max_incomplete_event_size=_HEADER_BYTES,
         **tls,
     )
+    BoundedServer(server, bounds).run()
 
 
 if __name__ == "__main__":

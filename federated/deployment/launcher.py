@@ -111,6 +111,7 @@ class PinnedExecutor:
         self._owner = os.getpid()
         self._children: dict[int, int] = {}  # process: the pipe on which it says what it opened
         self._parts = ""
+        self._left = False  # whether a process was killed over its unpacked bundle
 
     def get_eligible_capacity(self, supported_task_types: set[TaskType], **_: Any) -> tuple[set[TaskType], set[str]]:
         """Client tasks, a few at a time; only one of them works, see `_working_alone`."""
@@ -144,12 +145,20 @@ class PinnedExecutor:
                 del self._children[child]
                 self._note_end(status)
                 self._take(pipe)
+        if self._left and not self._children:
+            remove_unpacked(Path(self._launch.secret).parent)
+            self._left = False
 
     def _note_end(self, status: int) -> None:
-        """Say why a process was killed; how others ended was answered, or is in their own words."""
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+        """Say what killed a process; one that ended by itself has answered or said why."""
+        if not os.WIFSIGNALED(status):
+            return
+        if os.WTERMSIG(status) == signal.SIGALRM:
             _LOG.error("a message took more than %d s (training.longest_task): ended", self._launch.longest_seconds)
             note_event({"event": "answer", "kind": "app", "outcome": "refused", "reason": "took_too_long"})
+        else:
+            _LOG.warning("a message's process was ended by %s", signal.Signals(os.WTERMSIG(status)).name)
+        self._left = True
 
     def close(self) -> None:
         """End what is at work; a forked child inherits this method and does nothing."""

@@ -25,7 +25,7 @@ from federated.deployment.overview import Gatherer
 from federated.deployment.runs import Runs
 from federated.deployment.server_config import ServerConfig, read_server_config
 from federated.deployment.status_page import StatusServer
-from federated.errors import FederatedError
+from federated.errors import DeploymentError, FederatedError
 from federated.logs import set_up_logs
 
 __all__ = ["keep"]
@@ -51,8 +51,7 @@ def keep(folder: Path, stop: threading.Event) -> None:
             if book is not None:
                 _tried("the list of devices", said, lambda: _step_nodes(book, layout))
             if config.keep_going:
-                for name in runs.names:
-                    _tried(f"run {name}", said, partial(_step_run, runs, name, ask=looks % _ASK_EVERY == 0))
+                _tried("the runs", said, partial(_step_runs, runs, said, ask=looks % _ASK_EVERY == 0))
             looks += 1
 
 
@@ -69,11 +68,19 @@ def _status_page(layout: Layout, config: ServerConfig) -> Iterator[None]:
         yield
 
 
-def _tried(what: str, said: dict[str, str], work: Callable[[], None]) -> None:
-    """Do it, and say once why it cannot be done: it is tried again at the next look."""
+def _tried(
+    what: str, said: dict[str, str], work: Callable[[], None], *, through: tuple[type[Exception], ...] = ()
+) -> None:
+    """Do it, and say once why it cannot be done: it is tried again at the next look.
+
+    Raises:
+        Exception: one of ``through``.
+    """
     try:
         work()
         said[what] = ""
+    except through:
+        raise
     except (FederatedError, OSError) as error:  # a full disk may have room again
         if said.get(what) != str(error):
             _LOG.warning("cannot look after %s: %s", what, error)
@@ -91,6 +98,12 @@ def _step_nodes(book: DeviceBook, layout: Layout) -> None:
         done = sync_nodes(book, FlowerLink(layout.flwr_home), actor="operator")
         if done.registered or done.unregistered:
             _LOG.info("let in: %s; ended: %s", ", ".join(done.registered) or "-", ", ".join(done.unregistered) or "-")
+
+
+def _step_runs(runs: Runs, said: dict[str, str], *, ask: bool) -> None:
+    """A SuperLink that does not answer ends the look: each run would wait for it again, and so would the devices."""
+    for name in runs.names:
+        _tried(f"run {name}", said, partial(_step_run, runs, name, ask=ask), through=(DeploymentError,))
 
 
 def _step_run(runs: Runs, name: str, *, ask: bool) -> None:

@@ -36,12 +36,12 @@ from federated.deployment.overview_records import (
     RunView,
     VersionView,
 )
-from federated.deployment.processes import Processes
+from federated.deployment.processes import NotUp, Processes
 from federated.deployment.run_feed import RunFeed
 from federated.deployment.runs import Runs
 from federated.deployment.server_config import ServerConfig
 from federated.deployment.traffic import STRANGERS
-from federated.errors import DeploymentError, FederatedError
+from federated.errors import FederatedError
 
 if TYPE_CHECKING:
     from federated.registry import Registry
@@ -108,7 +108,8 @@ class Gatherer:
 
     def _overview(self) -> Overview:
         self._faults = []
-        processes, up = self._processes()
+        not_up: tuple[list[ProcessView], bool] = [], False
+        processes, up = self._tried("the process manager", self._processes, not_up)
         feeds = self._read_runs(up)
         views = [feeds[name] for name in reversed(feeds)]
         no_flows: tuple[_Flows, int] = {}, 0
@@ -152,7 +153,7 @@ class Gatherer:
         """Not up is no fault: on a server, systemd keeps the processes."""
         try:
             states = Processes(self._layout).states()
-        except DeploymentError:
+        except NotUp:
             return [], False
         return [ProcessView(one.name, one.state, one.pid, round(one.since, 1)) for one in states], True
 

@@ -28,7 +28,7 @@ from federated.deployment.server_config import ServerConfig
 from federated.errors import DeploymentError
 from federated.files import write_whole
 
-__all__ = ["Processes", "Program", "State", "programs_of"]
+__all__ = ["NotUp", "Processes", "Program", "State", "programs_of"]
 
 _PATIENCE = 30.0
 _LEAVE = 120.0
@@ -110,7 +110,7 @@ def _texts(parts: Sequence[object]) -> list[str]:
     return [str(part) for part in parts]
 
 
-class _NotUp(DeploymentError):
+class NotUp(DeploymentError):
     """There is no process manager."""
 
 
@@ -185,7 +185,7 @@ class Processes:
         """
         try:
             self._call("getPID")
-        except _NotUp:
+        except NotUp:
             return False
         return True
 
@@ -215,7 +215,7 @@ class Processes:
         """
         try:
             pid = int(self._call("getPID"))
-        except _NotUp:
+        except NotUp:
             return
         self._call("shutdown")
         end = time.monotonic() + _LEAVE
@@ -238,13 +238,13 @@ class Processes:
         try:
             proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
             return getattr(proxy.supervisor, method)(*arguments)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):  # the second when many wait for it already
             raise DeploymentError(
                 f"the process manager of {self._layout.folder} has not answered for {_PATIENCE:g} s; see "
                 f"{self._layout.logs / 'supervisord.log'}, or end the process in {self._pid_file}"
             ) from None
         except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError):
-            raise _NotUp(f"the deployment in {self._layout.folder} is not up: 'fedpeft deploy up' starts it") from None
+            raise NotUp(f"the deployment in {self._layout.folder} is not up: 'fedpeft deploy up' starts it") from None
         except xmlrpc.client.Fault as fault:
             raise DeploymentError(f"{method} {' '.join(map(str, arguments))}: {fault.faultString}") from None
         finally:

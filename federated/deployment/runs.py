@@ -171,14 +171,6 @@ class Runs:
         """
         return self._link.call("log", self.submission(name).flower_runs[-1], CONNECTION, "--show")
 
-    def submissions(self) -> list[Submission]:
-        """All runs, the oldest first.
-
-        Raises:
-            ConfigError: if a record cannot be read.
-        """
-        return sorted(map(self.submission, self.names), key=lambda one: one.submitted)
-
     @property
     def names(self) -> list[str]:
         """Of all runs, in order."""
@@ -221,6 +213,17 @@ class Runs:
         done, rounds, end = self._recorded(submission)
         state = self._state(submission, end, lambda: flower)
         return Standing(submission, flower, state, done, rounds, str(end.get("message", "")) or submission.gave_up)
+
+    def goes_on(self, name: str) -> bool:
+        """Whether a run is going on, or will by itself.
+
+        Raises:
+            ConfigError: if it is unknown.
+            DeploymentError: if the SuperLink does not answer.
+        """
+        standing = self.standing(name)
+        kept = self._config.keep_going and not standing.submission.gave_up
+        return standing.state == "running" or (standing.state == "died" and kept)
 
     def _state(self, submission: Submission, end: Mapping[str, Any], flower: Callable[[], str]) -> str:
         """By the lock that the serving process holds, by its own last word, and where it has neither, by Flower's."""

@@ -42,6 +42,8 @@ class ServerConfig:
         insecure: no TLS and no authentication of nodes, for a try on loopback.
         max_request_mb: most bytes of one request through the door. Flower cuts messages into pieces of 5 MB.
         max_requests: most connections that the door holds at the same time. A device that waits for work keeps one.
+        max_requests_each: most of them that one address has; 0: a quarter. Many devices behind one address (NAT, a
+            proxy on another machine, containers) need more; loopback, where a proxy may stand, is not counted.
         keep_going: submit a run again, from its last published round, when its server process died.
         log_format: of the lines that our own processes write: ``text``, or ``json`` with one object a line.
     """
@@ -57,6 +59,7 @@ class ServerConfig:
     insecure: bool = False
     max_request_mb: Positive = 64.0
     max_requests: Annotated[int, Field(ge=1)] = 512
+    max_requests_each: Annotated[int, Field(ge=0)] = 0
     keep_going: bool = True
     log_format: LogFormat = "text"
 

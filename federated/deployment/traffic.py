@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 _MOST_KEYS = 10_000
 
 STRANGERS = "strangers"
-"""The counter of requests whose key the SuperLink did not let in: anybody can invent keys."""
+"""The counter of requests that the SuperLink did not grant: anybody can invent keys."""
 
 
 @dataclass

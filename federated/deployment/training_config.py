@@ -59,7 +59,7 @@ class TrainingConfig:
     warm: bool = True
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     poll_seconds: Annotated[float, Field(ge=0.1, le=60)] = 3.0
-    longest_task: Annotated[int, Field(ge=1)] = 21_600
+    longest_task: Annotated[int, Field(ge=1, le=604_800)] = 21_600
     max_retry_seconds: Annotated[float, Field(ge=1)] = 30.0
     insecure: bool = False
     log_format: LogFormat = "text"

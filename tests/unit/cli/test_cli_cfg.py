@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from federated.cli.compose import compose
+from federated.cli.compose import compose, compose_run
 from federated.config import experiment_from
+from federated.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -38,3 +39,11 @@ def test_overrides_stand_before_or_after_options(fedpeft: Callable[..., Any]) ->
 def test_current_folder_is_the_app_folder(fedpeft: Callable[..., Any], here: Path) -> None:
     (here / "conf").symlink_to(ROOT / "conf")
     assert yaml.safe_load(fedpeft("simulate", "--cfg=job").out)["name"] == "tiny"
+
+
+def test_a_run_elsewhere_is_checked_here() -> None:
+    wrong = ("experiment=tiny", "strategy.server_optimizer.name=adam")
+    compose(ROOT, wrong)
+    with pytest.raises(ConfigError, match=r"server_optimizer\.learning_rate = 1: adam"):
+        compose_run(ROOT, wrong)
+    assert compose_run(ROOT, ["experiment=tiny"]) == compose(ROOT, ["experiment=tiny"])

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import pytest
 import uvicorn
 
 from federated.deployment import front
+from federated.deployment.certificates import make_ca, make_server_certificate
 from federated.deployment.front import FLEET, door_app
 from federated.deployment.layout import Layout
 from federated.deployment.loopback import free_ports
 from federated.deployment.server_config import ServerConfig
 from federated.deployment.traffic import STRANGERS, Traffic
-from federated.listening import Bounds
+from federated.listening import BoundedServer, Bounds
 
 KEY = b"a device's public key"
 HEADERS = {"flwr-public-key": base64.b64encode(KEY).decode(), "timestamp": "now"}
@@ -281,8 +283,8 @@ def test_bytes_without_a_key_are_counted_too(door: Door, header: str | None) -> 
 
 def test_keys_that_the_superlink_does_not_let_in_have_one_counter(door: Door) -> None:
     door.post("/v1/fleet/pull-messages", bytes(10))
-    door.link.status = 401
-    for number in range(5):
+    for number, status in enumerate((400, 401, 403, 412, 415)):
+        door.link.status = status
         key = base64.b64encode(bytes([number])).decode()
         door.post("/v1/fleet/pull-messages", bytes(10), headers={"flwr-public-key": key})
     door.post("/v1/fleet/pull-messages", bytes(10))  # one that was let in before stays itself
@@ -298,7 +300,47 @@ def test_who_says_nothing_is_not_kept(tmp_path: Path) -> None:
     door.link.server_close()
 
 
-def test_one_address_has_but_a_part_of_the_connections() -> None:
+def test_nor_who_was_answered_before_it_had_sent_all(tmp_path: Path) -> None:
+    door = Door(tmp_path, Link())
+    quick, place = Bounds(0.3, 0.3).protocol, ("127.0.0.1", door.port)
+    with serving(door.app, door.port, http=quick), socket.create_connection(place, timeout=10) as connection:
+        connection.sendall(b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 404")
+        connection.sendall(b"x")
+        assert connection.recv(1) == b""
+    door.link.server_close()
+
+
+def test_nor_who_does_not_shake_hands(tmp_path: Path) -> None:
+    layout, (port,) = Layout(tmp_path), free_ports(1)
+    now = lambda: datetime.now(UTC)  # noqa: E731
+    authority = make_ca(layout.ca.parent, name="clinics", clock=now)
+    make_server_certificate(layout.ca.parent, authority, hosts=["127.0.0.1"], clock=now)
+    tls = {"ssl_certfile": str(layout.certificate), "ssl_keyfile": str(layout.key)}
+    bounds = Bounds(0.5, 0.5)
+    app = door_app(layout, ServerConfig(door_port=port, insecure=True), Traffic(tmp_path / "traffic.json"))
+    config = uvicorn.Config(app, port=port, log_level="error", ws="none", http=bounds.protocol, **tls)
+    server = BoundedServer(config, bounds)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until_started(server)
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            assert connection.recv(1) == b""
+        assert httpx.get(f"https://127.0.0.1:{port}/healthz", verify=False).text == "ok\n"  # noqa: S501 - its own
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def until_started(server: uvicorn.Server) -> None:
+    end = time.monotonic() + 30
+    while not server.started:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_one_address_has_but_a_part_of_the_connections(caplog: pytest.LogCaptureFixture) -> None:
     bounds = Bounds(1.0, 1.0, each=2)
     assert [bounds.enter("2001:db8::1"), bounds.enter("2001:db8::2"), bounds.enter("2001:db8::3")] == [
         True,
@@ -309,7 +351,9 @@ def test_one_address_has_but_a_part_of_the_connections() -> None:
     bounds.leave("2001:db8::3")
     bounds.leave("2001:db8::2")
     assert bounds.enter("2001:db8::4")
-    assert all(bounds.enter("127.0.0.1") and bounds.enter("") for _ in range(5))  # a proxy may stand there
+    here = ("127.0.0.1", "::1", "::ffff:127.0.0.1", "")
+    assert all(bounds.enter(one) for one in here for _ in range(5))  # a proxy may stand there
+    assert caplog.text.count("2001:db8::/64 has 2 connections") == 1
 
 
 def test_a_superlink_that_is_away_is_said(door: Door) -> None:

@@ -302,6 +302,7 @@ def test_one_that_hangs_has_its_end_and_the_next_its_turn(
     ended(executor)
     assert len(list(tmp_path.glob("times-*"))) == 1
     assert "took more than 1 s (training.longest_task)" in caplog.text
+    assert not list(tmp_path.glob("app-*"))
 
 
 @pytest.mark.parametrize(("warm", "what"), [(True, "os.fork"), (False, "subprocess.Popen")])

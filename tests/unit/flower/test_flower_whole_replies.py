@@ -155,6 +155,44 @@ def test_a_device_cannot_make_another_wait_by_the_words_of_its_error(grid: Any, 
     assert texts(grid.pull_messages(["one"])) == ["slow"]
 
 
+def test_parts_that_make_no_message_are_one_devices_failure(grid: Any, superlink: SuperLink) -> None:
+    name = superlink.answer("one", "bad")
+    superlink.answer("two", "good")
+    head, _ = superlink.heads[0]
+    superlink.heads[0] = (head, ObjectTree(object_id=name))  # it claims to have no children
+    bad, good = sorted(grid.pull_messages(["one", "two"]), key=lambda one: one.metadata.reply_to_message_id)
+    assert bad.has_error()
+    assert "do not make a message" in bad.error.reason
+    assert texts([good]) == ["good"]
+    assert grid.pull_messages(["one"]) == []
+
+
+def test_a_reply_of_very_many_parts_is_refused_unseen(grid: Any, superlink: SuperLink) -> None:
+    name = superlink.answer("one", "bad")
+    head, _ = superlink.heads[0]
+    parts = [ObjectTree(object_id=f"{number:064d}") for number in range(1001)]
+    superlink.heads[0] = (head, ObjectTree(object_id=name, children=parts))
+    (bad,) = grid.pull_messages(["one"])
+    assert "1002 parts, expected at most 1000" in bad.error.reason
+    assert superlink.pulled == 0
+
+
+@pytest.mark.parametrize("what", ["ObjectUnavailableError", ""])
+def test_where_flower_has_changed_its_own_wait_is_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str, fake_app: Any
+) -> None:
+    if what:
+        monkeypatch.delattr(f"flwr.supercore.inflatable.inflatable_utils.{what}")
+    else:
+        monkeypatch.setattr(module, "_HTTP_GRID", "flwr.no_such_module")
+    made, simulated = HttpGrid(**PLACE), InProcessGrid(fake_app({}), 1)
+    assert whole_replies(made) is made
+    assert "a reply that is sent in half may hold up a round" in caplog.text
+    caplog.clear()
+    assert whole_replies(simulated) is simulated
+    assert not caplog.text
+
+
 def test_flowers_own_wait_is_there_again_afterwards(grid: Any, superlink: SuperLink) -> None:
     before: Callable[..., Any] = grid._module.pull_objects
     superlink.answer("one", "quick")
@@ -171,4 +209,4 @@ def test_without_what_it_needs_it_says_so(monkeypatch: pytest.MonkeyPatch, caplo
     monkeypatch.setattr(module, "_NEEDED", ("no_such_name",))
     made = HttpGrid(**PLACE)
     assert whole_replies(made) is made
-    assert "flwr has no no_such_name" in caplog.text
+    assert "no no_such_name" in caplog.text

@@ -26,7 +26,7 @@ IN_MEMORY = $(shell room=$$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $$
 FULLY_COVERED := federated/delta.py,federated/files.py,federated/lowrank.py,federated/wire/*,federated/registry/*,federated/release/*,federated/privacy/*
 BENCHMARKS = $(basename $(notdir $(filter-out %/__init__.py,$(wildcard simulations/benchmarks/*.py))))
 
-.PHONY: help setup assets llama-cpp demo test test-interop lint types docs bench clean
+.PHONY: help setup assets llama-cpp demo test test-field test-interop lint types docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -51,8 +51,11 @@ demo: setup assets ## the main job: six airlines fine-tune one adapter, a device
 	$(OFFLINE) $(PY) -m simulations.demo
 
 test: setup assets ## all tests with coverage
-	$(OFFLINE) $(IN_MEMORY) $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile -m "not interop" --cov --cov-report=term --cov-fail-under=90
+	$(OFFLINE) $(IN_MEMORY) $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder -m "not interop and not field" --cov --cov-report=term --cov-fail-under=90
 	$(PY) -m coverage report --include='$(FULLY_COVERED)' --fail-under=100
+
+test-field: setup assets ## devices that die, hang, lie, fill their disks, and links and clocks that are wrong: minutes
+	$(OFFLINE) $(PY) -m pytest -m field -rs
 
 test-interop: setup ## tests against programs that setup does not install; names those that it could not run
 	@$(OFFLINE) $(PY) -m pytest -m interop -rs; status=$$?; \

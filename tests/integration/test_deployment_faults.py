@@ -25,7 +25,7 @@ from federated.registry import Registry
 from simulations.deployments import Trial, processes, trial
 from tests.integration.slow_link import SlowLink, slow_link
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.field, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANGED = Path(__file__).parent / "changed_device"

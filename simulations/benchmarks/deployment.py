@@ -79,7 +79,7 @@ def main() -> None:
         with console.status("a secured deployment: two devices"):
             ours = _ours(folder / "ours", rounds=5 if given.quick else 20, seed=given.seed)
         with console.status("plain Flower: two SuperNodes"):
-            plain = _plain(folder / "plain", rounds=3 if given.quick else 10, seed=given.seed)
+            plain = _plain(folder / "plain", rounds=2 if given.quick else 10, seed=given.seed)
     work = _work(given.seed)
     overhead = max(1e-3, statistics.median(ours.rounds) - work)
     figures = {

@@ -19,10 +19,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EVENTS", "LARGEST", "note_event", "noted", "set_aside"]
+__all__ = ["EVENTS", "LARGEST", "PINNED", "note_event", "noted", "set_aside"]
 
 _LOG = logging.getLogger(__name__)
 
+PINNED = "FEDPEFT_PINNED_APP"
+"""Environment variable by which a device's launcher says which bundle it checked, or that it checks none."""
 EVENTS = "FEDPEFT_EVENTS"
 """Environment variable: path of the file."""
 

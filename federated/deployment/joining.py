@@ -167,7 +167,7 @@ class _Child:
         _LOG.warning("the %s ended with code %d%s; it is started again in %.0f s", self.kind, code, hint, self.pause)
 
     def _start(self, now: float) -> None:
-        command = [sys.executable, "-m", "federated.deployment.launcher", self.kind]
+        command = [sys.executable, "-m", f"federated.deployment.{self.kind}"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, env=dict(self.environment), cwd=self.folder, umask=0o077
         )

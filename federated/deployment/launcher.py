@@ -38,9 +38,8 @@ from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
 from federated.deployment.flower_environment import TESTED
 from federated.deployment.pinned_app import TaskApp, check_bundle, remove_unpacked
-from federated.device_events import note_event
+from federated.device_events import PINNED, note_event
 from federated.errors import DeploymentError
-from federated.flower.records import PINNED
 from federated.logs import LogFormat, set_up_logs
 
 __all__ = ["Launch", "PinnedExecutor", "fits"]
@@ -238,9 +237,8 @@ def _in_child(work: Callable[[], None], pipe: int) -> NoReturn:
 
 def _tell(pipe: int) -> None:
     """Say what was opened, as far as a pipe holds it without a reader."""
-    from federated.flower.session import opened_parts
-
-    parts = (opened_parts() or "").encode()
+    session: Any = sys.modules.get("federated.flower.session")  # not loaded: nothing was opened
+    parts = (session.opened_parts() or "").encode() if session is not None else b""
     if pipe != _NO_PIPE and 0 < len(parts) <= _LONGEST:
         os.write(pipe, parts)
 
@@ -334,18 +332,12 @@ def _launch_of(plain: dict[str, Any]) -> Launch:
 
 def _main() -> None:
     said = json.loads(sys.stdin.readline())
-    kind = sys.argv[1] if len(sys.argv) > 1 else ""
-    form = said["launch"]["log_format"] if kind == "task" else said["log_format"]
-    set_up_logs("supernode" if kind == "supernode" else "launcher", form)
+    task = sys.argv[1:] == ["task"]
+    set_up_logs("launcher", said["launch"]["log_format"] if task else said["log_format"])
     logging.getLogger("flwr").propagate = False  # it has a handler of its own
-    if kind == "task":
+    if task:
         _in_child(lambda: _task(_launch_of(said["launch"]), said["token"], parent=said["parent"]), _NO_PIPE)
-    if kind == "supernode":
-        from federated.deployment.supernode import supernode
-
-        supernode(said["arguments"], said["poll_seconds"], said["session"])
-    else:
-        _serve(_launch_of(said))
+    _serve(_launch_of(said))
 
 
 if __name__ == "__main__":

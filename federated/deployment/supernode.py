@@ -1,11 +1,16 @@
 """Flower's SuperNode in a process of ours: it comes back at once after a kill, and looks for messages more often.
 
-What it changes of Flower's internals is in this module alone, for the versions that were tried.
+What it changes of Flower's internals is in this module alone, for the versions that were tried. It needs no torch,
+which is most of the memory of the launcher beside it.
+
+It is started by `federated.deployment.joining`, as ``python -m federated.deployment.supernode``, and reads what it
+needs as one line of JSON from standard input.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import sys
@@ -16,6 +21,7 @@ from typing import Any
 
 from federated.deployment.flower_environment import TESTED
 from federated.files import write_whole
+from federated.logs import set_up_logs
 
 __all__ = ["end_left_session", "supernode"]
 
@@ -84,3 +90,10 @@ def supernode(arguments: list[str], poll_seconds: float, session: str) -> None:
     flower_supernode()
     _LOG.warning("the SuperNode gave its connection up, as Flower does when one TLS handshake took too long")
     os._exit(1)  # a thread of Flower's would keep this process, which does nothing any more, for ever
+
+
+if __name__ == "__main__":
+    _SAID = json.loads(sys.stdin.readline())
+    set_up_logs("supernode", _SAID["log_format"])
+    logging.getLogger("flwr").propagate = False  # it has a handler of its own
+    supernode(_SAID["arguments"], _SAID["poll_seconds"], _SAID["session"])

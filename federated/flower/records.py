@@ -23,6 +23,7 @@ from torch import Tensor
 
 from federated.config import ExperimentConfig, experiment_from
 from federated.corrections import CORRECTIONS
+from federated.device_events import PINNED
 from federated.errors import FederatedError, NotVerified, WireError
 from federated.flower.declined import NOT_NOW, Declined
 from federated.manifest import AdapterSpec, TrainPlan, canonical_json
@@ -32,7 +33,6 @@ from federated.wire import DEFAULT_LIMITS, decode_packet, encode_packet
 
 __all__ = [
     "PACKET_STYPE",
-    "PINNED",
     "Assignment",
     "Reply",
     "adapter_packet",
@@ -51,9 +51,6 @@ __all__ = [
 
 PACKET_STYPE = "fedpeft.packet"
 """Serialisation type of our Array: bytes that only `federated.wire` reads."""
-
-PINNED = "FEDPEFT_PINNED_APP"
-"""Environment variable by which a device's launcher says which bundle it checked, or that it checks none."""
 
 _LARGEST_METRIC = 1e30
 """A larger claim is no measurement, and weighted means of such claims would not be finite."""

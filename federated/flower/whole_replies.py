@@ -76,7 +76,6 @@ class _Half:
 
     def __init__(self, parts: Iterable[str], pull: Callable[[str], bytes]) -> None:
         self.parts = list(dict.fromkeys(parts))
-        self.error: Message | None = None
         self._pull = pull
         self._left = self.parts
 
@@ -109,6 +108,7 @@ class _WholeReplies:
         self._module = module
         self._unavailable = unavailable
         self._halves: dict[str, _Half] = {}
+        self._errors: dict[str, Message] = {}  # Flower's answer to what `_note` raised, for each half
         self._seen: list[_Half] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -128,7 +128,7 @@ class _WholeReplies:
     def abandon(self, message_ids: Iterable[str]) -> None:
         """Look no more at replies that nobody waits for."""
         for key in message_ids:
-            self._halves.pop(key, None)
+            self._forget(key)
 
     @contextmanager
     def _not_waiting(self) -> Iterator[None]:
@@ -150,11 +150,16 @@ class _WholeReplies:
         if not reply.has_error() or reply.metadata.src_node_id != self._grid.node.node_id:
             return False
         for half in self._seen:
-            if half.error is None and half.name in (reply.error.reason or ""):
-                half.error = reply
-                self._halves[reply.metadata.reply_to_message_id] = half
+            if half.name in (reply.error.reason or ""):
+                key = reply.metadata.reply_to_message_id
+                self._seen.remove(half)
+                self._halves[key], self._errors[key] = half, reply
                 return True
         return False
+
+    def _forget(self, key: str) -> None:
+        self._halves.pop(key, None)
+        self._errors.pop(key, None)
 
     def _look(self, key: str) -> Message | None:
         """The reply, an error for one that will never be whole, or None."""
@@ -177,12 +182,12 @@ class _WholeReplies:
             reply.metadata.__dict__["_message_id"] = half.name
         except Exception as error:  # noqa: BLE001 - whatever a device's bytes lead to is that device's fault alone
             return self._given_up(key, f"its parts do not make a message: {error!r}")
-        del self._halves[key]
+        self._forget(key)
         return reply
 
     def _given_up(self, key: str, why: str) -> Message:
         """Flower's error for it, with the reason."""
-        flowers = self._halves.pop(key).error
-        assert flowers is not None  # noqa: S101 - `_is_half` has set it
+        metadata = self._errors[key].metadata
+        self._forget(key)
         error = self._module.Error(self._module.ErrorCode.MESSAGE_UNAVAILABLE, f"no whole reply: {why}"[:500])
-        return cast("Message", self._module.make_message(metadata=flowers.metadata, error=error))
+        return cast("Message", self._module.make_message(metadata=metadata, error=error))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-if sys.orig_argv[-2:] == ["federated.deployment.launcher", "launcher"] and "FEDPEFT_TEST_FAULT" in os.environ:
+if sys.orig_argv[-1:] == ["federated.deployment.launcher"] and "FEDPEFT_TEST_FAULT" in os.environ:
     from federated.flower import client
     from federated.wire import admission
 
@@ -34,7 +34,7 @@ if sys.orig_argv[-2:] == ["federated.deployment.launcher", "launcher"] and "FEDP
 
     client._train, admission.sign_envelope = trained, signed
 
-if sys.orig_argv[-2:] == ["federated.deployment.launcher", "supernode"] and "FEDPEFT_TEST_FAULT" in os.environ:
+if sys.orig_argv[-1:] == ["federated.deployment.supernode"] and "FEDPEFT_TEST_FAULT" in os.environ:
     from flwr.supernode.fleet_http_client import FleetHttpClient
 
     told, push = Path(os.environ["FEDPEFT_TEST_FAULT"]), FleetHttpClient.PushObject

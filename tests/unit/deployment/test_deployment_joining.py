@@ -19,9 +19,9 @@ PYTHON = """#!{python}
 import json, os, sys, time
 said = json.loads(sys.stdin.readline())
 told = {{"cwd": os.getcwd(), "said": said, "arguments": sys.argv, "no_proxy": os.environ["no_proxy"]}}
-with open(os.path.join({folder!r}, sys.argv[-1] + ".new"), "w") as file:
+with open(os.path.join({folder!r}, sys.argv[-1].rpartition(".")[2] + ".new"), "w") as file:
     json.dump(told, file)
-os.rename(file.name, os.path.join({folder!r}, sys.argv[-1]))
+os.rename(file.name, os.path.join({folder!r}, sys.argv[-1].rpartition(".")[2]))
 time.sleep(60)
 """
 
@@ -77,7 +77,7 @@ def test_no_secret_is_on_a_command_line(joined: Path, config: TrainingConfig) ->
     secret = (config.state / "superexec.secret").read_bytes()
     assert len(secret) == 32
     for name in ("supernode", "launcher"):
-        assert json.loads((joined / name).read_text())["arguments"][1:] == ["-m", "federated.deployment.launcher", name]
+        assert json.loads((joined / name).read_text())["arguments"][1:] == ["-m", f"federated.deployment.{name}"]
 
 
 def test_the_clients_file_is_named_so_that_flower_reads_it(joined: Path, config: TrainingConfig) -> None:

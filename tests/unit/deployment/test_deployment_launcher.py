@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -19,8 +20,8 @@ from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResultStatus
 from federated.deployment import launcher, supernode
 from federated.deployment.launcher import Launch, PinnedExecutor, fits
 from federated.deployment.pinned_app import TaskApp, check_bundle, remove_unpacked
+from federated.device_events import PINNED
 from federated.errors import DeploymentError
-from federated.flower.records import PINNED
 
 BUNDLE = b"an app's bundle"
 DIGEST = hashlib.sha256(BUNDLE).hexdigest()
@@ -447,3 +448,12 @@ def test_a_supernode_that_gave_up_ends(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(sys, "argv", [])
     supernode.supernode(["--insecure"], 3.0, str(tmp_path / "node.session"))
     assert ended == [1]
+
+
+@pytest.mark.parametrize("name", ["supernode", "launcher", "joining"])
+def test_what_runs_beside_each_training_loads_no_torch(name: str) -> None:
+    """The warm launcher loads it by itself; a SuperNode that did would take as much memory again."""
+    module = "flwr.supernode.cli" if name == "supernode" else "flwr.supercore.superexec.run_superexec"
+    code = f"import sys, federated.deployment.{name}, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -1,15 +1,16 @@
 """How many SuperNodes one machine holds, and what bounds it: devices are added in steps, and each step runs rounds.
 
-    python -m simulations.deployment_scale --nodes 50 [--cold] [--reserve-gb 6] [--seed N]
+    python -m simulations.deployment_scale --nodes 50 [--cold] [--in-turn] [--reserve-gb 6] [--seed N]
 
 Everything is on this machine: the server, and for each device its ``device join``, SuperNode and launcher, warm (the
-libraries in memory) or cold (each message starts Python anew). On a server alone, of a step's memory only the rows
-``superlink``, ``serverapps``, ``serverapp``, ``door`` and ``operator`` count. Before a step that would leave less than
-``--reserve-gb`` of memory the script stops and says so.
+libraries in memory) or cold (each message starts Python anew); ``--in-turn``: a quarter of the devices in each of four
+rounds, for the memory of all trainings at once is more than one machine's. On a server alone, of a step's memory only
+the rows ``superlink``, ``serverapps``, ``serverapp``, ``door`` and ``operator`` count. Before a step that would leave
+less than ``--reserve-gb`` of memory the script stops and says so.
 
 For each step: seconds of a round (median), memory as PSS and file handles by kind of process, processor seconds of a
 round in SuperLink and door, size of the SuperLink's database. The last line on standard output is JSON: ``nodes`` that
-took part in every round of the last step, ``round_seconds``, ``pss_mb_per_node``, ``server_pss_mb``, ``bound``.
+took part in every round of the last step (``--in-turn``: in one), ``round_seconds``, ``pss_mb_per_node``, ``server_pss_mb``, ``bound``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=50)
     parser.add_argument("--cold", action="store_true", help="launchers that hold nothing in memory")
+    parser.add_argument("--in-turn", action="store_true", help="a quarter of the devices in each round")
     parser.add_argument("--reserve-gb", type=float, default=6.0, help="memory that is left to others")
     parser.add_argument("--first", type=int, default=STEPS[0], help="devices of the first step")
     parser.add_argument("--seed", type=int, default=0)
@@ -58,26 +60,27 @@ def main() -> None:
 def _grow(folder: Path, steps: list[int], given: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """What each step measured, and why there is no further one (empty: as many as asked for)."""
     found: list[dict[str, Any]] = []
-    asked = _asked(given)
-    with trial(folder, asked, nodes=steps[0]) as here:
+    with trial(folder, _asked(given), nodes=steps[0]) as here:
         for number, nodes in enumerate(steps):
             if number:
                 before = _available()
                 need = found[-1]["pss_mb_per_node"] / 1000 * (nodes - steps[number - 1])
                 if before - need < given.reserve_gb:
                     return found, f"memory: {nodes} nodes need {need:.1f} GB more, {before:.1f} GB are available"
-                _up(here, asked, nodes)
+                _up(here, _asked(given), nodes)
             if given.cold:
                 _cool(here)
             _wait(here)
-            found.append(_step(here, nodes))
+            found.append(_step(here, nodes, turns=given.in_turn))
             print(time.strftime("%H:%M:%S"), json.dumps(found[-1]), file=sys.stderr, flush=True)
     return found, ""
 
 
 def _asked(given: argparse.Namespace) -> list[str]:
     most = f"data.partition.num_clients={given.nodes}"
-    return ["experiment=tiny", most, f"seed={given.seed}", f"rounds={ROUNDS}", "round.deadline=600", "round.quorum=1"]
+    turns = [f"selection.fraction={1 / ROUNDS}", "selection.policy=round_robin"] if given.in_turn else []
+    rounds = [f"rounds={ROUNDS}", "round.deadline=600", "round.quorum=1"]
+    return ["experiment=tiny", most, f"seed={given.seed}", *rounds, *turns]
 
 
 def _up(here: Trial, asked: list[str], nodes: int) -> None:
@@ -116,7 +119,13 @@ def _wait(here: Trial) -> None:
         time.sleep(1.0)
 
 
-def _step(here: Trial, nodes: int) -> dict[str, Any]:
+def _steady(events: list[dict[str, Any]], rounds: int, *, turns: bool) -> set[str]:
+    """Who sent a good update in every round, or in one where each has a turn."""
+    good = Counter(one["client_id"] for one in events if one["event"] == "client" and one["status"] == "ok")
+    return {client for client, times in good.items() if turns or times >= rounds}
+
+
+def _step(here: Trial, nodes: int, *, turns: bool) -> dict[str, Any]:
     """The figures of the newest run, and of the processes as they are now."""
     events = here.events(_run(here))
     rounds = [one for one in events if one["event"] == "round"]
@@ -127,7 +136,7 @@ def _step(here: Trial, nodes: int) -> dict[str, Any]:
         count[one.name] += 1
     own = {"join", "supernode", "launcher", "task"}
     return {
-        "nodes": min(int(one["participants"]) for one in rounds),
+        "nodes": len(_steady(events, len(rounds), turns=turns)),
         "round_seconds": round(statistics.median(float(one["seconds"]) for one in rounds[1:]), 1),
         "pss_mb_per_node": round(sum(value for name, value in pss.items() if name in own) / nodes, 1),
         "server_pss_mb": round(sum(value for name, value in pss.items() if name not in own), 1),

@@ -10,7 +10,8 @@ less than ``--reserve-gb`` of memory the script stops and says so.
 
 For each step: seconds of a round (median), memory as PSS and file handles by kind of process, processor seconds of a
 round in SuperLink and door, size of the SuperLink's database. The last line on standard output is JSON: ``nodes`` that
-took part in every round of the last step (``--in-turn``: in one), ``round_seconds``, ``pss_mb_per_node``, ``server_pss_mb``, ``bound``.
+took part in every round of the last step (``--in-turn``: in one), ``round_seconds``, ``pss_mb_per_node``,
+``server_pss_mb``, ``bound``.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from simulations.deployments import Trial, processes, trial
+from simulations.deployments import UP, Trial, processes, trial
 
 __all__ = ["main"]
 
@@ -60,16 +59,15 @@ def main() -> None:
 def _grow(folder: Path, steps: list[int], given: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """What each step measured, and why there is no further one (empty: as many as asked for)."""
     found: list[dict[str, Any]] = []
-    with trial(folder, _asked(given), nodes=steps[0]) as here:
+    with trial(folder, _asked(given), nodes=steps[0], warm=not given.cold) as here:
         for number, nodes in enumerate(steps):
             if number:
                 before = _available()
                 need = found[-1]["pss_mb_per_node"] / 1000 * (nodes - steps[number - 1])
                 if before - need < given.reserve_gb:
                     return found, f"memory: {nodes} nodes need {need:.1f} GB more, {before:.1f} GB are available"
-                _up(here, _asked(given), nodes)
-            if given.cold:
-                _cool(here)
+                heat = "--cold" if given.cold else "--warm"
+                here.fedpeft(*UP, heat, "--nodes", str(nodes), *_asked(given), patience=_PATIENCE)
             _wait(here)
             found.append(_step(here, nodes, turns=given.in_turn))
             print(time.strftime("%H:%M:%S"), json.dumps(found[-1]), file=sys.stderr, flush=True)
@@ -81,29 +79,6 @@ def _asked(given: argparse.Namespace) -> list[str]:
     turns = [f"selection.fraction={1 / ROUNDS}", "selection.policy=round_robin"] if given.in_turn else []
     rounds = [f"rounds={ROUNDS}", "round.deadline=600", "round.quorum=1"]
     return ["experiment=tiny", most, f"seed={given.seed}", *rounds, *turns]
-
-
-def _up(here: Trial, asked: list[str], nodes: int) -> None:
-    here.fedpeft("deploy", "up", "--no-wait", "--nodes", str(nodes), *asked, patience=_PATIENCE)
-
-
-def _cool(here: Trial) -> None:
-    """Make launchers cold: they are started again where they were warm."""
-    for path in here.layout.nodes.glob("*/device.yaml"):
-        plain = yaml.safe_load(path.read_text())
-        if plain["training"].get("warm", True):
-            plain["training"]["warm"] = False
-            path.write_text(yaml.safe_dump(plain))
-    for one in processes(here.folder):
-        if one.name == "launcher" and one.pss == 0 and _is_warm(one.pid):
-            os.kill(one.parent, signal.SIGTERM)  # supervisor starts the device again
-
-
-def _is_warm(pid: int) -> bool:
-    try:
-        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
-    except OSError:
-        return False
 
 
 def _run(here: Trial) -> str:

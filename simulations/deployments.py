@@ -19,9 +19,10 @@ from federated.deployment.layout import Layout
 from federated.deployment.processes import Processes
 from federated.tracking import read_events
 
-__all__ = ["ROOT", "Process", "Trial", "processes", "trial"]
+__all__ = ["ROOT", "UP", "Process", "Trial", "processes", "trial"]
 
 ROOT = Path(__file__).resolve().parents[1]
+UP = ("deploy", "up", "--no-wait")
 _SWITCHES = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "FLWR_TELEMETRY_ENABLED": "0"}
 
 
@@ -100,12 +101,19 @@ class Trial:
 
 @contextmanager
 def trial(
-    folder: Path, overrides: Sequence[str], *, nodes: int, app: Path = ROOT, extra: dict[str, str] | None = None
+    folder: Path,
+    overrides: Sequence[str],
+    *,
+    nodes: int,
+    app: Path = ROOT,
+    extra: dict[str, str] | None = None,
+    warm: bool = True,
 ) -> Iterator[Trial]:
     """A deployment with so many devices, which has begun a first run; it is ended on leaving."""
     found = Trial(folder, extra)
+    heat = "--warm" if warm else "--cold"
     try:
-        found.fedpeft("deploy", "up", "--no-wait", "--nodes", str(nodes), "--app", str(app), *overrides)
+        found.fedpeft(*UP, heat, "--nodes", str(nodes), "--app", str(app), *overrides, patience=3000.0)
         yield found
     finally:
         Processes(found.layout).stop()

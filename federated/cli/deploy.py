@@ -47,15 +47,17 @@ def init(
 
     Example: fedpeft deploy init fed.example.org --listen 0.0.0.0
     """
+    from federated.deployment.app_bundle import app_name
     from federated.deployment.server_config import ServerConfig
     from federated.deployment.starting_up import alone, make_deployment
 
+    app_name(app_dir)  # one that is none is said now, not when the first run is submitted
     names = tuple(hosts or ("localhost", "127.0.0.1"))
     address = listen or ("0.0.0.0" if hosts else "127.0.0.1")  # noqa: S104 - the door is what devices reach
     config = ServerConfig(
         name=name, hosts=names, door_host=address, door_port=port, app=str(app_dir.resolve()), insecure=False
     )
-    with alone(folder.resolve()):
+    with alone(folder.resolve(), say=say):
         layout = make_deployment(folder.resolve(), config)
     say(f"{layout.folder}: the door will be {config.url}; 'fedpeft deploy up --folder {folder}' starts it")
 
@@ -71,6 +73,9 @@ def up(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Without TLS, authentication and signatures, on loopback alone.")
     ] = False,
+    warm: Annotated[
+        bool, typer.Option("--warm/--cold", help="Whether those devices hold the libraries in memory, 400 MB each.")
+    ] = True,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the first run to its end.")] = True,
 ) -> None:
     """Start a deployment; with --nodes also devices on this machine, and a first run on them, shown live.
@@ -86,13 +91,13 @@ def up(
     if overrides and not nodes:
         raise ConfigError(f"{overrides[0]}: a first run needs devices; say --nodes N, or use 'fedpeft run submit'")
     _known(place, local=nodes > 0)
-    with alone(place):
+    with alone(place, say=say):
         _made(place, app_dir, insecure=insecure)
         if insecure and not read_server_config(place).insecure:
             raise ConfigError(f"--insecure: {place} was made with TLS; make another deployment in another folder")
         layout, config, _ = bring_up(place, say=say)
         if nodes:
-            _devices(layout, config, given, nodes)
+            _devices(layout, config, given, nodes, warm=warm)
     if config.insecure:
         say("insecure: no TLS, no authentication of devices, no signatures: anybody on this machine can take part, "
             "read and change every message", stderr=True)  # fmt: skip
@@ -107,7 +112,7 @@ def up(
     say(f"up: {config.url}; look: 'fedpeft deploy status', end: 'fedpeft deploy down'")
 
 
-def _devices(layout: Layout, config: ServerConfig, given: list[str], nodes: int) -> None:
+def _devices(layout: Layout, config: ServerConfig, given: list[str], nodes: int, *, warm: bool) -> None:
     """Devices on this machine, enrolled and started."""
     from federated.deployment.app_bundle import app_digest
     from federated.deployment.local_nodes import enrol_local_nodes, make_local_nodes
@@ -115,7 +120,8 @@ def _devices(layout: Layout, config: ServerConfig, given: list[str], nodes: int)
 
     experiment = _experiment(config, given)
     apps = [app_digest(Path(config.app))]
-    names = make_local_nodes(layout, config, experiment, count=nodes, app=Path(config.app), apps=apps)
+    app = Path(config.app)
+    names = make_local_nodes(layout, config, experiment, count=nodes, app=app, apps=apps, warm=warm)
     if not config.insecure:
         enrol_local_nodes(layout, config, names)
     Processes(layout).start(programs_of(layout, config))

@@ -13,7 +13,7 @@ from pathlib import Path
 from federated.deployment.flower_environment import environment
 from federated.errors import DeploymentError
 
-__all__ = ["app_digest", "copied"]
+__all__ = ["app_digest", "app_name", "copied"]
 
 
 def app_digest(app: Path) -> str:
@@ -42,14 +42,24 @@ def app_digest(app: Path) -> str:
         return hashlib.sha256(found[0].read_bytes()).hexdigest()
 
 
-def copied(app: Path, place: Path) -> Path:
-    """The app's own files alone: a bundle must not change with what lies about in a checkout."""
+def app_name(app: Path) -> str:
+    """An app folder's own name.
+
+    Raises:
+        DeploymentError: if it is none.
+    """
     try:
-        name = str(tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"])
+        return str(tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"])
     except (OSError, ValueError, KeyError, TypeError):
         raise DeploymentError(
-            f"{app} is no app folder: expected a pyproject.toml with [project] name, and clients/, conf/, strategies/"
+            f"{app.resolve()} is no app folder: expected a pyproject.toml with [project] name, and clients/, conf/, "
+            "strategies/; say --app DIR"
         ) from None
+
+
+def copied(app: Path, place: Path) -> Path:
+    """The app's own files alone: a bundle must not change with what lies about in a checkout."""
+    name = app_name(app)
     folder = place / Path(name).name
     folder.mkdir()
     for name in ("clients", "conf", "strategies"):

@@ -36,7 +36,14 @@ _POLL_SECONDS = 0.5  # nobody pays for these looks but this machine
 
 
 def make_local_nodes(
-    layout: Layout, server: ServerConfig, experiment: ExperimentConfig, *, count: int, app: Path, apps: Sequence[str]
+    layout: Layout,
+    server: ServerConfig,
+    experiment: ExperimentConfig,
+    *,
+    count: int,
+    app: Path,
+    apps: Sequence[str],
+    warm: bool = True,
 ) -> list[str]:
     """Make folders for the first ``count`` clients of an experiment; one that is there keeps its data and its keys.
 
@@ -47,6 +54,7 @@ def make_local_nodes(
         count: how many devices.
         app: where relative places of the experiment are looked up.
         apps: bundles that they may run.
+        warm: hold the libraries in memory for each of them.
 
     Returns:
         Their client ids.
@@ -68,7 +76,7 @@ def make_local_nodes(
             data = source.load(name)
             _write_rows(node.folder / "data" / f"{name}.jsonl", [*data.train, *data.test])
             _write_yaml(node.client, _client(name, experiment, secured=not server.insecure))
-        _write_yaml(node.config, {"training": _training(server, apps)})
+        _write_yaml(node.config, {"training": _training(server, apps, warm=warm)})
     return names
 
 
@@ -121,12 +129,13 @@ def _client(name: str, experiment: ExperimentConfig, *, secured: bool) -> dict[s
     }
 
 
-def _training(server: ServerConfig, apps: Sequence[str]) -> dict[str, Any]:
+def _training(server: ServerConfig, apps: Sequence[str], *, warm: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "server": server.url,
         "client": "client.yaml",
         "state": "state",
         "apps": list(apps),
+        "warm": warm,
         "poll_seconds": _POLL_SECONDS,
         "log_format": server.log_format,
     }

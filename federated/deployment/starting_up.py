@@ -87,8 +87,12 @@ def bring_up(folder: Path, *, say: Callable[[str], object]) -> tuple[Layout, Ser
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, *, say: Callable[[str], object] = lambda _: None) -> Iterator[None]:
     """Be the only one who makes or starts the deployment in a folder; who is at it is waited for.
+
+    Args:
+        folder: of the deployment.
+        say: is told when somebody is at it.
 
     Raises:
         DeploymentError: if the folder cannot be made.
@@ -99,7 +103,11 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise DeploymentError(f"cannot make a deployment in {folder}: {error.strerror}") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another command is starting the deployment in {folder}; waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

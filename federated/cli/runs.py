@@ -72,7 +72,7 @@ def logs(run: RunArgument, folder: FolderOption = FOLDER) -> None:
 def stop(run: RunArgument, folder: FolderOption = FOLDER) -> None:
     """Stop a run; its finished rounds are published, and 'resume' goes on from there."""
     _runs(folder).stop(run)
-    say(f"run {run} is stopped; 'fedpeft run resume {run}' goes on from its last round")
+    say(f"run {run} is stopped; 'fedpeft run resume {run}' goes on from its last round, or begins where it has none")
 
 
 @app.command()
@@ -123,18 +123,29 @@ def follow_run(runs: Runs, submission: Submission) -> None:
     from federated.deployment.following import follow
     from federated.display import LiveDisplay
 
-    display = LiveDisplay()
+    display, said = LiveDisplay(), set[str]()
     try:
         path = runs.folder(submission.name) / "metrics.jsonl"
         end = follow(
             path,
             display,
-            going_on=lambda: runs.goes_on(submission.name),
+            going_on=lambda: _goes_on(runs, submission.name, said),
             since=submission.attempted,
         )
     finally:
         display.close()
     if end.get("status") != "completed":
-        said = end.get("message") or runs.standing(submission.name).message or "its process ended without a word"
-        raise DeploymentError(f"run {submission.name} did not complete: {said}; 'fedpeft run logs {submission.name}'")
+        if runs.submission(submission.name).stopped:
+            raise DeploymentError(f"run {submission.name} was stopped; 'fedpeft run resume {submission.name}' goes on")
+        why = end.get("message") or runs.standing(submission.name).message or "its process ended without a word"
+        raise DeploymentError(f"run {submission.name} did not complete: {why}; 'fedpeft run logs {submission.name}'")
     say(f"report        {runs.folder(submission.name) / 'report.html'}")
+
+
+def _goes_on(runs: Runs, name: str, said: set[str]) -> bool:
+    """Whether a run goes on; once it says what keeps it from beginning."""
+    standing = runs.standing(name)
+    if standing.state == "running" and standing.message and not said:
+        said.add(standing.message)
+        say(f"run {name}: {standing.message}", stderr=True)
+    return runs.goes_on(standing)

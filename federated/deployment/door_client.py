@@ -99,6 +99,7 @@ def fetched_authority(door: str, ca_sha256: str) -> str:
         Its certificate in PEM.
 
     Raises:
+        Busy: if it asks to come back later.
         DoorUnreachable: if there is no answer, or none of a door.
         DeploymentError: if it is another authority.
     """
@@ -106,7 +107,9 @@ def fetched_authority(door: str, ca_sha256: str) -> str:
     untrusting.check_hostname = False
     untrusting.verify_mode = ssl.CERT_NONE
     with _client(door, untrusting) as http:
-        status, _, data = _exchanged(http, "GET", f"{door}/enrol/ca.pem")
+        status, retry_after, data = _exchanged(http, "GET", f"{door}/enrol/ca.pem")
+    if status in (429, 503):
+        raise Busy(f"{door} has too many requests from this address; try again in a minute", retry_after)
     try:
         found = ca_fingerprint(data) if status == 200 else ""
     except DeploymentError:

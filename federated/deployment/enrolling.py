@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -33,6 +33,7 @@ __all__ = ["ENROLMENT_FILE", "Enrolment", "ask_state", "enrol", "read_enrolment"
 ENROLMENT_FILE = "enrolment.json"
 _TRIES = 3
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 20.0
+_Said = TypeVar("_Said")
 _SHA256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _NEW_FOLDER = "ask the operator for a new invitation, and enrol into a new folder: keys are taken once"
 
@@ -174,7 +175,7 @@ def _authority(invitation: Invitation, folder: Path) -> str:
     """The authority that the invitation names: from the folder, else from the door; kept in the folder."""
     path = folder / CA_CERTIFICATE
     if not path.exists():
-        fetched = fetched_authority(invitation.door, invitation.ca_sha256)
+        fetched = _patiently(lambda: fetched_authority(invitation.door, invitation.ca_sha256))
         write_if_missing(path, fetched.encode())
     return _own_authority(folder, invitation.ca_sha256)
 
@@ -194,7 +195,7 @@ def _own_authority(folder: Path, ca_sha256: str) -> str:
     return pem.decode("ascii")
 
 
-def _patiently(ask: Callable[[], Answer | Refusal]) -> Answer | Refusal:
+def _patiently(ask: Callable[[], _Said]) -> _Said:
     """Ask; come back a few times when the door says so."""
     for _ in range(_TRIES):
         try:

@@ -35,7 +35,8 @@ _LOOK = 0.3  # seconds
 _WELL = 60.0  # seconds after which a process counts as started well
 _GRACE = 10.0  # seconds to end in
 _REFUSED = (
-    " (the server refused it: is the device approved, and is this machine's clock within 5 minutes of the server's?)"
+    " (the server refused it: is the device approved and not revoked, and is this machine's clock within 5 minutes of "
+    "the server's?)"
 )
 """Flower's own word for that is "terminated gracefully"."""
 

@@ -38,6 +38,7 @@ _OWN = ("run_dir", "registry", "admission.devices", "engine", "resume", "trackin
 """Keys that a deployment sets by itself."""
 _CAN_GO_ON = ("interrupted",)
 """Ends that are none: the process was told to end, or Flower gave it up while they could not reach each other."""
+_LATE = 120.0  # seconds after which a server process should have begun
 _FRUITLESS = 5
 """So many resumed attempts in a row without a new round, and the keeper gives up."""
 
@@ -212,16 +213,20 @@ class Runs:
         flower = self._flower(_newest(submission))
         done, rounds, end = self._recorded(submission)
         state = self._state(submission, end, lambda: flower)
-        return Standing(submission, flower, state, done, rounds, str(end.get("message", "")) or submission.gave_up)
+        said = str(end.get("message", "")) or submission.gave_up or self._late(submission, state)
+        return Standing(submission, flower, state, done, rounds, said)
 
-    def goes_on(self, name: str) -> bool:
-        """Whether a run is going on, or will by itself.
+    def _late(self, submission: Submission, state: str) -> str:
+        """What to look at when Flower says that a process is running and none has begun; empty where all is well."""
+        last, waited = last_serving(self.folder(submission.name)), self._clock() - submission.attempted
+        begun = last is not None and last.since >= submission.attempted
+        if state != "running" or begun or waited < _LATE:
+            return ""
+        logs = self._layout.logs
+        return f"no server process has begun for {waited:.0f} s: see superlink.log and serverapps.log in {logs}"
 
-        Raises:
-            ConfigError: if it is unknown.
-            DeploymentError: if the SuperLink does not answer.
-        """
-        standing = self.standing(name)
+    def goes_on(self, standing: Standing) -> bool:
+        """Whether a run is going on, or will by itself."""
         kept = self._config.keep_going and not standing.submission.gave_up
         return standing.state == "running" or (standing.state == "died" and kept)
 

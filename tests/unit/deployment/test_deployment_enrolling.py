@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
@@ -342,6 +343,13 @@ def test_an_answer_that_never_ends_does_not_hold_the_device(
 def test_a_busy_door_is_asked_again(open_door: Any, device: Path) -> None:
     door = open_door(limit=RateLimit(burst=1, per_second=2.0))
     assert asked(door, door.invite(), device).state == "pending"
+
+
+def test_also_when_it_was_busy_with_others_before(open_door: Any, device: Path) -> None:
+    door = open_door(limit=RateLimit(burst=1, per_second=2.0))
+    invitation = door.invite()
+    assert httpx.get(f"{invitation.door}/enrol/ca.pem", verify=False).status_code == 200  # noqa: S501 - its own
+    assert asked(door, invitation, device).state == "pending"
 
 
 def test_a_folder_of_another_enrolment_is_left_alone(door: Any, device: Path) -> None:

@@ -177,6 +177,26 @@ def until(found: Any) -> None:
         time.sleep(0.05)
 
 
+def test_a_process_that_does_not_begin_is_said_and_where_to_look(tmp_path: Path, runs: Runs, flower: StandIn) -> None:
+    assert runs.standing("r").message == ""
+    write(tmp_path, replace(runs.submission("r"), attempted=time.time() - 130))
+    found = runs.standing("r")
+    assert (found.state, flower.status) == ("running", "running")
+    assert "no server process has begun for 130 s: see superlink.log" in found.message
+
+
+@pytest.mark.parametrize(
+    ("keep_going", "gave_up", "expected"), [(True, "", True), (False, "", False), (True, "x", False)]
+)
+def test_a_dead_run_is_waited_for_where_it_will_go_on(
+    tmp_path: Path, runs: Runs, flower: StandIn, gave_up: str, *, keep_going: bool, expected: bool
+) -> None:
+    flower.status = "finished:failed"
+    write(tmp_path, replace(runs.submission("r"), gave_up=gave_up))
+    found = Runs(Layout(tmp_path), ServerConfig(app=str(APP), keep_going=keep_going))
+    assert found.goes_on(found.standing("r")) == expected
+
+
 HARD = ('name="a b"', "task.labels=['x','y z']", "a=b\nc", "a=\N{GRINNING FACE}", "a=$(id);`id`", "a=\x7f\\", "=")
 
 

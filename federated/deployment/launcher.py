@@ -53,6 +53,8 @@ _NEEDED = ((_CLIENT, "install_from_fab"), (_CLIENT, "get_load_client_app_fn"), (
 _TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 _NO_PIPE = -1
 _MOST_WAITING = 32
+_MOST_COLD = 3
+"""Processes at once that each load the libraries: at work, waiting for that one, and one whose message is half here."""
 _LONGEST = 60_000
 """Bytes that a pipe holds without a reader."""
 
@@ -114,12 +116,16 @@ class PinnedExecutor:
 
     def get_eligible_capacity(self, supported_task_types: set[TaskType], **_: Any) -> tuple[set[TaskType], set[str]]:
         """Client tasks, a few at a time; only one of them works, see `_working_alone`."""
-        free = len(self._children) < _MOST_WAITING
+        free = len(self._children) < self._most
         return (supported_task_types & {TaskType.CLIENT_APP} if free else set()), set()
+
+    @property
+    def _most(self) -> int:
+        return _MOST_WAITING if self._launch.warm else _MOST_COLD
 
     def wait_for_capacity(self, *_: Any, **__: Any) -> None:
         """Return when another process may be started."""
-        while len(self._children) >= _MOST_WAITING:
+        while len(self._children) >= self._most:
             self.reconcile()
             time.sleep(self._launch.poll_seconds)
 

@@ -335,6 +335,21 @@ def test_there_is_an_end_to_how_many_wait(tmp_path: Path, monkeypatch: pytest.Mo
     ended(executor)
 
 
+def test_few_wait_where_each_loads_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeper = tmp_path / "python"
+    sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(sleeper))
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=False))
+    for _ in range(3):
+        assert executor.get_eligible_capacity(set(TaskType))[0] == {TaskType.CLIENT_APP}
+        executor.launch(spec())
+    assert executor.get_eligible_capacity(set(TaskType)) == (set(), set())
+    executor.close()
+    executor.wait_for_capacity()
+    ended(executor)
+
+
 def test_a_device_runs_client_apps_alone() -> None:
     executor = PinnedExecutor(Launch("127.0.0.1:1", "secret", (DIGEST,), warm=True))
     result = executor.launch(spec(TaskType.SERVER_APP))

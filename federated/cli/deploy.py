@@ -51,13 +51,14 @@ def init(
     from federated.deployment.server_config import ServerConfig
     from federated.deployment.starting_up import alone, make_deployment
 
-    app_name(app_dir)  # one that is none is said now, not when the first run is submitted
     names = tuple(hosts or ("localhost", "127.0.0.1"))
     address = listen or ("0.0.0.0" if hosts else "127.0.0.1")  # noqa: S104 - the door is what devices reach
     config = ServerConfig(
         name=name, hosts=names, door_host=address, door_port=port, app=str(app_dir.resolve()), insecure=False
     )
     with alone(folder.resolve(), say=say):
+        if not (folder / "server.yaml").exists():
+            app_name(app_dir)  # one that is none is said now, not when the first run is submitted
         layout = make_deployment(folder.resolve(), config)
     say(f"{layout.folder}: the door will be {config.url}; 'fedpeft deploy up --folder {folder}' starts it")
 

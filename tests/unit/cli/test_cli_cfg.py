@@ -42,8 +42,9 @@ def test_current_folder_is_the_app_folder(fedpeft: Callable[..., Any], here: Pat
 
 
 def test_a_run_elsewhere_is_checked_here() -> None:
-    wrong = ("experiment=tiny", "strategy.server_optimizer.name=adam")
+    good = ("experiment=tiny", "run_dir=there")
+    wrong = (*good, "strategy.server_optimizer.name=adam")
     compose(ROOT, wrong)
     with pytest.raises(ConfigError, match=r"server_optimizer\.learning_rate = 1: adam"):
         compose_run(ROOT, wrong)
-    assert compose_run(ROOT, ["experiment=tiny"]) == compose(ROOT, ["experiment=tiny"])
+    assert compose_run(ROOT, good) == compose(ROOT, good)

@@ -59,8 +59,12 @@ def _many(number: int) -> None:
 
 
 def test_lines_of_several_processes_do_not_mix(path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        pool.map(_many, range(4))
+    writers = [multiprocessing.get_context("fork").Process(target=_many, args=(number,)) for number in range(4)]
+    for one in writers:
+        one.start()
+    for one in writers:
+        one.join(60)
+    assert [one.exitcode for one in writers] == [0, 0, 0, 0]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 800
     assert {len(set(line["reason"])) for line in lines} == {1}

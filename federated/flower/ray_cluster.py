@@ -7,6 +7,7 @@ started before, with the environment that clients need: Flower hands on nothing 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from federated.errors import ConfigError
 
 __all__ = ["connect"]
 
+_KNOCK = 10.0  # seconds
 _HANDED_ON = (
     "FEDPEFT_APP",
     "FEDPEFT_CACHE",
@@ -42,8 +44,9 @@ def connect(address: str) -> int:
     path = os.pathsep.join(dict.fromkeys([*sys.path, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
     environment = {"env_vars": {**variables, "PYTHONPATH": path}}
     try:
+        _knock(address)
         ray.init(address=address, runtime_env=environment, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"engine.address = {address}: no Ray cluster there ({said}); start one with 'ray start --head' on one "
@@ -54,3 +57,14 @@ def connect(address: str) -> int:
         ray.shutdown()
         raise ConfigError(f"engine.address = {address}: its {len(machines)} machines offer no processor (num_cpus)")
     return len(machines)
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries a head that is not there for minutes.
+
+    Raises:
+        OSError: if nobody listens.
+    """
+    host, _, port = address.rpartition(":")
+    if host and "://" not in address and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK).close()

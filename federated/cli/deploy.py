@@ -75,7 +75,7 @@ def up(
         bool, typer.Option("--insecure", help="Without TLS, authentication and signatures, on loopback alone.")
     ] = False,
     warm: Annotated[
-        bool, typer.Option("--warm/--cold", help="Whether those devices hold the libraries in memory, 400 MB each.")
+        bool, typer.Option("--warm/--cold", help="Whether those devices hold the libraries in memory.")
     ] = True,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the first run to its end.")] = True,
 ) -> None:

@@ -56,10 +56,7 @@ def status(
     folder: FolderOption = FOLDER,
 ) -> None:
     """Show how runs stand: by their own record, and by what Flower says of their process."""
-    runs = _runs(folder)
-    if run:
-        runs.submission(run)
-    show_runs(runs, run)
+    show_runs(_runs(folder), run)
 
 
 @app.command()

@@ -35,10 +35,7 @@ from federated.errors import WireError
 from federated.manifest import TrainPlan
 from federated.state import AdapterState, Tensors, group_of
 
-__all__ = ["CORRECTIONS", "SHIFT", "VARIATE", "memory_before", "memory_after", "shift_of"]
-
-CORRECTIONS = ("", "scaffold", "feddyn")
-"""What `TrainPlan.correction` may be; the empty one is none."""
+__all__ = ["SHIFT", "VARIATE", "memory_before", "memory_after", "shift_of"]
 
 VARIATE = "variate:"
 """Prefix of the server's control variate among an adapter's extra tensors."""

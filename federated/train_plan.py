@@ -12,7 +12,10 @@ from typing import Any, Self
 
 from federated.digests import digest_of
 
-__all__ = ["TrainPlan"]
+__all__ = ["CORRECTIONS", "TrainPlan"]
+
+CORRECTIONS = ("", "scaffold", "feddyn")
+"""What `TrainPlan.correction` may be (`federated.corrections`); the empty one is none."""
 
 
 @dataclass(frozen=True)

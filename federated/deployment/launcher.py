@@ -48,7 +48,7 @@ _LOG = logging.getLogger(__name__)
 
 _CLIENT = "flwr.supernode.runtime.run_clientapp"
 _SUPEREXEC = "flwr.supercore.superexec.run_superexec"
-_HEAVY = ("torch", "transformers", "peft", "federated.flower.client", _CLIENT)
+_HEAVY = ("torch", "transformers", "peft", "federated.flower.client_task", _CLIENT)
 _NEEDED = ((_CLIENT, "install_from_fab"), (_CLIENT, "get_load_client_app_fn"), (_SUPEREXEC, "get_executor"))
 _TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 _NO_PIPE = -1

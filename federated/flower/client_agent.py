@@ -27,9 +27,10 @@ from federated.device.personal_store import PersonalStore, PersonalVersion, Stan
 from federated.device.records import NULL
 from federated.device.shelf import Shelf, Stored
 from federated.errors import ConfigError, DeviceError, NotVerified
+from federated.flower.client_site import AgentSite
 from federated.flower.publisher import recipe_record, weights_digest
 from federated.flower.records import Assignment
-from federated.flower.session import AgentSite, Session
+from federated.flower.session import Session
 from federated.global_state import GlobalState
 from federated.state import AdapterState, from_raw, to_raw
 from federated.wire import decode_tensors

@@ -19,16 +19,16 @@ from typing import Any, Self
 
 from federated.config import ExperimentConfig
 from federated.errors import BudgetExhausted, PrivacyError
+from federated.flower.client_site import ClientSite
 from federated.flower.client_store import ClientStore
 from federated.flower.records import Assignment
-from federated.flower.session import ClientSite
 from federated.manifest import digest_of
 from federated.privacy.accounting import GaussianSteps, epsilon, noise_for
 from federated.privacy.ledger import ChargeKey, Ledger
 from federated.tasks import Features
 from federated.training import PrivateTask, private_schedule
 
-__all__ = ["ExampleBudget", "Limit", "check_limits"]
+__all__ = ["ExampleBudget", "Limit"]
 
 
 @dataclass(frozen=True)
@@ -38,34 +38,6 @@ class Limit:
     epsilon: float
     target_delta: float
     setter: str
-
-
-def check_limits(config: ExperimentConfig, site: ClientSite) -> None:
-    """Refuse a run that asks for more than the device's owner allows, before anything is read.
-
-    Raises:
-        PrivacyError: naming what is asked and what is allowed.
-    """
-    privacy, own_data = config.privacy, site.data is not None
-    if own_data and privacy.enabled and privacy.test_seed >= 0:
-        raise PrivacyError("privacy.test_seed is set: noise that others can make again protects nobody; this client "
-                           "takes its noise from the operating system alone")  # fmt: skip
-    if site.max_epsilon is None and not site.least_noise:
-        return
-    if not privacy.example.enabled:
-        raise PrivacyError(
-            "the run has no privacy.example, and this client trains with example-level privacy alone; use "
-            "privacy=example_dp"
-        )
-    if site.max_epsilon is not None and privacy.target_epsilon > site.max_epsilon:
-        raise PrivacyError(
-            f"privacy.target_epsilon = {privacy.target_epsilon:g}: this client allows at most {site.max_epsilon:g}"
-        )
-    if 0 < privacy.example.noise_multiplier < site.least_noise:
-        found = privacy.example.noise_multiplier
-        raise PrivacyError(
-            f"privacy.example.noise_multiplier = {found:g}: this client allows no less than {site.least_noise:g}"
-        )
 
 
 class ExampleBudget:

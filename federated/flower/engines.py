@@ -5,6 +5,7 @@ Deployment needs no engine here: `strategies/app.py` gives `Run.serve` the Grid 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -21,11 +22,12 @@ from federated.aggregation import check_combination, make_rule
 from federated.config import EngineConfig, ExperimentConfig
 from federated.data import check_source
 from federated.errors import ConfigError, FederatedError, RunInterrupted
+from federated.flower.folders import use_client_store
 from federated.flower.forking import cheap_forks
 from federated.flower.inprocess import InProcessGrid, default_workers
 from federated.flower.ray_cluster import connect
 from federated.flower.run import Run, RunSummary
-from federated.flower.session import open_session, use_client_store
+from federated.flower.session import open_session
 from federated.flower.stoppable import StoppableGrid
 
 __all__ = ["run_inprocess", "run_ray", "simulate"]
@@ -61,6 +63,7 @@ def simulate(config: ExperimentConfig, client_app: ClientApp) -> RunSummary:
             "starts one here, 'fedpeft run submit' takes the same overrides"
         )
     torch.set_num_threads(1)  # before anything computes: forked workers must not inherit a thread pool
+    importlib.import_module("federated.flower.client_task")  # for them to inherit as well
     _check_data(config)
     run = Run(config)
     use_client_store(run.folder / "clients")

@@ -8,8 +8,8 @@ from pathlib import Path
 from federated import server_optimizers
 from federated.adapters import load_base, read_peft
 from federated.config import ExperimentConfig
+from federated.flower.folders import app_folder
 from federated.flower.publisher import RegistryPublisher, TrainingState
-from federated.flower.session import app_folder
 from federated.global_state import GlobalState
 from federated.manifest import VersionManifest, sha256_hex
 from federated.registry import Registry

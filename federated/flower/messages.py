@@ -9,7 +9,8 @@ from flwr.app import Message
 
 from federated.aggregation import ClientView, Rule
 from federated.config import ExperimentConfig
-from federated.flower.records import Assignment, adapter_packet, task_content, task_token
+from federated.flower.adapter_packets import adapter_packet
+from federated.flower.records import Assignment, task_content, task_token
 from federated.flower.round_book import RoundBook
 from federated.global_state import GlobalState
 from federated.manifest import TrainPlan

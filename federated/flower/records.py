@@ -2,7 +2,8 @@
 
 Server to client (``train``): ``task`` (the assignment and the experiment as JSON) and ``packet`` (the adapter).
 Client to server: ``reply`` (who and which task, or why not), ``metrics`` and, after training, ``packet`` (the sealed
-update). Packets are opaque to Flower: no numpy file is parsed on either side, `federated.wire` reads them.
+update). Packets are opaque to Flower: no numpy file is parsed on either side, `federated.wire` reads them, and
+`federated.flower.adapter_packets` makes an adapter of them. A question and "not now" need no torch.
 """
 
 from __future__ import annotations
@@ -16,32 +17,26 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import Self
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from torch import Tensor
 
 from federated.config import ExperimentConfig, experiment_from
-from federated.corrections import CORRECTIONS
 from federated.device_events import PINNED
 from federated.errors import FederatedError, NotVerified, WireError
 from federated.flower.declined import NOT_NOW, Declined
-from federated.manifest import AdapterSpec, TrainPlan, canonical_json
-from federated.sparse import factor_shapes, fill, split, thin
-from federated.state import AdapterState, Tensors, from_raw, to_raw
-from federated.wire import DEFAULT_LIMITS, decode_packet, encode_packet
+from federated.manifest import TrainPlan, canonical_json
+from federated.train_plan import CORRECTIONS
 
 __all__ = [
     "PACKET_STYPE",
     "Assignment",
     "Reply",
-    "adapter_packet",
     "assignment_of",
     "config_of",
     "metric_record",
     "name_content",
     "packet_of",
-    "parse_adapter_packet",
     "query_content",
     "refusal_content",
     "reply_content",
@@ -201,75 +196,6 @@ def task_token(secret: bytes, *, run_id: str, round_number: int, plan: TrainPlan
     """Proof that the server sampled this client for this task: HMAC-SHA256, 64 hexadecimal characters."""
     text = canonical_json([run_id, round_number, plan.mode, plan.phase, client_id])
     return hmac.new(secret, text, hashlib.sha256).hexdigest()
-
-
-_RESIDUAL, _EXTRA = "residual:", "extra:"
-"""Prefixes of the tensors beside the adapter's own."""
-
-
-def adapter_packet(state: AdapterState, *, sparse: bool = False) -> bytes:
-    """Pack an adapter for the way down; ``sparse`` leaves out the zeros of its factors."""
-    residual, tensors = state.residual, state.tensors
-    header: dict[str, Any] = {"kind": "adapter", "spec": state.spec.plain}
-    header |= {"residual": residual.spec.plain} if residual else {}
-    if sparse:
-        factors, dense = split(tensors)
-        header, tensors = header | {"sparse": True}, dense | thin(factors)
-    groups: dict[str, Tensors] = {"": tensors, _RESIDUAL: residual.tensors if residual else {}, _EXTRA: state.extra}
-    return encode_packet(
-        header, to_raw({prefix + name: tensor for prefix, named in groups.items() for name, tensor in named.items()})
-    )
-
-
-def parse_adapter_packet(data: bytes) -> AdapterState:
-    """Unpack an adapter.
-
-    Raises:
-        WireError: if it is not one.
-    """
-    return _adapter(data)
-
-
-@lru_cache(maxsize=1)
-def _adapter(data: bytes) -> AdapterState:
-    """All clients of a round are mostly sent the same bytes; tensors of a state are never changed in place."""
-    header, raw, _ = decode_packet(data)
-    try:
-        spec = AdapterSpec.from_dict(header["spec"])
-        residual = AdapterSpec.from_dict(header["residual"]) if "residual" in header else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise WireError(f"the packet holds no adapter: {type(error).__name__}") from None
-    groups: dict[str, dict[str, Tensor]] = {"": {}, _RESIDUAL: {}, _EXTRA: {}}
-    for name, tensor in from_raw(raw).items():
-        prefix = next((one for one in (_RESIDUAL, _EXTRA) if name.startswith(one)), "")
-        groups[prefix][name.removeprefix(prefix)] = tensor
-    if header.get("sparse"):
-        groups[""] = _filled(groups[""], spec)
-    frozen = _residual(residual, groups[_RESIDUAL])
-    return AdapterState(spec, groups[""], residual=frozen, extra=groups[_EXTRA])
-
-
-def _residual(spec: AdapterSpec | None, tensors: dict[str, Tensor]) -> AdapterState | None:
-    """Spec and tensors come together; whether they fit each other and the base, `AdapterModel.write` checks."""
-    if spec is None:
-        if tensors:
-            raise WireError("the packet holds tensors of a residual, and no spec of one")
-        return None
-    factors = {f"{module.name}.{factor}" for module in spec.modules for factor in ("factor_a", "factor_b")}
-    if factors - tensors.keys():
-        missing = sorted(factors - tensors.keys())[:3]
-        raise WireError(f"the packet holds a residual's spec, and not its tensors: missing {missing}")
-    return AdapterState(spec, tensors)
-
-
-def _filled(tensors: Tensors, spec: AdapterSpec) -> dict[str, Tensor]:
-    """The factors with their zeros, unless they would be larger than any packet may be."""
-    shapes = factor_shapes(spec)
-    sizes = [size for shape in shapes.values() for size in shape]
-    entries = sum(math.prod(shape) for shape in shapes.values()) if all(type(size) is int for size in sizes) else 0
-    if not 0 < 4 * entries <= DEFAULT_LIMITS.max_bytes or min(sizes) < 1:
-        raise WireError("the packet's sparse adapter has sizes that no adapter of this protocol has")
-    return fill(tensors, shapes)
 
 
 def _packet_record(packet: bytes) -> ArrayRecord:

@@ -27,10 +27,11 @@ from federated.display import LiveDisplay
 from federated.errors import ConfigError, FederatedError, NotEnoughUpdates, RunInterrupted, StorageFull, VersionNotFound
 from federated.files import sync_folder, write_whole
 from federated.flower.enrolled import read_devices
+from federated.flower.folders import app_folder
 from federated.flower.publisher import RegistryPublisher, TrainingState
 from federated.flower.run_key import kept_key
 from federated.flower.server_privacy import ServerPrivacy
-from federated.flower.session import Session, app_folder, open_session
+from federated.flower.session import Session, open_session
 from federated.flower.starting import Start, start_of
 from federated.flower.strategy import DeltaStrategy
 from federated.logs import LogTracker

@@ -21,9 +21,9 @@ from federated.aggregation import ClientView, make_rule
 from federated.config import ExperimentConfig, PrivacyConfig
 from federated.delta import norm
 from federated.flower.client_privacy import ExampleBudget
+from federated.flower.client_site import ClientSite
 from federated.flower.client_store import ClientStore
 from federated.flower.records import Assignment
-from federated.flower.session import ClientSite
 from federated.global_state import GlobalState
 from federated.privacy.accounting import noise_for
 from federated.privacy.chance import noise_source

@@ -31,9 +31,10 @@ from federated.config import experiment_from
 from federated.delta import Update, norm
 from federated.errors import UpdateRejected
 from federated.flower import DeltaStrategy, InProcessGrid
+from federated.flower.adapter_packets import parse_adapter_packet
 from federated.flower.enrolled_nodes import EnrolledNodes
 from federated.flower.node_keys import openssh_line
-from federated.flower.records import Assignment, assignment_of, packet_of, parse_adapter_packet, reply_content
+from federated.flower.records import Assignment, assignment_of, packet_of, reply_content
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, Envelope, ModuleSpec, RawTensor, canonical_json, layout_of, sha256_hex
 from federated.privacy.client_level import clip

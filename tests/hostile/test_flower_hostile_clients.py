@@ -20,15 +20,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from federated.config import experiment_from
 from federated.errors import DataError
 from federated.flower import DeltaStrategy, InProcessGrid
-from federated.flower.records import (
-    PACKET_STYPE,
-    Assignment,
-    assignment_of,
-    packet_of,
-    parse_adapter_packet,
-    refusal_content,
-    reply_content,
-)
+from federated.flower.adapter_packets import parse_adapter_packet
+from federated.flower.records import PACKET_STYPE, Assignment, assignment_of, packet_of, refusal_content, reply_content
 from federated.manifest import AdapterSpec, ModuleSpec, TrainPlan, canonical_json
 from federated.state import AdapterState, to_raw
 from federated.tracking import MemoryTracker

@@ -17,7 +17,8 @@ from torch import Tensor
 from federated.aggregation import make_rule
 from federated.config import experiment_from
 from federated.flower import DeltaStrategy, InProcessGrid
-from federated.flower.records import Assignment, assignment_of, packet_of, parse_adapter_packet, reply_content
+from federated.flower.adapter_packets import parse_adapter_packet
+from federated.flower.records import Assignment, assignment_of, packet_of, reply_content
 from federated.manifest import AdapterSpec, ModuleSpec
 from federated.state import AdapterState, Tensors, group_of, to_raw
 from federated.tracking import MemoryTracker

@@ -472,3 +472,10 @@ def test_what_runs_beside_each_training_loads_no_torch(name: str) -> None:
     code = f"import sys, federated.deployment.{name}, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_a_question_loads_no_torch() -> None:
+    """A cold launcher starts a Python for each: all devices of a federation are asked at once who they are."""
+    code = "import sys, clients.app, federated.flower; federated.flower.handle_query; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -13,7 +13,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from federated.config import ExperimentConfig, experiment_from
 from federated.flower import DeltaStrategy, InProcessGrid, open_session
-from federated.flower.records import Assignment, assignment_of, packet_of, parse_adapter_packet, reply_content
+from federated.flower.adapter_packets import parse_adapter_packet
+from federated.flower.records import Assignment, assignment_of, packet_of, reply_content
 from federated.manifest import AdapterSpec, ModuleSpec
 from federated.state import AdapterState, to_raw
 from federated.tracking import MemoryTracker

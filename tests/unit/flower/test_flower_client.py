@@ -15,7 +15,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from federated.config import ExperimentConfig
 from federated.delta import norm, subtract
 from federated.flower import Session, handle_query, handle_train
-from federated.flower.records import Assignment, Reply, adapter_packet, query_content, task_content
+from federated.flower.adapter_packets import adapter_packet
+from federated.flower.records import Assignment, Reply, query_content, task_content
 from federated.manifest import AdapterSpec, TrainPlan, canonical_json
 from federated.state import AdapterState, from_raw, group_of
 from federated.training import client_seed

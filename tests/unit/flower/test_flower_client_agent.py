@@ -20,9 +20,10 @@ from federated.device.journal import Journal, read_book
 from federated.device.personal_store import PersonalStore
 from federated.errors import DeviceError
 from federated.flower import Session, handle_train, open_session
+from federated.flower.adapter_packets import adapter_packet
+from federated.flower.client_site import site_of
 from federated.flower.publisher import recipe_record
-from federated.flower.records import Assignment, Reply, adapter_packet, task_content
-from federated.flower.session import site_of
+from federated.flower.records import Assignment, Reply, task_content
 from federated.global_state import GlobalState
 from federated.manifest import AdapterSpec, TrainPlan, VersionManifest, sha256_hex
 from federated.release import Artefact, KeyRing, Plan, Publisher, Quorum

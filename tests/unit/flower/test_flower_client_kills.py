@@ -15,7 +15,8 @@ from flwr.app import Context, Message, RecordDict
 
 from federated.config import ExamplePrivacyConfig, ExperimentConfig, PrivacyConfig
 from federated.flower import Session, handle_train, open_session
-from federated.flower.records import Assignment, Reply, adapter_packet, task_content
+from federated.flower.adapter_packets import adapter_packet
+from federated.flower.records import Assignment, Reply, task_content
 from federated.manifest import TrainPlan
 from federated.wire import decode_packet
 
@@ -56,10 +57,12 @@ def killed_at(where: str, ask: Callable[[], Reply], monkeypatch: pytest.MonkeyPa
     """Let a child answer, which dies where that function would be called."""
     child = os.fork()
     if not child:
-        with monkeypatch.context() as patch:
-            patch.setattr(where, die)
-            ask()
-        os._exit(0)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(where, die)
+                ask()
+        finally:
+            os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
 
@@ -79,7 +82,7 @@ def test_with_the_answer_computed_and_not_stored_it_is_charged_again(
     private: ExperimentConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its counter has moved on, which no replay check minds."""
-    killed_at("federated.flower.client._keep", lambda: asked(private, session), monkeypatch)
+    killed_at("federated.flower.client_task._keep", lambda: asked(private, session), monkeypatch)
     reply = asked(private, session)
     assert reply.packet is not None, reply.message
     assert charges(tmp_path) == 2
@@ -89,7 +92,7 @@ def test_with_the_answer_computed_and_not_stored_it_is_charged_again(
 def test_between_answer_and_sending_the_same_bytes_go_out_and_nothing_is_charged(
     private: ExperimentConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed_at("federated.flower.client.reply_content", lambda: asked(private, session), monkeypatch)
+    killed_at("federated.flower.client_task.reply_content", lambda: asked(private, session), monkeypatch)
     first, second = asked(private, session), asked(private, session)
     assert first.packet is not None, first.message
     assert first == second

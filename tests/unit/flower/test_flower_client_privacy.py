@@ -13,10 +13,10 @@ from flwr.clientapp import ClientApp
 from federated.config import DataConfig, ExamplePrivacyConfig, ExperimentConfig, ModelConfig, PrivacyConfig
 from federated.errors import BudgetExhausted, ConfigError, PrivacyError
 from federated.flower import DeltaStrategy, InProcessGrid, handle_query, handle_train, open_session
-from federated.flower.client_privacy import ExampleBudget, check_limits
+from federated.flower.client_privacy import ExampleBudget
+from federated.flower.client_site import ClientSite, check_limits
 from federated.flower.client_store import ClientStore
 from federated.flower.records import Assignment
-from federated.flower.session import ClientSite
 from federated.manifest import TrainPlan
 from federated.privacy.accounting import GaussianSteps, epsilon, noise_for
 from federated.privacy.ledger import Ledger

@@ -15,8 +15,9 @@ from federated.aggregation import ClientView, FedASK, make_rule
 from federated.config import ExperimentConfig
 from federated.delta import apply_some
 from federated.flower import DeltaStrategy, InProcessGrid, Session, TrainingState, handle_query, handle_train
+from federated.flower.adapter_packets import adapter_packet
 from federated.flower.client_store import ClientStore
-from federated.flower.records import Assignment, Reply, adapter_packet, assignment_of, task_content
+from federated.flower.records import Assignment, Reply, assignment_of, task_content
 from federated.global_state import GlobalState
 from federated.manifest import TrainPlan
 from federated.sketches import projected, sketched

@@ -22,7 +22,7 @@ from federated.flower import (
     handle_train,
     open_session,
 )
-from federated.flower.session import ClientSite
+from federated.flower.client_site import ClientSite
 from federated.global_state import GlobalState
 from federated.tracking import MemoryTracker
 

@@ -11,16 +11,9 @@ from flwr.clientapp import ClientApp
 from federated.config import ExperimentConfig
 from federated.errors import NotEnoughUpdates, NotNow
 from federated.flower import InProcessGrid, Session, handle_query, handle_train
+from federated.flower.adapter_packets import adapter_packet
 from federated.flower.declined import not_now_content
-from federated.flower.records import (
-    Assignment,
-    Reply,
-    adapter_packet,
-    assignment_of,
-    name_content,
-    query_content,
-    task_content,
-)
+from federated.flower.records import Assignment, Reply, assignment_of, name_content, query_content, task_content
 from federated.flower.server_privacy import ServerPrivacy
 from federated.manifest import TrainPlan
 from federated.report import write_report

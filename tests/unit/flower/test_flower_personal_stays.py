@@ -14,9 +14,10 @@ from federated.config import ExperimentConfig, TrainConfig
 from federated.device import AdapterRuntime, PersonalAdapters, Recipe, TorchBackend
 from federated.device.personal_store import PersonalStore
 from federated.flower import Session, handle_train
+from federated.flower.adapter_packets import adapter_packet
+from federated.flower.folders import use_client_store
 from federated.flower.publisher import recipe_record
-from federated.flower.records import Assignment, Reply, adapter_packet, task_content
-from federated.flower.session import use_client_store
+from federated.flower.records import Assignment, Reply, task_content
 from federated.manifest import TrainPlan, VersionManifest, sha256_hex
 from federated.state import to_raw
 from federated.wire import encode_tensors

@@ -12,16 +12,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from federated.config import ExperimentConfig
 from federated.errors import ConfigError, DataError, WireError
+from federated.flower.adapter_packets import adapter_packet, parse_adapter_packet
 from federated.flower.records import (
     PACKET_STYPE,
     Assignment,
     Reply,
-    adapter_packet,
     assignment_of,
     config_of,
     metric_record,
     packet_of,
-    parse_adapter_packet,
     query_content,
     refusal_content,
     reply_content,

@@ -14,7 +14,8 @@ from federated.aggregation import RULES, make_rule
 from federated.config import ExperimentConfig
 from federated.errors import ConfigError, NotEnoughUpdates
 from federated.flower import DeltaStrategy, InProcessGrid, handle_query, handle_train, open_session
-from federated.flower.records import Assignment, packet_of, parse_adapter_packet
+from federated.flower.adapter_packets import parse_adapter_packet
+from federated.flower.records import Assignment, packet_of
 from federated.state import AdapterState
 from federated.testing import ADVERSARIES, Scene, effective_of
 from federated.tracking import MemoryTracker

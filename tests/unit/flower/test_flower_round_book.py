@@ -9,14 +9,9 @@ import torch
 from flwr.app import Error, Message, RecordDict
 
 from federated.errors import AggregationError, DataError
+from federated.flower.adapter_packets import parse_adapter_packet
 from federated.flower.messages import TaskWriter
-from federated.flower.records import (
-    assignment_of,
-    packet_of,
-    parse_adapter_packet,
-    refusal_content,
-    reply_content,
-)
+from federated.flower.records import assignment_of, packet_of, refusal_content, reply_content
 from federated.flower.round_book import Outcome, RoundBook, evaluation_of, pooled_evaluation
 from federated.flower.round_report import round_event, train_metrics
 from federated.flower.server_state import ServerState

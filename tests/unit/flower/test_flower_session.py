@@ -12,7 +12,8 @@ import torch
 from federated.config import DataConfig, ExperimentConfig, ModelConfig
 from federated.errors import ConfigError, DataError
 from federated.flower import Session, open_session, use_app_folder
-from federated.flower.session import ClientSite, app_folder, site_of, use_client_store
+from federated.flower.client_site import ClientSite, site_of
+from federated.flower.folders import app_folder, use_client_store
 
 Make = Callable[..., Any]
 

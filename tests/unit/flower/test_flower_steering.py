@@ -14,9 +14,10 @@ from federated.config import ExperimentConfig
 from federated.corrections import SHIFT, VARIATE
 from federated.errors import DataError
 from federated.flower import Session, handle_train
+from federated.flower.adapter_packets import adapter_packet
 from federated.flower.client_steering import Steering
 from federated.flower.client_store import ClientStore
-from federated.flower.records import Assignment, Reply, adapter_packet, task_content
+from federated.flower.records import Assignment, Reply, task_content
 from federated.manifest import TrainPlan
 from federated.state import AdapterState, from_raw
 from federated.training import client_seed

@@ -95,7 +95,7 @@ def _headline(history: History, metrics: Sequence[str]) -> list[tuple[str, str, 
     run, final = history.run, history.final_evaluation or {}
     asked = run.get("rounds")
     cards = [
-        (str(run.get("clients", "?")), "clients", str(run.get("engine") or "")),
+        (_clients(history), "clients", str(run.get("engine") or "")),
         (f"{len(history.rounds)}" + (f" of {asked}" if asked else ""), "rounds", _refusals(history)),
     ]
     if run.get("base_bytes") and run.get("adapter_bytes"):
@@ -136,8 +136,16 @@ def _gain(history: History, name: str) -> str:
     return f"{(final - null) / (central - null):.0%} of the central adapter's gain"
 
 
+def _clients(history: History) -> str:
+    """How many there are: those that the data are made for, and of real devices those that were heard of."""
+    real = history.run.get("engine") == "deployment"
+    return str(len(history.clients) if real else history.run.get("clients", "?"))
+
+
 def _comparison(history: History, metrics: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Rows of loss and metrics: the final global adapter, then every baseline."""
+    """Rows of loss and metrics: the final global adapter, then every baseline; none without anything to compare."""
+    if not history.baselines:
+        return []
     columns = ["loss", *metrics]
     rows = []
     if history.final_evaluation:

@@ -135,7 +135,8 @@ def _node(config: TrainingConfig, port: int, secret: Path) -> _Child:
 
 def _launcher(config: TrainingConfig, port: int, secret: Path) -> _Child:
     said = {"address": f"127.0.0.1:{port}", "secret": str(secret), "apps": list(config.apps), "warm": config.warm}
-    return _Child("launcher", {**said, "log_format": config.log_format, "longest_seconds": config.longest_task})
+    said |= {"log_format": config.log_format, "longest_seconds": config.longest_task}
+    return _Child("launcher", {**said, "poll_seconds": config.poll_seconds / 2.5})
 
 
 @dataclass

@@ -6,10 +6,10 @@ stands in that place: it computes the SHA-256 of the bundle's bytes, and what is
 of it is unpacked or imported. The refusal is the answer that the server gets. What is pinned is unpacked from those
 bytes and loaded from there (`federated.deployment.pinned_app`), whatever the server calls it.
 
-Warm, the process has loaded the libraries (and the base model, once a first message named it) and forks for each
-message; cold, each message has a new Python. What the two use of Flower's internals is in this module alone. With a
-version that `federated.deployment.flower_environment` does not name nothing is warm; where a name that the check hangs
-on is missing, nothing runs at all.
+It forks for each message. Warm, it has loaded the libraries before, and the base model, once a first message named it;
+cold, each training loads them, and a question nothing. What it uses of Flower's internals is in this module alone. With
+a version that `federated.deployment.flower_environment` does not name, each message has a new Python; where a name that
+the check hangs on is missing, nothing runs at all.
 
 It is started by `federated.deployment.joining`, as ``python -m federated.deployment.launcher``, and reads what it
 needs as one line of JSON from standard input: a command line can be read by every user of a machine.
@@ -48,13 +48,14 @@ _LOG = logging.getLogger(__name__)
 
 _CLIENT = "flwr.supernode.runtime.run_clientapp"
 _SUPEREXEC = "flwr.supercore.superexec.run_superexec"
-_HEAVY = ("torch", "transformers", "peft", "federated.flower.client_task", _CLIENT)
+_LIGHT = (_CLIENT, "federated.flower.client")
+_HEAVY = ("torch", "transformers", "peft", "federated.flower.client_task")
 _NEEDED = ((_CLIENT, "install_from_fab"), (_CLIENT, "get_load_client_app_fn"), (_SUPEREXEC, "get_executor"))
 _TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 _NO_PIPE = -1
 _MOST_WAITING = 32
-_MOST_COLD = 3
-"""Processes at once that each load the libraries: at work, waiting for that one, and one whose message is half here."""
+_MOST_NEW = 3
+"""New Pythons at once: at work, waiting for that one, and one whose message is half here."""
 _LONGEST = 60_000
 """Bytes that a pipe holds without a reader."""
 
@@ -67,7 +68,7 @@ class Launch:
         address: of the SuperNode's runtime interface.
         secret: path of the secret that it proves itself with there.
         apps: SHA-256 of the bundles that may run; empty: any.
-        warm: fork instead of starting Python anew.
+        warm: hold the libraries and the base model in memory.
         poll_seconds: between two looks for a message.
         log_format: ``text`` or ``json``.
         longest_seconds: of work on one message; then its process is killed, so that the next one has its turn.
@@ -105,10 +106,12 @@ class PinnedExecutor:
 
     Args:
         launch: what may run, and how.
+        forks: whether a process is forked from this one, or a new Python.
     """
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, *, forks: bool = True) -> None:
         self._launch = launch
+        self._forks = forks
         self._owner = os.getpid()
         self._children: dict[int, int] = {}  # process: the pipe on which it says what it opened
         self._parts = ""
@@ -121,7 +124,7 @@ class PinnedExecutor:
 
     @property
     def _most(self) -> int:
-        return _MOST_WAITING if self._launch.warm else _MOST_COLD
+        return _MOST_WAITING if self._forks else _MOST_NEW
 
     def wait_for_capacity(self, *_: Any, **__: Any) -> None:
         """Return when another process may be started."""
@@ -136,7 +139,7 @@ class PinnedExecutor:
         if self._launch.apps and spec.fab_hash and spec.fab_hash not in self._launch.apps:
             _LOG.warning("a message of app %s, which is not pinned: it will be refused", spec.fab_hash[:12])
         try:
-            self._children.update([self._fork(spec) if self._launch.warm else self._spawn(spec)])
+            self._children.update([self._fork(spec) if self._forks else self._spawn(spec)])
         except OSError as error:  # no memory, no process: Flower lets the message fail after a minute
             _LOG.error("no process for a message: %s", error.strerror)
             return LaunchResult.failed(f"no process could be started: {error.strerror}")
@@ -203,7 +206,7 @@ class PinnedExecutor:
         ready, _, _ = select.select([pipe], [], [], 0)
         parts = os.read(pipe, _LONGEST).decode() if ready else ""
         os.close(pipe)
-        if parts and parts != self._parts:
+        if parts and parts != self._parts and self._launch.warm:
             self._parts = parts
             _warm_up(parts)
 
@@ -308,19 +311,13 @@ def _serve(launch: Launch) -> None:
     """Look for messages until a signal says to stop."""
     fits()
     remove_unpacked(Path(launch.secret).parent)
-    warm = launch.warm and version("flwr").startswith(TESTED)
-    if launch.warm and not warm:
-        _LOG.warning(
-            "flwr %s: the warm launcher knows %s*; each message starts Python anew", version("flwr"), TESTED[0]
-        )
-    if warm:
-        began = time.monotonic()
-        for name in _HEAVY:
-            importlib.import_module(name)
-        importlib.import_module("torch").set_num_threads(1)
-        _LOG.info("the libraries are in memory, after %.1f s", time.monotonic() - began)
+    forks = version("flwr").startswith(TESTED)
+    if not forks:
+        _LOG.warning("flwr %s: the launcher knows %s*; each message starts Python anew", version("flwr"), TESTED[0])
+    if forks:
+        _load(warm=launch.warm)
     module: Any = importlib.import_module(_SUPEREXEC)
-    executor = PinnedExecutor(Launch(**{**asdict(launch), "warm": warm}))
+    executor = PinnedExecutor(launch, forks=forks)
     module.get_executor = lambda *_, **__: executor
     os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = str(launch.poll_seconds)
     module.run_superexec(
@@ -330,6 +327,16 @@ def _serve(launch: Launch) -> None:
         parent_pid=os.getppid(),
         runtime_dependency_install=False,
     )
+
+
+def _load(*, warm: bool) -> None:
+    """Load what each message needs, for the processes that are forked from this one."""
+    began = time.monotonic()
+    for name in (*_LIGHT, *(_HEAVY if warm else ())):
+        importlib.import_module(name)
+    if warm:
+        importlib.import_module("torch").set_num_threads(1)
+        _LOG.info("the libraries are in memory, after %.1f s", time.monotonic() - began)
 
 
 def _launch_of(plain: dict[str, Any]) -> Launch:

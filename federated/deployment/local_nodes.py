@@ -33,6 +33,8 @@ __all__ = ["enrol_local_nodes", "make_local_nodes"]
 _MOST_STEPS = 2_000
 _ACTOR = "deploy up"
 _POLL_SECONDS = 0.5  # nobody pays for these looks but this machine
+_LOOKS_A_SECOND = 16.0
+"""At the server, of all devices here together: each costs processors that the rounds need as well."""
 
 
 def make_local_nodes(
@@ -76,7 +78,7 @@ def make_local_nodes(
             data = source.load(name)
             _write_rows(node.folder / "data" / f"{name}.jsonl", [*data.train, *data.test])
             _write_yaml(node.client, _client(name, experiment, secured=not server.insecure))
-        _write_yaml(node.config, {"training": _training(server, apps, warm=warm)})
+        _write_yaml(node.config, {"training": _training(server, apps, count=count, warm=warm)})
     return names
 
 
@@ -129,14 +131,14 @@ def _client(name: str, experiment: ExperimentConfig, *, secured: bool) -> dict[s
     }
 
 
-def _training(server: ServerConfig, apps: Sequence[str], *, warm: bool) -> dict[str, Any]:
+def _training(server: ServerConfig, apps: Sequence[str], *, count: int, warm: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "server": server.url,
         "client": "client.yaml",
         "state": "state",
         "apps": list(apps),
         "warm": warm,
-        "poll_seconds": _POLL_SECONDS,
+        "poll_seconds": round(max(_POLL_SECONDS, count / _LOOKS_A_SECOND), 2),
         "log_format": server.log_format,
     }
     if server.insecure:

@@ -38,10 +38,10 @@ class TrainingConfig:
         node_key: private key that the SuperNode proves itself with; not needed with ``insecure``.
         apps: SHA-256 of each app bundle whose code may run here (``fedpeft deploy app`` prints it).
         unpinned: run whatever app the server sends. Said in every log, and to the server.
-        warm: hold the libraries in memory and fork for each message, instead of loading them anew.
+        warm: hold the libraries and the base model in memory, instead of loading them for each training.
         port: where the SuperNode serves its own processes, on loopback; 0: a free one.
-        poll_seconds: between two looks for a message; Flower's own is 3. Less only where the launcher knows Flower's
-            version.
+        poll_seconds: between two looks for a message at the server; Flower's own is 3. Less only where the launcher
+            knows Flower's version. On the device the launcher looks 2.5 times as often.
         longest_task: seconds of work on one message, after which its process is killed: a training that hangs must not
             keep the device from all that comes after it.
         max_retry_seconds: longest pause before a SuperNode that ended is started again.

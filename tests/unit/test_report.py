@@ -206,6 +206,20 @@ def test_everything_from_users_is_escaped(tmp_path: Path) -> None:
     assert "script" not in parsed(page).tags
 
 
+def test_of_real_devices_those_count_that_were_heard_of(tmp_path: Path) -> None:
+    """What the experiment's data would make is nobody there."""
+    events = [{**one, "engine": "deployment", "clients": 40} if one["event"] == "run" else one for one in whole_run()]
+    text = parsed(page_of(folder(tmp_path, events))).text
+    assert "6" in text[: text.index("clients")][-3:]
+    assert "40" not in text
+
+
+def test_nothing_is_compared_where_nothing_else_was_measured(tmp_path: Path, whole: str) -> None:
+    assert ">Compared<" in whole
+    alone = [one for one in whole_run() if one["event"] != "baseline"]
+    assert ">Compared<" not in page_of(folder(tmp_path, alone))
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_interrupted_run(tmp_path: Path, count: int) -> None:
     events = [*rounds_of(count), {"event": "end", "status": "interrupted", "message": "go on with resume=true"}]

@@ -306,16 +306,16 @@ def test_one_that_hangs_has_its_end_and_the_next_its_turn(
     assert not list(tmp_path.glob("app-*"))
 
 
-@pytest.mark.parametrize(("warm", "what"), [(True, "os.fork"), (False, "subprocess.Popen")])
+@pytest.mark.parametrize(("forks", "what"), [(True, "os.fork"), (False, "subprocess.Popen")])
 def test_where_no_process_can_be_had_the_launcher_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, *, warm: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, *, forks: bool
 ) -> None:
     def none(*_: Any, **__: Any) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
     module, name = what.split(".")
     monkeypatch.setattr(getattr(launcher, module), name, none)
-    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=warm))
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=True), forks=forks)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     result = executor.launch(spec())
     assert result.status == LaunchResultStatus.FAILED
@@ -335,12 +335,12 @@ def test_there_is_an_end_to_how_many_wait(tmp_path: Path, monkeypatch: pytest.Mo
     ended(executor)
 
 
-def test_few_wait_where_each_loads_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_wait_where_each_is_a_new_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sleeper = tmp_path / "python"
     sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
     sleeper.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(sleeper))
-    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=False))
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=True), forks=False)
     for _ in range(3):
         assert executor.get_eligible_capacity(set(TaskType))[0] == {TaskType.CLIENT_APP}
         executor.launch(spec())
@@ -377,6 +377,14 @@ def test_what_a_task_opened_is_inherited_by_the_next(tmp_path: Path, monkeypatch
 
     session.open_session(experiment_from({"task": {"labels": ["no", "yes"]}, "seed": 11}))
     assert session._open.cache_info().hits == before.hits + 1
+
+
+def test_a_cold_launcher_keeps_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, Opener(tmp_path, BUNDLE))
+    monkeypatch.setattr(launcher, "_warm_up", lambda parts: pytest.fail(f"opened {parts[:40]}"))
+    executor = PinnedExecutor(Launch("127.0.0.1:1", str(tmp_path / "secret"), (DIGEST,), warm=False))
+    executor.launch(spec())
+    ended(executor)
 
 
 def test_a_session_that_cannot_be_opened_is_said_and_nothing_ends(caplog: pytest.LogCaptureFixture) -> None:
@@ -475,7 +483,7 @@ def test_what_runs_beside_each_training_loads_no_torch(name: str) -> None:
 
 
 def test_a_question_loads_no_torch() -> None:
-    """A cold launcher starts a Python for each: all devices of a federation are asked at once who they are."""
+    """All devices of a federation are asked at once who they are."""
     code = "import sys, clients.app, federated.flower; federated.flower.handle_query; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]

@@ -3,10 +3,10 @@
     python -m simulations.deployment_scale --nodes 50 [--cold] [--in-turn] [--reserve-gb 6] [--seed N]
 
 Everything is on this machine: the server, and for each device its ``device join``, SuperNode and launcher, warm (the
-libraries in memory) or cold (each message starts Python anew); ``--in-turn``: a quarter of the devices in each of four
-rounds, for the memory of all trainings at once is more than one machine's. On a server alone, of a step's memory only
-the rows ``superlink``, ``serverapps``, ``serverapp``, ``door`` and ``operator`` count. Before a step that would leave
-less than ``--reserve-gb`` of memory the script stops and says so.
+libraries in memory) or cold (each training loads them); ``--in-turn``: a quarter of the devices in each of four rounds,
+and a tenth of them measures the last adapter, for the memory of all trainings at once is more than one machine's. On a
+server alone, of a step's memory only the rows ``superlink``, ``serverapps``, ``serverapp``, ``door`` and ``operator``
+count. Before a step that would leave less than ``--reserve-gb`` of memory the script stops and says so.
 
 For each step: seconds of a round (median), memory as PSS and file handles by kind of process, processor seconds of a
 round in SuperLink and door, size of the SuperLink's database. The last line on standard output is JSON: ``nodes`` that
@@ -76,7 +76,8 @@ def _grow(folder: Path, steps: list[int], given: argparse.Namespace) -> tuple[li
 
 def _asked(given: argparse.Namespace) -> list[str]:
     most = f"data.partition.num_clients={given.nodes}"
-    turns = [f"selection.fraction={1 / ROUNDS}", "selection.policy=round_robin"] if given.in_turn else []
+    share = [f"selection.fraction={1 / ROUNDS}", "selection.fraction_evaluate=0.1"]
+    turns = [*share, "selection.policy=round_robin"] if given.in_turn else []
     rounds = [f"rounds={ROUNDS}", "round.deadline=600", "round.quorum=1"]
     return ["experiment=tiny", most, f"seed={given.seed}", *rounds, *turns]
 

@@ -278,12 +278,14 @@ class SelectionConfig:
         policy: ``uniform``, ``by_examples`` (more often, the more examples a client has), ``round_robin`` (everybody in
             turn) or ``availability`` (more often, the better a client answered of late).
         fraction: share of the clients, at least one; buffered rounds take all.
+        fraction_evaluate: share that measures the last adapter at the end, at least one, whatever the policy.
         min_clients: clients that must be connected before the first round starts.
         wait: seconds to wait for them.
     """
 
     policy: Literal["uniform", "by_examples", "round_robin", "availability"] = "uniform"
     fraction: Fraction = 1.0
+    fraction_evaluate: Fraction = 1.0
     min_clients: Count = 1
     wait: Positive = 60.0
 

@@ -35,6 +35,7 @@ from federated.flower.publisher import Publisher, RegistryPublisher, TrainingSta
 from federated.flower.records import metric_record
 from federated.flower.round_book import Outcome, RoundBook, not_now, pooled_evaluation, refusals, whole_round
 from federated.flower.round_closer import RoundCloser
+from federated.flower.selection import select_cohort
 from federated.flower.server_privacy import ServerPrivacy, choose_cohort
 from federated.flower.server_state import ServerState
 from federated.flower.starting import start_of
@@ -274,11 +275,13 @@ class DeltaStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask every connected client to evaluate the global adapter, without training."""
+        """Ask connected clients, a share by chance, to evaluate the global adapter without training."""
         del config
         self.server.adopt(arrays)
         self._directory.refresh(grid)
-        return self._write(server_round, sorted(self._directory.nodes), mode="evaluate")
+        share, seed = self.config.selection.fraction_evaluate, self.config.seed
+        cohort = select_cohort(self._directory.nodes, fraction=share, seed=seed, round_number=server_round + 1)
+        return self._write(server_round, cohort, mode="evaluate")
 
     def _write(self, number: int, cohort: Iterable[str], *, mode: str) -> list[Message]:
         nodes = {client_id: self._directory.nodes[client_id] for client_id in cohort}

@@ -120,6 +120,21 @@ class TestRounds:
         assert {len(cohort) for cohort in cohorts.values()} == {2}
         assert len({tuple(cohort) for cohort in cohorts.values()}) > 1
 
+    @pytest.mark.parametrize(("share", "asked"), [(1.0, 4), (0.5, 2), (0.01, 1)])
+    def test_a_share_measures_the_last_adapter(
+        self, federation: Make, fake_app: Make, *, share: float, asked: int
+    ) -> None:
+        made = federation(selection={"fraction_evaluate": share})
+        with InProcessGrid(fake_app(), 4) as grid:
+            messages = [
+                made.strategy.configure_evaluate(number, made.strategy.initial_arrays(), ConfigRecord(), grid)
+                for number in (1, 1, 2, 3, 4)
+            ]
+        nodes = [tuple(sorted(message.metadata.dst_node_id for message in sent)) for sent in messages]
+        assert [len(one) for one in nodes] == 5 * [asked]
+        assert nodes[0] == nodes[1]
+        assert (len(set(nodes)) > 1) == (share < 1)
+
     def test_who_answered_and_with_how_much_is_remembered(self, federation: Make, useless_in: Make):
         made = federation(rounds=3, round={"quorum": 0.6})
         made.run(script={"client-001": useless_in(2), "client-002": useless_in(1, 2)})

@@ -126,7 +126,9 @@ def _refusals(history: History) -> str:
 
 
 def _gain(history: History, name: str) -> str:
-    """How much of the central adapter's gain over the null adapter the federated one reached."""
+    """How much of the central adapter's gain over the null adapter the federated one reached, on the same examples."""
+    if history.final_share < 1.0:
+        return "measured by a share of the clients"
     final = (history.final_evaluation or {}).get(name)
     null, central = (mean_detail(history.baselines.get(key, {}), name) for key in ("null", "central"))
     if final is None or null is None:
@@ -139,7 +141,8 @@ def _gain(history: History, name: str) -> str:
 def _clients(history: History) -> str:
     """How many there are: those that the data are made for, and of real devices those that were heard of."""
     real = history.run.get("engine") == "deployment"
-    return str(len(history.clients) if real else history.run.get("clients", "?"))
+    heard_of = history.joined | {one.client_id for one in history.clients}
+    return str(len(heard_of) if real else history.run.get("clients", "?"))
 
 
 def _comparison(history: History, metrics: Sequence[str]) -> list[tuple[str, list[str]]]:

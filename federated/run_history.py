@@ -63,6 +63,7 @@ class History:
         client_events: (round number, client id) to the ``client`` event.
         held_out: 0 or a finished round's number to the evaluation of the global adapter after it.
         baselines: name to its ``baseline`` event.
+        joined: clients that came, also those that nothing was asked of.
         not_now: ``not_now`` events, in order: a client takes no part for the moment, by its owner's conditions.
         final: the ``final`` event, if the run came so far.
         activations: what the device activated, in order.
@@ -78,6 +79,7 @@ class History:
     client_events: dict[tuple[int, str], Event] = field(default_factory=dict)
     held_out: dict[int, Event] = field(default_factory=dict)
     baselines: dict[str, Event] = field(default_factory=dict)
+    joined: set[str] = field(default_factory=set)
     not_now: list[Event] = field(default_factory=list)
     final: Event | None = None
     activations: list[Event] = field(default_factory=list)
@@ -97,6 +99,11 @@ class History:
         if self.final and self.final.get("evaluation"):
             return dict(self.final["evaluation"])
         return self.held_out[max(self.held_out)] if self.held_out else None
+
+    @property
+    def final_share(self) -> float:
+        """Share of the clients that measured the last adapter."""
+        return float((self.final or {}).get("share", 1.0))
 
     @property
     def clients(self) -> list[ClientSummary]:
@@ -173,6 +180,8 @@ def _take(history: History, event: Event) -> None:
             history.final = None
         case "final":
             history.final = event
+        case "joined":
+            history.joined.add(str(event["client_id"]))
         case "baseline":
             history.baselines[str(event["name"])] = event
         case "activation" | "answer" | "not_now" as kind:
@@ -204,7 +213,8 @@ def result_warning(history: History) -> str:
     if after is None:
         return f"the held-out loss of the last adapter is not finite, at the start it was {before:.6g}{_ADVICE}"
     asked, now = start.get("num_examples"), final["evaluation"].get("num_examples")
-    if after <= (before if asked == now else _CLEARLY * before):
+    same = asked == now and history.final_share == 1.0
+    if after <= (before if same else _CLEARLY * before):
         return ""
     others = f" (on {asked:.0f} examples, {now:.0f} at the end)" if asked and now and asked != now else ""
     found = f"held-out loss {after:.6g}, at the start {before:.6g}{others}"

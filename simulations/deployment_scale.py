@@ -1,6 +1,6 @@
 """How many SuperNodes one machine holds, and what bounds it: devices are added in steps, and each step runs rounds.
 
-    python -m simulations.deployment_scale --nodes 50 [--cold] [--in-turn] [--reserve-gb 6] [--seed N]
+    python -m simulations.deployment_scale --nodes 50 [--first 2] [--cold] [--in-turn] [--reserve-gb 6] [--seed N]
 
 Everything is on this machine: the server, and for each device its ``device join``, SuperNode and launcher, warm (the
 libraries in memory) or cold (each training loads them); ``--in-turn``: a quarter of the devices in each of four rounds,

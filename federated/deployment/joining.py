@@ -31,6 +31,8 @@ from federated.errors import DeploymentError
 __all__ = ["join"]
 
 _LOG = logging.getLogger(__name__)
+_LONGEST_LOOK = 0.5
+"""Seconds between two looks of a launcher, which cost this device alone, and its network nothing."""
 _LOOK = 0.3  # seconds
 _WELL = 60.0  # seconds after which a process counts as started well
 _GRACE = 10.0  # seconds to end in
@@ -136,7 +138,7 @@ def _node(config: TrainingConfig, port: int, secret: Path) -> _Child:
 def _launcher(config: TrainingConfig, port: int, secret: Path) -> _Child:
     said = {"address": f"127.0.0.1:{port}", "secret": str(secret), "apps": list(config.apps), "warm": config.warm}
     said |= {"log_format": config.log_format, "longest_seconds": config.longest_task}
-    return _Child("launcher", {**said, "poll_seconds": config.poll_seconds / 2.5})
+    return _Child("launcher", {**said, "poll_seconds": min(config.poll_seconds / 2.5, _LONGEST_LOOK)})
 
 
 @dataclass

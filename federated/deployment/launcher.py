@@ -219,7 +219,7 @@ def _warm_up(parts: str) -> None:
         began = time.monotonic()
         open_parts(parts)
         _LOG.info("the base model is in memory, after %.1f s", time.monotonic() - began)
-    except Exception:  # noqa: BLE001 - whatever a server's configuration leads to: the launcher goes on cold
+    except Exception:  # noqa: BLE001 - whatever a server's configuration leads to: the next message loads it
         _LOG.warning("the base model is not kept in memory", exc_info=True)
 
 
@@ -348,6 +348,7 @@ def _main() -> None:
     task = sys.argv[1:] == ["task"]
     set_up_logs("launcher", said["launch"]["log_format"] if task else said["log_format"])
     logging.getLogger("flwr").propagate = False  # it has a handler of its own
+    logging.getLogger("federated.flower.client").setLevel(logging.DEBUG)  # why a message is refused: said here alone
     if task:
         _in_child(lambda: _task(_launch_of(said["launch"]), said["token"], parent=said["parent"]), _NO_PIPE)
     _serve(_launch_of(said))

@@ -34,7 +34,7 @@ _MOST_STEPS = 2_000
 _ACTOR = "deploy up"
 _POLL_SECONDS = 0.5  # nobody pays for these looks but this machine
 _LOOKS_A_SECOND = 16.0
-"""At the server, of all devices here together: each costs processors that the rounds need as well."""
+"""At the server, of all devices of one call together: each costs processors that the rounds need as well."""
 
 
 def make_local_nodes(

@@ -1,4 +1,4 @@
-"""Flower's SuperNode in a process of ours: it comes back at once after a kill, and looks for messages more often.
+"""Flower's SuperNode in a process of ours: back at once after a kill, at its owner's pace, and no reply is kept back.
 
 What it changes of Flower's internals is in this module alone, for the versions that were tried. It needs no torch,
 which is most of the memory of the launcher beside it.
@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from federated.deployment.flower_environment import TESTED
 from federated.files import write_whole
 from federated.logs import set_up_logs
 
-__all__ = ["end_left_session", "supernode"]
+__all__ = ["end_left_session", "sending_what_waits", "supernode"]
 
 _LOG = logging.getLogger(__name__)
+_IDLE = 3.0
+"""Seconds that Flower sleeps where there was no message; in that module nothing else sleeps so long."""
 _SUPERNODE = "flwr.supernode.start_client_internal"
 _AWAY = 3.0
 """Seconds between the end of a killed SuperNode's session and the next: longer than a server's pause between looks."""
@@ -59,15 +62,38 @@ def end_left_session(path: Path) -> None:
     client.ActivateNode = again
 
 
+def sending_what_waits(pull: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Flower's look for a message, after which replies are sent that wait, also where no message came.
+
+    Flower sends replies only after a message came, and takes the first reply for that message's. Where a run is
+    stopped while its message comes, that message is dropped and still answered: from then on each reply would wait for
+    the message after it, and the server for the reply.
+
+    Args:
+        pull: the look; returns the run of what came, or None.
+    """
+
+    def pulled(state: Any, **more: Any) -> int | None:
+        run_id = pull(state=state, **more)
+        if run_id is not None:
+            return run_id
+        state.get_messages_legacy(run_ids=[], is_reply=True)  # takes none, and answers for processes that are missing
+        entries = list(state.msg_store.values())
+        waiting = [one.message.metadata for one in entries if not one.is_retrieved]
+        return next((one.run_id for one in waiting if one.reply_to_message_id), None)
+
+    return pulled
+
+
 def supernode(arguments: list[str], poll_seconds: float, session: str) -> None:
-    """Run Flower's SuperNode in this process, which looks for messages more often than every 3 seconds where it can."""
+    """Run Flower's SuperNode in this process, which looks for messages as often as its owner says, where it can."""
     if version("flwr").startswith(TESTED):
         end_left_session(Path(session))
-    if poll_seconds < 3.0 and version("flwr").startswith(TESTED):
+    if version("flwr").startswith(TESTED):
         module: Any = importlib.import_module(_SUPERNODE)
 
         class Paced:
-            """The module's clock with a shorter idle pause; everything else is Python's."""
+            """The module's clock with another idle pause; everything else is Python's."""
 
             def __getattr__(self, name: str) -> Any:
                 """Everything else."""
@@ -75,11 +101,12 @@ def supernode(arguments: list[str], poll_seconds: float, session: str) -> None:
 
             @staticmethod
             def sleep(seconds: float) -> None:
-                """At most the owner's pause."""
-                time.sleep(min(seconds, poll_seconds))
+                """The owner's pause between two looks; other pauses at most as long."""
+                time.sleep(poll_seconds if seconds == _IDLE else min(seconds, poll_seconds))
 
         module.time = Paced()
-    elif poll_seconds < 3.0:
+        module._pull_and_store_message = sending_what_waits(module._pull_and_store_message)
+    elif poll_seconds != _IDLE:
         _LOG.warning("flwr %s: it looks for messages every 3 seconds, whatever poll_seconds says", version("flwr"))
     from flwr.supercore.app_utils import start_parent_process_monitor
     from flwr.supernode.cli import flower_supernode

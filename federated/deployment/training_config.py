@@ -40,8 +40,8 @@ class TrainingConfig:
         unpinned: run whatever app the server sends. Said in every log, and to the server.
         warm: hold the libraries and the base model in memory, instead of loading them for each training.
         port: where the SuperNode serves its own processes, on loopback; 0: a free one.
-        poll_seconds: between two looks for a message at the server; Flower's own is 3. Less only where the launcher
-            knows Flower's version. On the device the launcher looks 2.5 times as often.
+        poll_seconds: between two looks for a message at the server; 3, as Flower's own, where the launcher does not
+            know Flower's version. On the device the launcher looks 2.5 times as often, and at least twice a second.
         longest_task: seconds of work on one message, after which its process is killed: a training that hangs must not
             keep the device from all that comes after it.
         max_retry_seconds: longest pause before a SuperNode that ended is started again.

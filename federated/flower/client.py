@@ -14,7 +14,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 
 from federated.config import ExperimentConfig
-from federated.errors import NotNow
+from federated.errors import FederatedError, NotNow
 from federated.flower.client_events import note_answer
 from federated.flower.client_site import ClientSite, check_limits, site_of
 from federated.flower.conditions import require
@@ -67,7 +67,7 @@ def _guarded(kind: str, message: Message, answer: Callable[[], RecordDict]) -> M
     try:
         content = answer()
     except Exception as error:  # noqa: BLE001 - the boundary: whatever happened becomes a named refusal
-        _LOG.debug("client refuses", exc_info=True)
+        _LOG.debug("a %s message is refused: %s", kind, error, exc_info=not isinstance(error, FederatedError))
         content = refusal_content("", error)
     note_answer(kind, message, content, seconds=time.monotonic() - began)
     return Message(content, reply_to=message)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from federated.config import SelectionConfig
 from federated.flower.round_book import Outcome, not_now, pooled_evaluation, refusals
 from federated.manifest import VersionManifest
 
-__all__ = ["round_event", "train_metrics"]
+__all__ = ["final_event", "round_event", "train_metrics"]
 
 
 def train_metrics(good: Iterable[Outcome]) -> dict[str, float]:
@@ -68,4 +69,22 @@ def round_event(
         "not_now": not_now(outcomes),
         "evaluation": {**evaluation, "version_id": started_from} if evaluation else None,
         "message": None if manifest else f"{missed}: the global adapter stays as it was",
+    }
+
+
+def final_event(outcomes: Sequence[Outcome], *, version_id: str | None, selection: SelectionConfig) -> dict[str, Any]:
+    """The ``final`` event.
+
+    Args:
+        outcomes: of those that were asked to measure the last adapter.
+        version_id: of it.
+        selection: says what share of the clients was asked.
+    """
+    return {
+        "event": "final",
+        "version_id": version_id,
+        "evaluation": pooled_evaluation(list(outcomes)),
+        "refused": refusals(outcomes),
+        "not_now": not_now(outcomes),
+        "share": selection.fraction_evaluate,
     }

@@ -33,8 +33,9 @@ from federated.flower.gate import Gate
 from federated.flower.messages import TaskWriter
 from federated.flower.publisher import Publisher, RegistryPublisher, TrainingState
 from federated.flower.records import metric_record
-from federated.flower.round_book import Outcome, RoundBook, not_now, pooled_evaluation, refusals, whole_round
+from federated.flower.round_book import Outcome, RoundBook, not_now, whole_round
 from federated.flower.round_closer import RoundCloser
+from federated.flower.round_report import final_event
 from federated.flower.selection import select_cohort
 from federated.flower.server_privacy import ServerPrivacy, choose_cohort
 from federated.flower.server_state import ServerState
@@ -368,10 +369,9 @@ class DeltaStrategy(Strategy):
         book = self._taken(server_round)
         for message in replies:
             book.receive(message)
-        outcomes = book.close()
-        evaluation = pooled_evaluation(outcomes)
-        event = {"event": "final", "version_id": self.version_id, "evaluation": evaluation}
-        self._tracker.emit({**event, "refused": refusals(outcomes), "not_now": not_now(outcomes)})
+        event = final_event(book.close(), version_id=self.version_id, selection=self.config.selection)
+        self._tracker.emit(event)
+        evaluation = event["evaluation"]
         self._closer.measured({**evaluation, "version_id": self.version_id} if evaluation else None)
         return None if evaluation is None else metric_record(evaluation)
 

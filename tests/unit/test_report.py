@@ -212,6 +212,11 @@ def test_of_real_devices_those_count_that_were_heard_of(tmp_path: Path) -> None:
     text = parsed(page_of(folder(tmp_path, events))).text
     assert "6" in text[: text.index("clients")][-3:]
     assert "40" not in text
+    unasked = [
+        {"event": "joined", "client_id": name} for name in ("virgin", "lufthansa")
+    ]  # one of them trained as well
+    text = parsed(page_of(folder(tmp_path, [events[0], *unasked, *events[1:]]))).text
+    assert "7" in text[: text.index("clients")][-3:]
 
 
 def test_nothing_is_compared_where_nothing_else_was_measured(tmp_path: Path, whole: str) -> None:
@@ -392,6 +397,22 @@ def _ended(before: dict | None, after: dict | None, **final: object) -> list[dic
 def test_result_that_is_worse_than_the_start(before: dict | None, after: dict | None, said: str | None) -> None:
     warning = result_warning(history_of(_ended(before, after)))
     assert said in warning if said else warning == ""
+
+
+def test_a_share_of_the_clients_may_have_harder_examples() -> None:
+    """As many, and still others."""
+    for loss, worse in ((1.9, False), (2.1, True)):
+        events = _ended({"loss": 1, "num_examples": 9}, {"loss": loss, "num_examples": 9}, share=0.5)
+        assert bool(result_warning(history_of(events))) == worse
+
+
+def test_what_a_share_measured_is_set_against_no_other_measurement(tmp_path: Path, whole: str) -> None:
+    assert "of the central adapter&#39;s gain" in whole
+    events = [{**one, "share": 0.5} if one["event"] == "final" else one for one in whole_run()]
+    page = page_of(folder(tmp_path, events))
+    assert "of the central adapter" not in page
+    assert "measured by a share of the clients" in page
+    assert "those of a share of the clients in the first line" in page
 
 
 def test_result_that_nobody_measured_is_not_called_worse() -> None:

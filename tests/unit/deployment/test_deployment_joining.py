@@ -6,10 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from federated.deployment import joining
 from federated.deployment.flower_environment import environment
 from federated.deployment.joining import join
 from federated.deployment.training_config import TrainingConfig
@@ -66,6 +68,13 @@ def joined(config: TrainingConfig, python: Path) -> Iterator[Path]:
 def test_places_in_the_clients_file_are_beside_it_wherever_it_was_started(joined: Path, config: TrainingConfig) -> None:
     for name in ("supernode", "launcher"):
         assert json.loads((joined / name).read_text())["cwd"] == str(config.client.parent)
+
+
+@pytest.mark.parametrize(("pause", "look"), [(0.5, 0.2), (3.0, 0.5), (60.0, 0.5)])
+def test_a_launcher_looks_more_often_than_its_supernode(config: TrainingConfig, pause: float, look: float) -> None:
+    """Rarely enough for a battery; a message that lies on the device has waited long enough."""
+    child = joining._launcher(replace(config, poll_seconds=pause), 1, config.state / "secret")
+    assert child.said["poll_seconds"] == look
 
 
 def test_nothing_of_theirs_is_for_others(joined: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import io
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -14,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Message, RecordDict
 from flwr.supercore.constant import TaskType
+from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResultStatus
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from federated.deployment import launcher, supernode
 from federated.deployment.launcher import Launch, PinnedExecutor, fits
@@ -460,17 +465,57 @@ def test_flower_registers_its_tasks_handlers_where_they_are_replaced() -> None:
     assert callable(importlib.import_module("flwr.supernode.runtime.run_clientapp").register_signal_handlers)
 
 
-def test_a_supernode_that_gave_up_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pause", "pauses"), [(0.5, [0.5, 0.5]), (3.0, [3.0, 0.5]), (60.0, [60.0, 0.5])])
+def test_a_supernode_that_gave_up_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pause: float, pauses: list[float]
+) -> None:
     """Flower's own stays for ever, with nothing but the thread that serves its tasks."""
     ended: list[int] = []
+    internal = importlib.import_module("flwr.supernode.start_client_internal")
+    monkeypatch.setattr(internal, "time", internal.time)  # it is replaced, and put back after the test
     cli = importlib.import_module("flwr.supernode.cli")
     monkeypatch.setattr(cli, "flower_supernode", lambda: None)
     monkeypatch.setattr(supernode, "end_left_session", lambda _: None)
     monkeypatch.setattr("flwr.supercore.app_utils.start_parent_process_monitor", lambda _: None)
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(sys, "argv", [])
-    supernode.supernode(["--insecure"], 3.0, str(tmp_path / "node.session"))
+    supernode.supernode(["--insecure"], pause, str(tmp_path / "node.session"))
     assert ended == [1]
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    internal.time.sleep(3)
+    internal.time.sleep(0.5)
+    assert slept == pauses
+
+
+def test_a_reply_that_waits_is_sent_where_no_message_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own state of a node: after a message of a stopped run each reply would wait for the next message."""
+    for name, value in {"_run_id": 7, "_node_id": 2, "_task_id": 1}.items():
+        monkeypatch.setattr(TaskIdentity, name, value)
+    state = InMemoryNodeState(ObjectStoreFactory().store())
+    asked = Message(RecordDict(), 2, "query")
+    came: list[int | None] = [None, None, None, 9]
+    look = supernode.sending_what_waits(lambda state, **_: came.pop(0))
+    state.store_message(stored(asked, "asked"))
+    assert look(state=state, object_store=None) is None  # that is no reply
+    state.store_message(stored(Message(RecordDict(), reply_to=asked), "answer"))
+    assert look(state=state, object_store=None) == 7
+    assert [one.metadata.message_id for one in state.get_messages_legacy(is_reply=True)] == ["answer"]
+    assert look(state=state, object_store=None) is None
+    assert look(state=state, object_store=None) == 9
+
+
+def stored(message: Message, name: str) -> Message:
+    """A message as a node's state keeps it."""
+    message.metadata.__dict__["_message_id"] = name
+    return message
+
+
+def test_what_flower_sleeps_between_two_looks_is_what_is_replaced() -> None:
+    """With another version it may be another number; then the pace is not the owner's."""
+    internal = importlib.import_module("flwr.supernode.start_client_internal")
+    source = Path(str(internal.__file__)).read_text()
+    assert source.count(f"time.sleep({supernode._IDLE:.0f})") == 1
 
 
 @pytest.mark.parametrize("name", ["supernode", "launcher", "joining"])
@@ -482,8 +527,49 @@ def test_what_runs_beside_each_training_loads_no_torch(name: str) -> None:
     assert done.stdout.split() == ["False"]
 
 
-def test_a_question_loads_no_torch() -> None:
-    """All devices of a federation are asked at once who they are."""
-    code = "import sys, clients.app, federated.flower; federated.flower.handle_query; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False"]
+ASKED = """
+import json, os, sys
+from pathlib import Path
+from flwr.app import Context, Message, RecordDict
+from federated.config import experiment_from
+from federated.deployment import launcher
+
+launcher._load(warm=False)
+folder = Path(sys.argv[1])
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+from clients.app import app
+from flwr.supercore.task_identity import TaskIdentity
+from federated.flower.records import query_content
+TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = 7, 2, 1
+content = query_content(experiment_from({"task": {"labels": ["no", "yes"]}}))
+context = Context(1, 2, {"client-config": str(folder / "client.yaml")}, RecordDict(), {})
+found = {}
+for kind in ("query", "train"):
+    reply = app(Message(content, 2, kind), context).content["reply"]
+    found[kind] = [reply.get("client_id"), reply.get("reason")]
+print(json.dumps({**found, "torch": "torch" in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("conditions", "query", "train"),
+    [("{}", ["ann", None], None), ("{free_disk_mb: 1.0e+12}", ["ann", "not_now"], ["ann", "not_now"])],
+)
+def test_a_question_and_not_now_load_no_torch(
+    tmp_path: Path, conditions: str, query: list[Any], train: list[Any] | None
+) -> None:
+    """All devices of a federation are asked at once who they are; a cold launcher's children begin without torch."""
+    (tmp_path / "client.yaml").write_text(
+        f"client_id: ann\nstore: {tmp_path}\nconditions: {conditions}\n"
+        "data: {name: files, path: data}\nmodel: {source: tiny}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", ASKED, str(tmp_path)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["query"] == query
+    if train is None:  # it was to work
+        assert found["torch"]
+    else:
+        assert found["train"] == train
+        assert not found["torch"]

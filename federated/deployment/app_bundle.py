@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
-import sys
 import tempfile
 import tomllib
 from pathlib import Path
 
-from federated.deployment.flower_environment import environment
+from federated.deployment.flower_environment import environment, program
 from federated.errors import DeploymentError
 
 __all__ = ["app_digest", "app_name", "copied"]
@@ -25,7 +24,7 @@ def app_digest(app: Path) -> str:
     with tempfile.TemporaryDirectory() as place:
         folder = copied(app, Path(place))
         done = subprocess.run(
-            [str(Path(sys.executable).with_name("flwr")), "build", "--app", str(folder)],
+            [program("flwr"), "build", "--app", str(folder)],
             cwd=place,
             env=environment(Path(place) / "home"),
             stdin=subprocess.DEVNULL,

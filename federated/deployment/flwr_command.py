@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federated.deployment.flower_environment import environment
+from federated.deployment.flower_environment import environment, program
 from federated.deployment.layout import Layout
 from federated.deployment.server_config import ServerConfig
 from federated.errors import DeploymentError
@@ -86,7 +85,7 @@ class FlowerLink:
         _check_connection(self)
         try:
             return subprocess.run(
-                [Path(sys.executable).parent / "flwr", *command],
+                [program("flwr"), *command],
                 cwd=self.home,
                 env={**environment(self.home.absolute()), "NO_COLOR": "1", "COLUMNS": "200"},
                 stdin=subprocess.DEVNULL,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federated.deployment.flower_environment import environment
+from federated.deployment.flower_environment import environment, program
 from federated.deployment.layout import Layout
 from federated.deployment.server_config import ServerConfig
 from federated.errors import DeploymentError
@@ -84,8 +84,8 @@ def programs_of(layout: Layout, config: ServerConfig) -> list[Program]:
     port = str(config.superlink_port)
     secret = ["--superexec-auth-secret-file", layout.secret]
     where = ["--host", "127.0.0.1", "--port", port, "--isolation", "process", "--database", layout.superlink_db]
-    superlink = [_program("flower-superlink"), *tls, *where, "--disable-runtime-dependency-installation", *secret]
-    superexec = [_program("flower-superexec"), *trust, "--runtime-api-address", f"127.0.0.1:{port}", *secret]
+    superlink = [program("flower-superlink"), *tls, *where, "--disable-runtime-dependency-installation", *secret]
+    superexec = [program("flower-superexec"), *trust, "--runtime-api-address", f"127.0.0.1:{port}", *secret]
     module = [sys.executable, "-m"]
     found = [
         Program("superlink", _texts(superlink), 1),
@@ -100,10 +100,6 @@ def _nodes(layout: Layout) -> Iterator[Program]:
     for path in sorted(layout.nodes.glob("*/device.yaml")):
         command = [sys.executable, "-m", "federated.cli.main", "device", "join", "--config", str(path)]
         yield Program(f"node-{path.parent.name}", command, 20)
-
-
-def _program(name: str) -> str:
-    return str(Path(sys.executable).with_name(name))
 
 
 def _texts(parts: Sequence[object]) -> list[str]:
@@ -146,7 +142,7 @@ class Processes:
             self._update()
             return
         self._own_socket()
-        command = [_program("supervisord"), "-c", str(self._layout.supervisor_config)]
+        command = [program("supervisord"), "-c", str(self._layout.supervisor_config)]
         own = environment(self._layout.flwr_home)
         done = subprocess.run(
             command,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import sysconfig
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from federated.deployment import flwr_command
+from federated.deployment import flower_environment, flwr_command
 from federated.deployment.devices import Claim, Device, DeviceBook
+from federated.deployment.flower_environment import environment, program
 from federated.deployment.keys import DeviceKeys
 from federated.deployment.nodes import FlowerLink, Synced, live_nodes, register_node, sync_nodes, unregister_node
 from federated.errors import DeploymentError
@@ -256,7 +258,27 @@ def test_odd_answers_are_one_error(link: FlowerLink, monkeypatch: pytest.MonkeyP
         live_nodes(link)
 
 
-def test_a_missing_command_is_one_error(link: FlowerLink) -> None:
-    os.unlink(Path(sys.executable).with_name("flwr"))  # noqa: PTH108
-    with pytest.raises(DeploymentError, match="cannot start Flower's command 'flwr': No such file"):
+def test_a_missing_command_is_one_error(link: FlowerLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(sys.executable).parent
+    monkeypatch.setattr(flower_environment, "_program_folders", lambda: [folder])
+    (folder / "flwr").unlink()
+    with pytest.raises(DeploymentError, match=f"flwr is not in {folder}; install federated-peft.deploy. with"):
         live_nodes(link)
+
+
+def test_a_command_that_cannot_be_started_is_one_error(link: FlowerLink) -> None:
+    Path(sys.executable).with_name("flwr").chmod(0o600)
+    with pytest.raises(DeploymentError, match="cannot start Flower's command 'flwr': Permission denied"):
+        live_nodes(link)
+
+
+def test_programs_are_found_where_a_systems_pip_puts_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A Debian's Python is in /usr/bin, and what its pip installs in /usr/local/bin."""
+    scripts = tmp_path / "local" / "bin"
+    scripts.mkdir(parents=True)
+    (scripts / "supervisord").write_text("")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python3"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme="": str(tmp_path / "user" if scheme else scripts))
+    assert program("supervisord") == str(scripts / "supervisord")
+    first, second, *_ = environment(tmp_path)["PATH"].split(os.pathsep)
+    assert (first, second) == (str(tmp_path / "bin"), str(scripts))

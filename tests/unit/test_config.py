@@ -78,6 +78,8 @@ WRONG = [
     ("strategy.server_optimizer.tau", 0.0, "greater than 0"),
     ("selection.fraction", 0, "greater than 0"),
     ("selection.fraction", 1.01, "less than or equal to 1"),
+    ("selection.fraction_evaluate", 0, "greater than 0"),
+    ("selection.fraction_evaluate", 1.01, "less than or equal to 1"),
     ("selection.min_clients", 0, "greater than or equal to 1"),
     ("round.quorum", 1.5, "less than or equal to 1"),
     ("round.deadline", 0, "greater than 0"),

@@ -573,3 +573,19 @@ def test_a_question_and_not_now_load_no_torch(
     else:
         assert found["train"] == train
         assert not found["torch"]
+
+
+@pytest.mark.parametrize(("found", "forks"), [("1.41.3", True), ("1.42.0", False)])
+def test_a_launcher_forks_where_it_knows_flower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, found: str, *, forks: bool
+) -> None:
+    module = importlib.import_module("flwr.supercore.superexec.run_superexec")
+    monkeypatch.setattr(launcher, "version", lambda _: found)
+    monkeypatch.setattr(module, "get_executor", module.get_executor)  # it is replaced, and put back after the test
+    monkeypatch.setattr(module, "run_superexec", lambda **_: None)
+    monkeypatch.setenv("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "9")
+    (tmp_path / "secret").write_bytes(b"s")
+    launcher._serve(Launch("127.0.0.1:1", str(tmp_path / "secret"), (), warm=False, poll_seconds=0.4))
+    assert module.get_executor()._forks is forks
+    assert os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] == "0.4"
+    assert ("each message starts Python anew" in caplog.text) is not forks

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from federated.config import experiment_from
 from federated.deployment import starting_up
+from federated.deployment.layout import Layout
+from federated.deployment.local_nodes import make_local_nodes
 from federated.deployment.server_config import ServerConfig
 from federated.deployment.starting_up import alone, make_deployment
+from federated.deployment.training_config import read_training_config
 from federated.errors import DeploymentError
 
 
@@ -72,3 +76,16 @@ def test_or_on_loopback_where_it_listens_everywhere(host: str) -> None:
         listening.listen()
         config = ServerConfig(door_host=host, door_port=listening.getsockname()[1])
         assert starting_up._answers(*starting_up._door(config))
+
+
+@pytest.mark.parametrize(("count", "pause"), [(1, 0.5), (8, 0.5), (50, 3.12)])
+def test_many_devices_of_one_machine_look_less_often(tmp_path: Path, count: int, pause: float) -> None:
+    """Each look costs the processors that the rounds need."""
+    layout = Layout(tmp_path)
+    experiment = experiment_from({"data": {"partition": {"num_clients": 50}}, "task": {"labels": ["no", "yes"]}})
+    names = make_local_nodes(
+        layout, ServerConfig(insecure=True), experiment, count=count, app=tmp_path, apps=["a" * 64]
+    )
+    assert len(names) == count
+    for name in names:
+        assert read_training_config(layout.node(name).config).poll_seconds == pause

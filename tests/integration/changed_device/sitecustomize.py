@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 if sys.orig_argv[-1:] == ["federated.deployment.launcher"] and "FEDPEFT_TEST_FAULT" in os.environ:
-    from federated.flower import client
+    from federated.flower import client_task as client
     from federated.wire import admission
 
     control = Path(os.environ["FEDPEFT_TEST_FAULT"])

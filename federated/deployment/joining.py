@@ -32,7 +32,7 @@ __all__ = ["join"]
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_LOOK = 0.5
-"""Seconds between two looks of a launcher, which cost this device alone, and its network nothing."""
+"""Seconds between two looks of a launcher at most: they cost this device little, and its network nothing."""
 _LOOK = 0.3  # seconds
 _WELL = 60.0  # seconds after which a process counts as started well
 _GRACE = 10.0  # seconds to end in

@@ -312,10 +312,10 @@ def _serve(launch: Launch) -> None:
     fits()
     remove_unpacked(Path(launch.secret).parent)
     forks = version("flwr").startswith(TESTED)
-    if not forks:
-        _LOG.warning("flwr %s: the launcher knows %s*; each message starts Python anew", version("flwr"), TESTED[0])
     if forks:
         _load(warm=launch.warm)
+    else:
+        _LOG.warning("flwr %s: the launcher knows %s*; each message starts Python anew", version("flwr"), TESTED[0])
     module: Any = importlib.import_module(_SUPEREXEC)
     executor = PinnedExecutor(launch, forks=forks)
     module.get_executor = lambda *_, **__: executor

@@ -89,7 +89,6 @@ def supernode(arguments: list[str], poll_seconds: float, session: str) -> None:
     """Run Flower's SuperNode in this process, which looks for messages as often as its owner says, where it can."""
     if version("flwr").startswith(TESTED):
         end_left_session(Path(session))
-    if version("flwr").startswith(TESTED):
         module: Any = importlib.import_module(_SUPERNODE)
 
         class Paced:
